@@ -1,0 +1,146 @@
+// The transcendental functions of the update. In double they are the library's; in float they are as
+// exact as the noise needs (abs(z - z_exact) <= 2e-3), and no more: every instruction here is paid for by
+// every element of the model.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "philox.h"
+
+namespace pats {
+
+PATS_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+PATS_INLINE float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class T>
+PATS_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+PATS_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+// U(x) = (x + 1/2) 2^-32, and the same less one where x is in the upper half: the angle of a full turn,
+// from a signed conversion.
+template <class T>
+PATS_INLINE T unit(uint32_t x) {
+  return static_cast<T>(x) * T(0x1p-32) + T(0x1p-33);
+}
+
+template <class T>
+PATS_INLINE T turn(uint32_t x) {
+  return static_cast<T>(static_cast<int32_t>(x)) * T(0x1p-32) + T(0x1p-33);
+}
+
+// -2 ln(u) for u in (0, 1].
+PATS_INLINE double minus_two_log(double u) { return -2.0 * log(u); }
+
+PATS_INLINE float minus_two_log(float u) {
+#if defined(__CUDA_ARCH__)
+  return -2.0f * __logf(u);
+#else
+  // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f P(f), minimax, 7e-6 relative, so
+  // that the radius keeps its precision where u nears 1.
+  const uint32_t bits = bits_of(u) - 0x3F3504F3u;
+  const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+  const float f = float_of((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  float p = 0.285841542f;
+  p = p * f - 0.441118752f;
+  p = p * f + 0.508065378f;
+  p = p * f - 0.665160468f;
+  p = p * f + 0.999804352f;
+  p = p * f - 2.00000912f;
+  return p * f - 1.38629436f * e;
+#endif
+}
+
+// scale * (cos, sin) of 2 pi y, for y in [-1/2, 1/2].
+template <class T>
+struct Circle {
+  T scale;
+  PATS_INLINE explicit Circle(T scale) : scale(scale) {}
+  PATS_INLINE void operator()(T y, T& cosine, T& sine) const {
+    const T angle = y * T(6.283185307179586476925);
+    cosine = scale * cos(angle);
+    sine = scale * sin(angle);
+  }
+};
+
+#if !defined(__CUDA_ARCH__)
+template <>
+struct Circle<float> {  // minimax polynomials, 8e-7 and 6e-6 absolute, with the scale in the coefficients
+  float c0, c1, c2, c3, c4, c5, s0, s1, s2, s3, s4;
+  PATS_INLINE explicit Circle(float scale)
+      : c0(0.999999222f * scale), c1(-19.7389825f * scale), c2(64.9287266f * scale),
+        c3(-85.2723972f * scale), c4(58.7940396f * scale), c5(-21.0767837f * scale),
+        s0(6.2830558f * scale), s1(-41.3312143f * scale), s2(81.3668154f * scale),
+        s3(-74.478005f * scale), s4(32.7814015f * scale) {}
+  PATS_INLINE void operator()(float y, float& cosine, float& sine) const {
+    const float y2 = y * y;
+    cosine = ((((c5 * y2 + c4) * y2 + c3) * y2 + c2) * y2 + c1) * y2 + c0;
+    sine = y * ((((s4 * y2 + s3) * y2 + s2) * y2 + s1) * y2 + s0);
+  }
+};
+#endif
+
+// tanh(max(n / q, 0)) for q >= 0: 1 where q is 0 and n is not.
+PATS_INLINE double tanh_ratio(double n, double q) { return n > 0 ? tanh(n / q) : 0.0; }
+
+PATS_INLINE float tanh_ratio(float n, float q) {
+#if defined(__CUDA_ARCH__)
+  float a;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(a) : "f"(__fdividef(larger(n, 0.0f), q)));
+  return a;
+#else
+  // tanh(x) = x N(x^2) / D(x^2), cut off at 1: 6e-5 absolute on [0, 8]. With x = n / q both divisions
+  // become one. The bounds on q keep its fifth power a float, those on n / q keep x in [0, 8].
+  q = smaller(larger(q, 1e-6f), 1e6f);
+  n = smaller(larger(n, 0.0f), 8.0f * q);
+  const float n2 = n * n, q2 = q * q;
+  const float numerator = n * ((0.000632542592f * n2 + 0.100938031f * q2) * n2 + 0.999758623f * q2 * q2);
+  const float denominator = q * ((0.0124085007f * n2 + 0.433590743f * q2) * n2 + q2 * q2);
+  return smaller(numerator / denominator, 1.0f);
+#endif
+}
+
+// IEEE half and float, to nearest even.
+PATS_INLINE float float_of_half(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
+  const uint32_t special = magnitude >= 0x7C00u ? 112u << 23 : 0u;  // infinity and NaN keep their exponent
+  const uint32_t normal = (magnitude << 13) + (112u << 23) + special;
+  const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return float_of(sign | (magnitude < 0x400u ? subnormal : normal));
+}
+
+PATS_INLINE uint16_t half_of_float(float x) {
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000u, magnitude = bits_of(x) & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  // Adding 1/2 leaves 2^-24, the spacing of subnormal halves, as the last bit: the sum is rounded to it.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t infinite = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? infinite : finite));
+}
+
+// Rounds to bfloat16's precision, within a float: stochastically with 16 random bits, or to nearest even.
+// `mask` is 0xFFFF, or 0 for storage that needs no rounding.
+PATS_INLINE float round_to_bfloat16(float x, uint32_t random, bool stochastic, uint32_t mask) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t nearest = 0x7FFFu + ((bits >> 16) & 1u);
+  const uint32_t rounded = (bits + ((stochastic ? random & 0xFFFFu : nearest) & mask)) & ~mask;
+  return x == x ? float_of(rounded) : x;
+}
+
+}  // namespace pats

@@ -1,0 +1,144 @@
+// The operator torch.ops.pats_kernels.step_ on the CPU: cuts a launch's tensors into fixed chunks, runs them
+// on torch's threads, and reduces their partial sums in order, so that any number of threads gives the
+// same bits.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "cpu_kernel.h"
+
+namespace pats {
+namespace {
+
+constexpr int64_t kChunk = 16384;  // a multiple of the kernel's block; 448 KiB of float32 operands
+
+ChunkFunction best_for_this_machine() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  // PATS_KERNELS_ISA takes a lesser one, for tests; never one that the machine lacks.
+  const char* limit = std::getenv("PATS_KERNELS_ISA");
+  const std::string allowed = limit ? limit : "avx512";
+  if (avx512 && allowed == "avx512") return chunk_avx512;
+  if (avx2 && allowed != "baseline") return chunk_avx2;
+#endif
+  return chunk_baseline;
+}
+
+Storage storage_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Storage::kFloat32;
+    case at::kBFloat16: return Storage::kBfloat16;
+    case at::kHalf: return Storage::kFloat16;
+    case at::kDouble: return Storage::kFloat64;
+    default: TORCH_CHECK(false, "pats_kernels: no kernel for ", type);
+  }
+}
+
+Uncertainty uncertainty_of(c10::string_view name) {
+  if (name == "product") return Uncertainty::kProduct;
+  if (name == "ucb") return Uncertainty::kUcb;
+  TORCH_CHECK(name == "none", "pats_kernels: no kernel for uncertainty ", name);
+  return Uncertainty::kNone;
+}
+
+// A launch's tables, and where in the list of all chunks each tensor's chunks start.
+struct Work {
+  at::ArrayRef<Row> rows;
+  const Dimension* dimensions;
+  std::vector<int64_t> starts;
+
+  Work(const at::Tensor& table, const at::Tensor& layout)
+      : rows(reinterpret_cast<const Row*>(table.const_data_ptr<int64_t>()), table.size(0)),
+        dimensions(reinterpret_cast<const Dimension*>(layout.const_data_ptr<int64_t>())),
+        starts(rows.size() + 1, 0) {
+    std::transform_inclusive_scan(rows.begin(), rows.end(), starts.begin() + 1, std::plus<>(),
+                                  [](const Row& row) { return (row.numel + kChunk - 1) / kChunk; }, int64_t{0});
+  }
+};
+
+uint32_t step_of(const Row& row) {
+  return row.step_count ? static_cast<uint32_t>(*row.step_count) + 1 : static_cast<uint32_t>(row.step);
+}
+
+void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& partials) {
+  static const ChunkFunction chunk = best_for_this_machine();
+  at::parallel_for(0, work.starts.back(), 1, [&](int64_t first, int64_t last) {
+    size_t tensor = std::upper_bound(work.starts.begin(), work.starts.end(), first) - work.starts.begin() - 1;
+    for (int64_t i = first; i < last; ++i) {
+      while (i >= work.starts[tensor + 1]) ++tensor;
+      const Row& row = work.rows[tensor];
+      const int64_t begin = (i - work.starts[tensor]) * kChunk;
+      partials[i] = chunk(args, row, work.dimensions, row.stats, step_of(row), begin,
+                          std::min(begin + kChunk, row.numel));
+    }
+  });
+}
+
+void reduce_statistics(const Work& work, const std::vector<Partial>& partials) {
+  for (size_t tensor = 0; tensor < work.rows.size(); ++tensor) {
+    const Row& row = work.rows[tensor];
+    Partial sum{0, 0, 0};
+    for (int64_t i = work.starts[tensor]; i < work.starts[tensor + 1]; ++i) {
+      sum.sens += partials[i].sens;
+      sum.unc += partials[i].unc;
+      sum.nonfinite += partials[i].nonfinite;
+    }
+    row.stats[0] = static_cast<float>(sum.sens / static_cast<double>(row.numel));
+    row.stats[1] = static_cast<float>(sum.unc / static_cast<double>(row.numel));
+    if (row.nonfinite) *row.nonfinite += sum.nonfinite;
+  }
+}
+
+void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Tensor& table,
+              const at::Tensor& layout, at::ScalarType param_dtype, at::ScalarType state_dtype,
+              c10::string_view uncertainty, c10::string_view normalization, bool stochastic_rounding,
+              const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+  TORCH_CHECK(table.is_contiguous() && table.size(1) * sizeof(int64_t) == sizeof(Row) &&
+                  layout.is_contiguous() && layout.size(1) * sizeof(int64_t) == sizeof(Dimension),
+              "pats_kernels: the tables are not this version's");
+  if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
+  const double scale = grad_scale ? 1.0 / *grad_scale->const_data_ptr<float>() : 1.0;
+  LaunchArgs args{storage_of(param_dtype), storage_of(state_dtype), uncertainty_of(uncertainty),
+                  Phase::kOnePass,         stochastic_rounding,     scale};
+
+  const Work work(table, layout);
+  // Kept from step to step: fresh memory would cost a page fault for every few chunks.
+  static thread_local std::vector<Partial> partials;
+  partials.resize(work.starts.back());
+  if (normalization == "delayed") {
+    run_phase(work, args, partials);
+    reduce_statistics(work, partials);
+  } else {
+    args.phase = Phase::kAverages;
+    run_phase(work, args, partials);
+    reduce_statistics(work, partials);
+    args.phase = Phase::kNoise;
+    run_phase(work, args, partials);
+  }
+  for (const Row& row : work.rows) {
+    if (row.step_count) *row.step_count += 1;
+  }
+}
+
+}  // namespace
+}  // namespace pats
+
+// `written` and `read` are the tensors that the table's addresses belong to: they tell the dispatcher what
+// changes, and keep the memory alive.
+TORCH_LIBRARY(pats_kernels, library) {
+  library.def(
+      "step_(Tensor(a!)[] written, Tensor[] read, Tensor table, Tensor layout, ScalarType param_dtype, "
+      "ScalarType state_dtype, str uncertainty, str normalization, bool stochastic_rounding, "
+      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(pats_kernels, CPU, library) { library.impl("step_", &pats::step_cpu); }
+
+// The module itself is empty: importing it registers the operator.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}

@@ -1,0 +1,308 @@
+// The CPU kernel: one source for every instruction set. setup.py compiles it with -mavx512..., with -mavx2
+// and plainly; PATS_CHUNK names the function that each of the objects exports, and cpu.cpp picks one.
+//
+// The path of the data: a chunk is cut into blocks of kBlock elements. A block is loaded (float32 storage
+// is used where it lies), its noise is drawn into the L1 cache, it is updated by one loop that the
+// compiler vectorizes, and it is stored. Tails and strided tensors are gathered into the same blocks.
+//
+// Nothing here may come from a header as an ordinary inline function: the linker keeps one copy of those,
+// and it might be one with instructions that the machine does not have.
+#include "cpu_kernel.h"
+
+#include "update.h"
+
+namespace pats {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int kGroups = kBlock / 4;
+
+struct Draw {  // what, with an element's index, its random words depend on
+  uint64_t seed;
+  uint32_t tensor_id, step;
+};
+
+using BlockWords = uint32_t[4][kGroups];
+
+// ---- random words and normals of a block
+
+static inline void draw(const Draw& d, uint64_t group, uint32_t top_bit, BlockWords& x) {
+  const uint64_t low = group & 0xFFFFFFFFu, high = (group >> 32) | top_bit;
+#pragma omp simd
+  for (int k = 0; k < kGroups; ++k) {
+    const Words words = philox4x32(low + k, high, d.tensor_id, d.step, d.seed);
+    x[0][k] = words.x0;
+    x[1][k] = words.x1;
+    x[2][k] = words.x2;
+    x[3][k] = words.x3;
+  }
+}
+
+template <class T>
+static inline void normals(const Draw& d, uint64_t group, const Circle<T>& circle, T* z) {
+  alignas(64) BlockWords x;
+  draw(d, group, 0, x);
+#pragma omp simd
+  for (int k = 0; k < kGroups; ++k) {
+    const T r0 = __builtin_sqrt(minus_two_log(unit<T>(x[0][k])));
+    const T r1 = __builtin_sqrt(minus_two_log(unit<T>(x[2][k])));
+    T cos0, sin0, cos1, sin1;
+    circle(turn<T>(x[1][k]), cos0, sin0);
+    circle(turn<T>(x[3][k]), cos1, sin1);
+    z[4 * k] = r0 * cos0;
+    z[4 * k + 1] = r0 * sin0;
+    z[4 * k + 2] = r1 * cos1;
+    z[4 * k + 3] = r1 * sin1;
+  }
+}
+
+static inline void rounding_bits(const Draw& d, uint64_t group, uint32_t* bits) {
+  alignas(64) BlockWords x;
+  draw(d, group, kRoundingBit, x);
+#pragma omp simd
+  for (int k = 0; k < kGroups; ++k) {
+    bits[4 * k] = x[0][k];
+    bits[4 * k + 1] = x[1][k];
+    bits[4 * k + 2] = x[2][k];
+    bits[4 * k + 3] = x[3][k];
+  }
+}
+
+// ---- the update of a block
+
+struct Rounding {
+  bool stochastic;
+  uint32_t param_mask, state_mask;  // 0xFFFF where the storage is bfloat16
+};
+
+inline __attribute__((always_inline)) float rounded(float x, uint32_t random, bool stochastic, uint32_t mask) {
+  return round_to_bfloat16(x, random, stochastic, mask);
+}
+
+// A float64 parameter's averages are stored as float or bfloat16 here; the parameter itself is not rounded.
+inline __attribute__((always_inline)) double rounded(double x, uint32_t random, bool stochastic, uint32_t mask) {
+  return round_to_bfloat16(static_cast<float>(x), random, stochastic, mask);
+}
+
+template <class T>
+struct Block {
+  T *w, *S, *U;
+  const T* g;
+  uint64_t group;  // of its first element: index / 4
+};
+
+// Between the two phases of the exact normalization the sign of S marks the elements whose sensitivity was
+// not finite: they get no noise, and the second phase need not read the gradient again to know them.
+template <class T, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
+__attribute__((noinline)) void update_block(const Constants<T>& constants, const Circle<T>& circle,
+                                            const Draw& d, const Rounding& rounding, const Block<T>& block,
+                                            Partial& partial) {
+  constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
+  alignas(64) T z[kBlock];
+  alignas(64) uint32_t bits[kBlock];
+  if (kPhase != Phase::kAverages) normals(d, block.group, circle, z);
+  if (kRounds) rounding_bits(d, block.group, bits);
+
+  const Constants<T> c = constants;
+  T* __restrict w = block.w;
+  const T* __restrict g = block.g;
+  T* __restrict S = block.S;
+  T* __restrict U = block.U;
+  T sum_s = 0, sum_u = 0;
+  int32_t nonfinite = 0;
+#pragma omp simd reduction(+ : sum_s, sum_u, nonfinite)
+  for (int i = 0; i < kBlock; ++i) {
+    T s = S[i], u = kHasUnc ? U[i] : T(0);
+    bool finite;
+    if (kPhase == Phase::kNoise) {
+      finite = !__builtin_signbit(s);
+      s = fabs(s);
+    } else {
+      finite = update_averages<kUncertainty>(c, w[i], g[i], s, u);
+      if (kRounds) {
+        s = rounded(s, bits[i] >> 16, rounding.stochastic, rounding.state_mask);
+        u = rounded(u, bits[i] >> 16, rounding.stochastic, rounding.state_mask);
+      }
+      S[i] = kPhase == Phase::kAverages && !finite ? -s : s;
+      if (kHasUnc) U[i] = u;
+      sum_s += s;
+      sum_u += u;
+    }
+    nonfinite += !finite;
+    if (kPhase != Phase::kAverages) {
+      const T a = finite ? gate<kUncertainty>(c, s, u) : T(0);
+      T w_new = w[i] + a * z[i];
+      if (kRounds && sizeof(T) == sizeof(float)) {
+        w_new = rounded(w_new, bits[i], rounding.stochastic, rounding.param_mask);
+      }
+      w[i] = w_new;
+    }
+  }
+  if (kPhase == Phase::kNoise && nonfinite > 0) {
+#pragma omp simd
+    for (int i = 0; i < kBlock; ++i) S[i] = fabs(S[i]);
+  }
+  partial.sens += sum_s;
+  partial.unc += sum_u;
+  partial.nonfinite += nonfinite;
+}
+
+// ---- storage: a block of it in the arithmetic's type, where it lies or in a buffer
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline float widen(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+static inline float widen(Float16 x) { return float_of_half(x.bits); }
+
+// A float that goes to bfloat16 has been rounded already: its low half is zero, or it is NaN.
+static inline void narrow(double x, float& to) { to = static_cast<float>(x); }
+static inline void narrow(double x, double& to) { to = x; }
+static inline void narrow(float x, Bfloat16& to) {
+  to.bits = static_cast<uint16_t>((bits_of(x) >> 16) | (x == x ? 0u : 0x40u));
+}
+static inline void narrow(float x, Float16& to) { to.bits = half_of_float(x); }
+
+// Where each of a block's elements lies in an operand that is not contiguous.
+using Offsets = int64_t[kBlock];
+
+static void walk(const Row& row, const Dimension* dimensions, int64_t Dimension::*stride, int64_t begin,
+                 int n, Offsets& offsets) {
+  for (int i = 0; i < n; ++i) {
+    int64_t index = begin + i, offset = 0;
+    for (int64_t d = row.ndim - 1; d >= 0; --d) {
+      const Dimension& dimension = dimensions[row.layout + d];
+      offset += index % dimension.size * (dimension.*stride);
+      index /= dimension.size;
+    }
+    offsets[i] = offset;
+  }
+}
+
+template <class T, class Storage>
+struct Operand {
+  Storage* data;
+  int64_t Dimension::*stride;
+  Offsets offsets;
+  alignas(64) T buffer[kBlock];
+
+  // Elements [begin, begin + n), followed by zeros up to a full block, which change no statistic.
+  T* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
+    if (row.ndim > 0) {
+      walk(row, dimensions, stride, begin, n, offsets);
+      for (int i = 0; i < n; ++i) buffer[i] = widen(data[offsets[i]]);
+    } else if (sizeof(T) == sizeof(Storage) && n == kBlock) {
+      return reinterpret_cast<T*>(data) + begin;
+    } else {
+      const Storage* p = data + begin;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) buffer[i] = widen(p[i]);
+    }
+    for (int i = n; i < kBlock; ++i) buffer[i] = 0;
+    return buffer;
+  }
+
+  void store(const T* block, const Row& row, int64_t begin, int n) {
+    if (block != buffer) return;
+    if (row.ndim > 0) {
+      for (int i = 0; i < n; ++i) narrow(buffer[i], data[offsets[i]]);
+    } else {
+      Storage* p = data + begin;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) narrow(buffer[i], p[i]);
+    }
+  }
+};
+
+// ---- a chunk
+
+template <class P, class S, Uncertainty kUncertainty, Phase kPhase>
+Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimensions, const float* stats,
+              uint32_t step, int64_t begin, int64_t end) {
+  using T = decltype(widen(P{}));
+  constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
+  constexpr bool kRounds = sizeof(T) != sizeof(S) || sizeof(T) != sizeof(P);
+  const Constants<T> c = constants<kUncertainty, T>(row, stats, static_cast<T>(args.grad_scale));
+  const Circle<T> circle(c.noise_scale);
+  const Draw d{row.seed, static_cast<uint32_t>(row.tensor_id), step};
+  const Rounding rounding{args.stochastic_rounding, args.param == Storage::kBfloat16 ? 0xFFFFu : 0u,
+                          args.state == Storage::kBfloat16 ? 0xFFFFu : 0u};
+  Operand<T, P> w, g;
+  Operand<T, S> s, u;
+  w.data = static_cast<P*>(row.param), w.stride = &Dimension::param;
+  g.data = static_cast<P*>(const_cast<void*>(row.grad)), g.stride = &Dimension::grad;
+  s.data = static_cast<S*>(row.sens), s.stride = &Dimension::sens;
+  u.data = static_cast<S*>(row.unc), u.stride = &Dimension::unc;
+
+  Partial total{0, 0, 0};
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int n = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
+    Block<T> block{};
+    block.w = w.load(row, dimensions, i, n);
+    block.S = s.load(row, dimensions, i, n);
+    if (kHasUnc) block.U = u.load(row, dimensions, i, n);
+    if (kPhase != Phase::kNoise) block.g = g.load(row, dimensions, i, n);
+    block.group = static_cast<uint64_t>(i) / 4;
+    Partial partial{0, 0, 0};
+    update_block<T, kUncertainty, kPhase, kRounds>(c, circle, d, rounding, block, partial);
+    if (kPhase != Phase::kAverages) w.store(block.w, row, i, n);
+    if (kPhase != Phase::kNoise || partial.nonfinite > 0) s.store(block.S, row, i, n);
+    if (kHasUnc && kPhase != Phase::kNoise) u.store(block.U, row, i, n);
+    total.sens += partial.sens;
+    total.unc += partial.unc;
+    total.nonfinite += partial.nonfinite;
+  }
+  return total;
+}
+
+// ---- from run-time values to templates, one argument at a time
+
+template <class P, class S, Uncertainty kUncertainty>
+ChunkFunction of_phase(Phase phase) {
+  switch (phase) {
+    case Phase::kOnePass: return chunk<P, S, kUncertainty, Phase::kOnePass>;
+    case Phase::kAverages: return chunk<P, S, kUncertainty, Phase::kAverages>;
+    default: return chunk<P, S, kUncertainty, Phase::kNoise>;
+  }
+}
+
+template <class P, class S>
+ChunkFunction of_uncertainty(const LaunchArgs& args) {
+  switch (args.uncertainty) {
+    case Uncertainty::kProduct: return of_phase<P, S, Uncertainty::kProduct>(args.phase);
+    case Uncertainty::kUcb: return of_phase<P, S, Uncertainty::kUcb>(args.phase);
+    default: return of_phase<P, S, Uncertainty::kNone>(args.phase);
+  }
+}
+
+template <class P>
+ChunkFunction of_state(const LaunchArgs& args) {
+  return args.state == Storage::kBfloat16 ? of_uncertainty<P, Bfloat16>(args)
+                                          : of_uncertainty<P, float>(args);
+}
+
+ChunkFunction of_storage(const LaunchArgs& args) {
+  switch (args.param) {
+    case Storage::kFloat32: return of_state<float>(args);
+    case Storage::kBfloat16: return of_state<Bfloat16>(args);
+    case Storage::kFloat16: return of_state<Float16>(args);
+    default:
+      return args.state == Storage::kFloat64 ? of_uncertainty<double, double>(args) : of_state<double>(args);
+  }
+}
+
+}  // namespace
+
+Partial PATS_CHUNK(const LaunchArgs& args, const Row& row, const Dimension* dimensions, const float* stats,
+                   uint32_t step, int64_t begin, int64_t end) {
+  return of_storage(args)(args, row, dimensions, stats, step, begin, end);
+}
+
+}  // namespace pats

@@ -1,0 +1,45 @@
+// Philox4x32-7 (Salmon et al., SC'11): the random words of one group of four elements.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PATS_INLINE __host__ __device__ __forceinline__
+#define PATS_UNROLL _Pragma("unroll")
+#else
+#define PATS_INLINE inline __attribute__((always_inline))
+#define PATS_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+namespace pats {
+
+constexpr int kRounds = 7;                      // the fewest that pass BigCrush
+constexpr uint32_t kRoundingBit = 0x80000000u;  // in the counter's second word: the words that round
+
+struct Words {
+  uint32_t x0, x1, x2, x3;
+};
+
+// The state stays in 64-bit lanes and only its low halves count: a widening multiply reads no more, so
+// that a SIMD round is two multiplies, two shifts and two three-way xors, with no shuffles between lanes.
+// The words that are the same in all lanes (group_high, tensor_id, step) cost their rounds only once: the
+// compiler hoists them out of the caller's loop.
+PATS_INLINE Words philox4x32(uint64_t group_low, uint64_t group_high, uint64_t tensor_id, uint64_t step,
+                             uint64_t seed) {
+  uint64_t c0 = group_low, c1 = group_high, c2 = tensor_id, c3 = step;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  PATS_UNROLL
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t p0 = (c0 & 0xFFFFFFFFu) * 0xD2511F53u;
+    const uint64_t p1 = (c2 & 0xFFFFFFFFu) * 0xCD9E8D57u;
+    c0 = (p1 >> 32) ^ c1 ^ k0;
+    c1 = p1;
+    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), static_cast<uint32_t>(c2),
+          static_cast<uint32_t>(c3)};
+}
+
+}  // namespace pats

@@ -1,0 +1,66 @@
+// The PATS step for one element: the formula, once for the CPU and for CUDA. pats_kernels/reference.py is
+// its specification, and names the sources.
+#pragma once
+#include "arithmetic.h"
+#include "table.h"
+
+namespace pats {
+
+// What is the same for all elements of a tensor. T is the arithmetic's type: float, or double for float64.
+template <class T>
+struct Constants {
+  T grad_scale;            // 1 / the GradScaler's scale
+  T sens_rate, unc_rate;   // 1 - b_s, 1 - b_u
+  T sens_factor, unc_factor;  // q' = k q out of S and U: the reciprocal means and k are in here
+  T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1
+  T noise_scale;           // 0 while there are no statistics
+};
+
+template <class T>
+PATS_INLINE T reciprocal_mean(T mean) {
+  const T largest = T(3.0e38);  // of a mean so small that its reciprocal would not be a float
+  return mean > 0 ? smaller(T(1) / mean, largest) : T(0);
+}
+
+// `stats` are mean(S) and mean(U) of the state that the normalization asks for.
+template <Uncertainty kUncertainty, class T>
+PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_scale) {
+  constexpr bool kIsProduct = kUncertainty == Uncertainty::kProduct;
+  const T mean_s = stats[0], mean_u = stats[1];
+  const T gamma = static_cast<T>(row.gamma), k = larger(gamma, T(1));
+  const T importance = kUncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
+  const bool known = importance > 0 && (!kIsProduct || mean_u > 0);
+  return {grad_scale,
+          static_cast<T>(row.sens_rate),
+          static_cast<T>(row.unc_rate),
+          reciprocal_mean(importance) * k,
+          kIsProduct ? reciprocal_mean(mean_u) : T(1),
+          gamma,
+          k,
+          known ? static_cast<T>(row.noise_scale) : T(0)};
+}
+
+// Rows 1 to 3 of the table. A sensitivity that is not finite leaves both averages as they were.
+template <Uncertainty kUncertainty, class T>
+PATS_INLINE bool update_averages(const Constants<T>& c, T w, T g, T& S, T& U) {
+  const T s = fabs(w * (g * c.grad_scale));
+  const bool finite = s < T(INFINITY);
+  const T S_new = S + c.sens_rate * (s - S);
+  if (kUncertainty != Uncertainty::kNone) {
+    const T U_new = U + c.unc_rate * (fabs(s - S_new) - U);
+    U = finite ? U_new : U;
+  }
+  S = finite ? S_new : S;
+  return finite;
+}
+
+// Rows 4 and 5.
+template <Uncertainty kUncertainty, class T>
+PATS_INLINE T gate(const Constants<T>& c, T S, T U) {
+  T q = S * c.sens_factor;
+  if (kUncertainty == Uncertainty::kProduct) q *= U * c.unc_factor;
+  if (kUncertainty == Uncertainty::kUcb) q = (S + U) * c.sens_factor;
+  return tanh_ratio(c.k - c.gamma * q, q);
+}
+
+}  // namespace pats

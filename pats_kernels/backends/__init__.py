@@ -1,0 +1,73 @@
+"""The implementations of one launch, and which of them can run where.
+
+A backend is two functions: `unavailable(device)` gives the reason why it cannot run there, or None;
+`step_(launch, batch, grad_scale, found_inf)` updates the launch's tensors in place.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pats_kernels.backends import eager, native, triton
+from pats_kernels.plan import Batch, Launch
+
+Step = Callable[[Launch, Batch, Tensor | None, Tensor | None], None]
+
+
+class Backend(NamedTuple):
+    unavailable: Callable[[torch.device], str | None]
+    step_: Step
+
+
+AUTO = "auto"
+_BACKENDS = {  # in the order in which "auto" prefers them
+    "triton": Backend(triton.unavailable, triton.step_),
+    "cuda": Backend(native.cuda_unavailable, native.step_),
+    "cpp": Backend(native.cpp_unavailable, native.step_),
+    "eager": Backend(eager.unavailable, eager.step_),
+}
+NAMES = (AUTO, *_BACKENDS)
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError for a name that is none of a backend's."""
+    if backend not in NAMES:
+        raise ValueError(f"Invalid backend: {backend!r} (must be one of {', '.join(map(repr, NAMES))})")
+
+
+def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """For each backend None where this machine can run it on tensors of `device`, else the reason.
+
+    "auto" is always there: it takes the first of "triton", "cuda", "cpp", "eager" that can run.
+    """
+    device = torch.device(device)
+    return {AUTO: None} | {name: backend.unavailable(device) for name, backend in _BACKENDS.items()}
+
+
+def resolve(backend: str, device: torch.device) -> Step:
+    """The step function that `backend` names on this device.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: it cannot run here; says why, and what can.
+    """
+    check_name(backend)
+    return _resolve(backend, device.type)
+
+
+@cache
+def _resolve(backend: str, device_type: str) -> Step:
+    reasons = available_backends(device_type)
+    usable = [name for name in _BACKENDS if reasons[name] is None]
+    if backend == AUTO:
+        # Under the interpreter Triton runs on the CPU, for tests alone: nobody means that by "auto".
+        return _BACKENDS[next(name for name in usable if (name, device_type) != ("triton", "cpu"))].step_
+    if reasons[backend] is not None:
+        raise RuntimeError(
+            f"backend={backend!r} cannot run on {device_type}: {reasons[backend]}. "
+            f"Here these can: {', '.join(map(repr, [AUTO, *usable]))}"
+        )
+    return _BACKENDS[backend].step_

@@ -1,0 +1,50 @@
+"""The compiled extension (csrc/): one operator, `torch.ops.pats_kernels.step_`, over the plan's tables."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from pats_kernels.plan import Batch, Launch
+
+_MISSING = None
+try:
+    importlib.import_module("pats_kernels._C")  # registers the operator
+except ImportError as error:
+    _MISSING = f"the C++ extension could not be loaded ({error}); reinstall with a C++17 compiler at hand"
+else:
+
+    @torch.library.register_fake("pats_kernels::step_")
+    def _(*_arguments: object) -> None:
+        """Updates its arguments in place and returns nothing: there is no output to describe."""
+
+
+def cpp_unavailable(device: torch.device) -> str | None:
+    if _MISSING is not None:
+        return _MISSING
+    return None if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
+
+
+def cuda_unavailable(device: torch.device) -> str | None:
+    return _MISSING or "this build of the C++ extension has no CUDA kernel"
+
+
+def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """One call for all of a launch's tensors."""
+    index, key = launch.index, launch.key
+    written = [batch.params[i] for i in index] + [batch.exp_avg_sens[i] for i in index]
+    written += [batch.sens_stats[i] for i in index]
+    written += [unc for i in index if (unc := batch.exp_avg_unc[i]) is not None]
+    written += [count for i in index if isinstance(count := batch.steps[i], Tensor)]
+    written += [batch.nonfinite[i] for i in index] if batch.nonfinite else []
+    torch.ops.pats_kernels.step_(
+        written,
+        [batch.grads[i] for i in index],
+        torch.from_numpy(launch.table),
+        torch.from_numpy(launch.layout),
+        key.param_dtype,
+        key.state_dtype,
+        *key.variant,
+        grad_scale,
+        found_inf,
+    )

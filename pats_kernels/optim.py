@@ -1,0 +1,250 @@
+"""PATS attached to an optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pats_kernels import backends
+from pats_kernels.hyperparameters import NAMES, Hyperparameters, Normalization, Uncertainty, hyperparameters
+from pats_kernels.plan import Batch, Planner, check_param
+from pats_kernels.step import launch
+
+VERSION = 1  # of the state_dict
+STATE_KEY = "pats"  # where an optimizer's state_dict carries PATS's
+
+
+class PATS:
+    """Perturbation According To Sensitivity, attached to any `torch.optim.Optimizer`.
+
+    Before each of the optimizer's steps, updates the moving average of every parameter's sensitivity
+    |w * g| and adds noise to the parameters the task does not use. The formula, with its sources, is in
+    `pats_kernels.reference`.
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+        PATS(optimizer)
+
+    A param group's own `noise_scale`, `gamma`, ... wins over the value given here and is read at every
+    step, so a schedule may change it. State is allocated at a parameter's first step with a gradient and
+    a noise_scale above 0. It rides in `optimizer.state_dict()`. Where the optimizer carries a GradScaler's
+    `grad_scale` and `found_inf`, gradients are unscaled and a step with infinities changes nothing.
+
+    Args:
+        optimizer: its `p.grad` is read as it stands when `step` begins; neither it nor the optimizer's own
+            state is changed.
+        noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0, 0: off.
+        gamma: elements with q >= 1/gamma get no noise; >= 0.
+        sens_betas: decay rates of the sensitivity and of its uncertainty, each in [0, 1).
+        uncertainty: how S and U make q: "product" (S U), "ucb" (S + U) or "none" (S; no U is kept).
+        normalization: "delayed" (means of the state before this step: one pass, no noise in the first
+            step) or "exact" (means of the state just updated: two passes).
+        state_dtype: of the averages, float32 or bfloat16; None: the parameter's, float32 for float16.
+        stochastic_rounding: whether writes to bfloat16 round stochastically.
+        seed: of the noise, 0 <= seed < 2^64.
+        backend: "auto", "triton", "cuda", "cpp" or "eager"; see `available_backends`.
+
+    Attributes:
+        state: for each parameter its `exp_avg_sens`, `exp_avg_unc` (the parameter's shape), `sens_stats`
+            (float32 [2]: mean(S), mean(U)) and `step` (0-d float32, on the parameter's device).
+
+    Raises:
+        ValueError: a hyperparameter out of range, here or in a param group.
+        TypeError: `optimizer` is not one; sparse, complex or integer parameters.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        noise_scale: float = 1e-5,
+        gamma: float = 1.0,
+        sens_betas: tuple[float, float] = (0.85, 0.95),
+        uncertainty: Uncertainty = "product",
+        normalization: Normalization = "delayed",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self.backend = backend
+        self.defaults: dict[str, Any] = {
+            "noise_scale": noise_scale,
+            "gamma": gamma,
+            "sens_betas": sens_betas,
+            "uncertainty": uncertainty,
+            "normalization": normalization,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        hyperparameters(self.defaults, self.defaults)
+        backends.check_name(backend)
+        for group in optimizer.param_groups:
+            hyperparameters(group, self.defaults)
+            for param in group["params"]:
+                backends.resolve(backend, param.device)
+
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._nonfinite: dict[Tensor, Tensor] = {}
+        self._planner = Planner()
+        self._loaded: dict[str, Any] | None = None
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_state_dict_post_hook(self._join_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def remove(self) -> None:
+        """Detaches from the optimizer, which then steps as if PATS had never been there."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def nonfinite_counts(self) -> dict[str, int]:
+        """How many gradient elements were not finite so far, by parameter. Waits for the device."""
+        names = self._names()
+        return {names[param]: int(count) for param, count in self._nonfinite.items() if int(count) > 0}
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
+        return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        batch = Batch(name=lambda i: self._names()[batch.params[i]])
+        steps: list[Tensor] = []
+        tensor_id = -1
+        for group in optimizer.param_groups:
+            values = hyperparameters(group, self.defaults)
+            for param in group["params"]:
+                tensor_id += 1
+                grad = param.grad
+                if grad is None or values.noise_scale == 0:
+                    continue
+                state = self.state.get(param)
+                if state is None:
+                    if param.numel() == 0:
+                        continue
+                    state = self._initialize(param, values)
+                batch.params.append(param)
+                batch.grads.append(grad)
+                batch.exp_avg_sens.append(state["exp_avg_sens"])
+                batch.exp_avg_unc.append(state["exp_avg_unc"] if values.uncertainty != "none" else None)
+                batch.sens_stats.append(state["sens_stats"])
+                steps.append(state["step"])
+                batch.nonfinite.append(self._nonfinite[param])
+                batch.tensor_ids.append(tensor_id)
+                batch.hyperparameters.append(values)
+        batch.steps = steps
+        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        launch(batch, self._planner, self.backend, grad_scale, found_inf)
+
+    def _initialize(self, param: Tensor, values: Hyperparameters) -> dict[str, Tensor]:
+        check_param(self._names()[param], param)
+        default = torch.float32 if param.dtype == torch.float16 else param.dtype
+        averages = {"exp_avg_sens"} if values.uncertainty == "none" else {"exp_avg_sens", "exp_avg_unc"}
+        state = {
+            name: torch.zeros_like(param, dtype=values.state_dtype or default)
+            for name in sorted(averages)
+        }
+        state["sens_stats"] = torch.zeros(2, dtype=torch.float32, device=param.device)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        self._nonfinite[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        self.state[param] = state
+        return state
+
+    def _names(self) -> dict[Tensor, str]:
+        """Each parameter's name as the optimizer has it, else its place in the param groups."""
+        return {
+            param: group["param_names"][i] if "param_names" in group else f"param_groups[{number}]['params'][{i}]"
+            for number, group in enumerate(self.optimizer.param_groups)
+            for i, param in enumerate(group["params"])
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
+        ids = {param: i for i, param in enumerate(self._names())}
+        return {
+            "version": VERSION,
+            "num_params": len(ids),
+            "defaults": dict(self.defaults),
+            "state": {ids[param]: dict(state) for param, state in self.state.items() if param in ids},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave; every tensor is copied and keeps its dtype.
+
+        Raises:
+            ValueError: the state is of other parameters or shapes, naming the first; nothing was changed.
+        """
+        self._commit(self._checked(state_dict))
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of `state_dict` for this optimizer's parameters and devices, or the error why it is none."""
+        if not isinstance(state_dict, Mapping) or "state" not in state_dict:
+            raise ValueError("not a state_dict of PATS: it has no 'state'")
+        if state_dict.get("version", VERSION) > VERSION:
+            raise ValueError(
+                f"state_dict version {state_dict['version']} is newer than this package's, {VERSION}"
+            )
+        defaults = self.defaults | dict(state_dict.get("defaults", {}))
+        hyperparameters(defaults, defaults)
+        names = self._names()
+        count = state_dict.get("num_params", len(names))
+        if count != len(names):
+            raise ValueError(f"state_dict has {count} parameters, the optimizer {len(names)}")
+        params = list(names)
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for key, entry in state_dict["state"].items():
+            if not 0 <= int(key) < len(params):
+                raise ValueError(f"state_dict has state of parameter {key}, the optimizer has {len(params)}")
+            param = params[int(key)]
+            state[param] = _checked_entry(names[param], param, entry)
+        return {"defaults": defaults, "state": state}
+
+    def _commit(self, checked: dict[str, Any]) -> None:
+        self.defaults = {name: checked["defaults"][name] for name in NAMES}
+        self.state = checked["state"]
+        self._nonfinite = {
+            param: torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
+        }
+
+    def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict[STATE_KEY] = self.state_dict()
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Checks PATS's part before the optimizer loads its own, so that an error leaves both as they were."""
+        part = state_dict.get(STATE_KEY)
+        empty = {"defaults": self.defaults, "state": {}}  # the checkpoint is of a run without PATS
+        self._loaded = self._checked(part) if part is not None else empty
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        if self._loaded is not None:
+            self._commit(self._loaded)
+            self._loaded = None
+
+
+def _checked_entry(name: str, param: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A copy of one parameter's state on its device, or a ValueError that names what does not fit."""
+    shapes = {"exp_avg_sens": param.shape, "exp_avg_unc": param.shape, "sens_stats": (2,), "step": ()}
+    copied: dict[str, Tensor] = {}
+    for key, shape in shapes.items():
+        if key not in entry:
+            if key == "exp_avg_unc":  # uncertainty="none" keeps none
+                continue
+            raise ValueError(f"{name}: the state_dict has no {key}")
+        value = torch.as_tensor(entry[key])
+        if value.shape != torch.Size(shape):
+            raise ValueError(
+                f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, "
+                f"{tuple(shape)} is expected"
+            )
+        dtype = value.dtype if key.startswith("exp_avg") else torch.float32
+        copied[key] = value.to(param.device, dtype, copy=True)
+    return copied

@@ -1,0 +1,332 @@
+"""Lists of tensors in, tables out: what a kernel needs to know to update all of them in one launch.
+
+A step's tensors are checked once, sorted into launches (one for each combination of device, dtypes and
+variant) and described by two tables of int64: one row for each tensor (`Column`), and one row for each
+dimension of the tensors that are not contiguous. The tables are kept: as long as the tensors stay what
+they were, a step only writes the gradients' addresses anew, since `zero_grad(set_to_none=True)` moves them.
+Nothing here holds a tensor, so nothing is kept alive.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pats_kernels.hyperparameters import Hyperparameters, Variant
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+VECTOR_BYTES = 16
+OPERANDS = 4  # param, grad, exp_avg_sens, exp_avg_unc: the first columns, and a layout row's strides
+
+
+class Column(IntEnum):
+    """A tensor's row. The kernels read the same names: csrc/table.h and backends/triton.py."""
+
+    PARAM = 0  # addresses
+    GRAD = 1
+    SENS = 2
+    UNC = 3  # 0 where uncertainty is "none"
+    STATS = 4
+    STEP_COUNT = 5  # 0, or a counter on the device that the kernel advances
+    NONFINITE = 6  # 0, or where to count the elements whose sensitivity is not finite
+    NUMEL = 7
+    NDIM = 8  # 0: contiguous in every operand; else how many rows of the layout table
+    LAYOUT = 9  # the first of them
+    VECTOR = 10  # 1: contiguous, and every address a multiple of 16 bytes
+    TENSOR_ID = 11
+    STEP = 12  # t, where there is no counter
+    SEED = 13
+    NOISE_SCALE = 14  # from here on float64
+    GAMMA = 15
+    SENS_RATE = 16  # 1 - b_s
+    UNC_RATE = 17  # 1 - b_u
+
+
+@dataclass(slots=True)
+class Batch:
+    """Parallel lists, one entry for each tensor that takes part in a step.
+
+    `steps` holds either t itself, or 0-d float32 tensors that count the steps taken so far, on their
+    parameters' devices, and that the step advances. `nonfinite` holds 0-d int64 tensors that the step
+    adds to. `name` gives a tensor's name for an error message.
+    """
+
+    name: Callable[[int], str]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avg_sens: list[Tensor] = field(default_factory=list)
+    exp_avg_unc: list[Tensor | None] = field(default_factory=list)
+    sens_stats: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] | list[int] = field(default_factory=list)
+    nonfinite: list[Tensor] = field(default_factory=list)
+    tensor_ids: list[int] = field(default_factory=list)
+    hyperparameters: list[Hyperparameters] = field(default_factory=list)
+
+
+class LaunchKey(NamedTuple):
+    """What one launch has in common."""
+
+    device: torch.device
+    param_dtype: torch.dtype
+    state_dtype: torch.dtype
+    variant: Variant
+
+
+@dataclass(slots=True)
+class Launch:
+    """One launch: some of a batch's tensors, and the tables that describe them.
+
+    `table` is int64 [tensors, Column], `layout` int64 [rows, 1 + OPERANDS]: a dimension's size, then its
+    stride in elements in each operand, outermost dimension first. `cache` is the backend's own.
+    """
+
+    key: LaunchKey
+    index: list[int]
+    table: np.ndarray
+    layout: np.ndarray
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Plan:
+    signature: list[tuple[Any, ...]]
+    launches: list[Launch]
+    hyperparameters: list[Hyperparameters] = field(default_factory=list)
+
+
+class Planner:
+    """Makes plans and keeps the last few, so that freezing and unfreezing a layer costs nothing either."""
+
+    def __init__(self, capacity: int = 8) -> None:
+        self._capacity = capacity
+        self._plans: list[Plan] = []
+
+    def plan(self, batch: Batch) -> Plan:
+        """The tables for these tensors, up to date.
+
+        Raises:
+            TypeError, ValueError: naming the first tensor that no kernel could update, and why.
+        """
+        try:
+            signature = _signature(batch)
+        except (RuntimeError, NotImplementedError):  # a sparse tensor has neither address nor strides
+            check(batch)
+            raise
+        plan = next((plan for plan in self._plans if plan.signature == signature), None)
+        if plan is None:
+            check(batch)
+            plan = Plan(signature, _launches(batch))
+            del self._plans[self._capacity - 1 :]
+        else:
+            self._plans.remove(plan)
+        self._plans.insert(0, plan)
+        _refresh(plan, batch)
+        return plan
+
+
+def _signature(batch: Batch) -> list[tuple[Any, ...]]:
+    """Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step."""
+    tensors = zip(
+        batch.params,
+        batch.grads,
+        batch.exp_avg_sens,
+        batch.exp_avg_unc,
+        batch.sens_stats,
+        batch.tensor_ids,
+        batch.hyperparameters,
+        strict=True,
+    )
+    # One flat comprehension: a call for each tensor would double the host time of a step.
+    return [
+        (p.data_ptr(), p.dtype, p.device, p.shape, p.stride())
+        + (g.dtype, g.device, g.shape, g.stride())
+        + (s.data_ptr(), s.dtype, s.device, s.shape, s.stride(), stats.data_ptr(), tensor_id, h.variant)
+        + ((u.data_ptr(), u.dtype, u.device, u.shape, u.stride()) if u is not None else ())
+        for p, g, s, u, stats, tensor_id, h in tensors
+    ]
+
+
+def check(batch: Batch) -> None:
+    """Raises the error that names the first tensor that a kernel could not update."""
+    seen: dict[int, str] = {}
+    for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        name, variant = batch.name(i), batch.hyperparameters[i].variant
+        sens, unc, stats = batch.exp_avg_sens[i], batch.exp_avg_unc[i], batch.sens_stats[i]
+        check_param(name, param)
+        _check_grad(name, param, grad)
+        _check_state(name, "exp_avg_sens", sens, param, STATE_DTYPES)
+        if variant.uncertainty == "none":
+            if unc is not None:
+                raise ValueError(f"{name}: uncertainty='none' keeps no exp_avg_unc, but one was given")
+        elif unc is None:
+            raise ValueError(f"{name}: uncertainty={variant.uncertainty!r} needs exp_avg_unc, but it is None")
+        else:
+            _check_state(name, "exp_avg_unc", unc, param, (sens.dtype,))
+        if stats.shape != (2,) or stats.dtype != torch.float32 or not stats.is_contiguous():
+            raise ValueError(
+                f"{name}: sens_stats must be contiguous float32 of shape (2,), "
+                f"but is {stats.dtype} of shape {tuple(stats.shape)}"
+            )
+        _require_same(name, "device", param.device, "sens_stats", stats.device)
+        for written in (param, sens, stats) if unc is None else (param, sens, unc, stats):
+            other = seen.setdefault(written.data_ptr(), name)
+            if other is not name or (written is not param and written.data_ptr() == param.data_ptr()):
+                raise ValueError(f"{name}: overlapping memory, shared with {other}")
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Raises TypeError or ValueError, naming it, where PATS cannot update this parameter."""
+    _check_kind(name, "parameter", param)
+    if param.dtype not in PARAM_DTYPES:
+        raise TypeError(f"{name}: PATS updates {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
+    if _overlaps_itself(param):
+        raise ValueError(f"{name}: overlapping memory: the parameter has strides {param.stride()}")
+
+
+def _check_kind(name: str, what: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: PATS does not support sparse tensors, but the {what} is {tensor.layout}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: PATS needs real floating point, but the {what} is {tensor.dtype}")
+
+
+def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    _check_kind(name, "gradient", grad)
+    _require_same(name, "shape", tuple(param.shape), "gradient", tuple(grad.shape))
+    _require_same(name, "dtype", param.dtype, "gradient", grad.dtype)
+    _require_same(name, "device", param.device, "gradient", grad.device)
+    if _overlaps_itself(grad):
+        raise ValueError(f"{name}: overlapping memory: the gradient has strides {grad.stride()}")
+
+
+def _check_state(
+    name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    _check_kind(name, key, state)
+    _require_same(name, "shape", tuple(param.shape), key, tuple(state.shape))
+    _require_same(name, "device", param.device, key, state.device)
+    if state.dtype not in dtypes or (state.dtype == torch.float64 and param.dtype != torch.float64):
+        raise ValueError(
+            f"{name}: dtype mismatch: {key} is {state.dtype}, "
+            f"for a {param.dtype} parameter it must be one of {_names(dtypes)}"
+        )
+    if _overlaps_itself(state):
+        raise ValueError(f"{name}: overlapping memory: {key} has strides {state.stride()}")
+
+
+def _require_same(name: str, what: str, expected: object, key: str, actual: object) -> None:
+    if expected != actual:
+        raise ValueError(f"{name}: {what} mismatch: the parameter has {expected}, its {key} {actual}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some stride does not clear the dimensions inside it."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return tensor.numel() > 0
+            extent = stride * (size - 1) + extent
+    return False
+
+
+def _launches(batch: Batch) -> list[Launch]:
+    """Sorts the tensors into launches and fills the columns that stay."""
+    indices: dict[LaunchKey, list[int]] = {}
+    for i, (param, sens, h) in enumerate(
+        zip(batch.params, batch.exp_avg_sens, batch.hyperparameters, strict=True)
+    ):
+        key = LaunchKey(param.device, param.dtype, sens.dtype, h.variant)
+        indices.setdefault(key, []).append(i)
+    return [_launch(batch, key, index) for key, index in indices.items()]
+
+
+def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
+    table = np.zeros((len(index), len(Column)), dtype=np.int64)
+    layout: list[tuple[int, ...]] = []
+    for row, i in zip(table, index, strict=True):
+        param, unc = batch.params[i], batch.exp_avg_unc[i]
+        operands = [param, batch.grads[i], batch.exp_avg_sens[i], unc if unc is not None else param]
+        dimensions = collapse(param.shape, [operand.stride() for operand in operands])
+        row[Column.PARAM] = param.data_ptr()
+        row[Column.SENS] = batch.exp_avg_sens[i].data_ptr()
+        row[Column.UNC] = unc.data_ptr() if unc is not None else 0
+        row[Column.STATS] = batch.sens_stats[i].data_ptr()
+        row[Column.NUMEL] = param.numel()
+        row[Column.NDIM] = len(dimensions)
+        row[Column.LAYOUT] = len(layout)
+        row[Column.TENSOR_ID] = batch.tensor_ids[i]
+        layout += dimensions
+    return Launch(key, index, table, np.array(layout, dtype=np.int64).reshape(-1, 1 + OPERANDS))
+
+
+def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The fewest dimensions that walk all operands in row-major order, as (size, stride, stride, ...).
+
+    None at all where every operand is contiguous.
+    """
+    merged: list[list[int]] = []
+    for size, *steps in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if merged and all(outer == size * step for outer, step in zip(merged[-1][1:], steps, strict=True)):
+            merged[-1] = [merged[-1][0] * size, *steps]
+        else:
+            merged.append([size, *steps])
+    contiguous = not merged or (len(merged) == 1 and set(merged[0][1:]) == {1})
+    return [] if contiguous else [tuple(dimension) for dimension in merged]
+
+
+def _refresh(plan: Plan, batch: Batch) -> None:
+    """Writes what may change while the tensors stay: addresses, steps, hyperparameters."""
+    grads = np.array([grad.data_ptr() for grad in batch.grads], dtype=np.int64)
+    counted = bool(batch.steps) and isinstance(batch.steps[0], Tensor)
+    steps = np.array([s.data_ptr() for s in batch.steps] if counted else batch.steps, dtype=np.int64)  # type: ignore[union-attr]
+    nonfinite = np.array([count.data_ptr() for count in batch.nonfinite], dtype=np.int64)
+    for launch in plan.launches:
+        table, index = launch.table, launch.index
+        table[:, Column.GRAD] = grads[index]
+        table[:, Column.STEP_COUNT if counted else Column.STEP] = steps[index]
+        table[:, Column.STEP if counted else Column.STEP_COUNT] = 0
+        table[:, Column.NONFINITE] = nonfinite[index] if len(nonfinite) else 0
+        addresses = table[:, : Column.UNC + 1]
+        aligned = (np.bitwise_or.reduce(addresses, axis=1) % VECTOR_BYTES) == 0
+        table[:, Column.VECTOR] = aligned & (table[:, Column.NDIM] == 0)
+        if plan.hyperparameters != batch.hyperparameters:
+            _write_hyperparameters(launch, [batch.hyperparameters[i] for i in index])
+    plan.hyperparameters = batch.hyperparameters
+
+
+def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> None:
+    seeds = np.array([h.seed for h in values], dtype=np.uint64)
+    launch.table[:, Column.SEED] = seeds.view(np.int64)
+    launch.table.view(np.float64)[:, Column.NOISE_SCALE : Column.UNC_RATE + 1] = [
+        (h.noise_scale, h.gamma, 1 - h.sens_betas[0], 1 - h.sens_betas[1]) for h in values
+    ]
+
+
+def chunk_table(numels: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tensor, and which piece of it, each program of a launch works on.
+
+    Args:
+        numels: the tensors' sizes, [tensors].
+        chunk: elements a piece; a tensor's last piece may be smaller.
+
+    Returns:
+        int32 [chunks, 2]: row of the table, number of the piece; int64 [tensors + 1]: where each tensor's
+        pieces start, so that its partial sums lie side by side.
+    """
+    counts = -(-numels // chunk)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    rows = np.repeat(np.arange(len(numels)), counts)
+    pieces = np.arange(starts[-1]) - starts[rows]
+    return np.stack((rows, pieces), axis=1).astype(np.int32), starts

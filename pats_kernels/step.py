@@ -1,0 +1,128 @@
+"""The functional API, and the one road from a batch of tensors to a launch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pats_kernels import backends
+from pats_kernels.hyperparameters import NAMES, Hyperparameters, hyperparameters
+from pats_kernels.plan import Batch, Planner
+from pats_kernels.reference import betas_per_tensor, per_tensor
+
+_planner = Planner()
+
+
+def launch(
+    batch: Batch,
+    planner: Planner,
+    backend: str,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Updates a batch in place: one plan, one launch for each device and combination of dtypes.
+
+    `grad_scale` and `found_inf` are a GradScaler's one-element tensors: the gradients are divided by the
+    first, and where the second is not 0 nothing is changed. Neither is read on the host.
+    """
+    if not batch.params:
+        return
+    plan = planner.plan(batch)
+    steps = [backends.resolve(backend, work.key.device) for work in plan.launches]
+    for work, step_ in zip(plan.launches, steps, strict=True):
+        step_(work, batch, _on(work.key.device, grad_scale), _on(work.key.device, found_inf))
+    torch.autograd.graph.increment_version(batch.params)
+
+
+def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
+    return value if value is None else value.to(device, torch.float32, non_blocking=True)
+
+
+@torch.no_grad()
+def pats_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avg_sens: Sequence[Tensor],
+    exp_avg_unc: Sequence[Tensor | None],
+    sens_stats: Sequence[Tensor],
+    *,
+    step: int | Sequence[int],
+    tensor_ids: Sequence[int],
+    seed: int | Sequence[int] = 0,
+    noise_scale: float | Sequence[float] = 1e-5,
+    gamma: float | Sequence[float] = 1.0,
+    sens_betas: tuple[float, float] | Sequence[tuple[float, float]] = (0.85, 0.95),
+    uncertainty: str | Sequence[str] = "product",
+    normalization: str | Sequence[str] = "delayed",
+    stochastic_rounding: bool | Sequence[bool] = True,
+    backend: str = "auto",
+) -> None:
+    """One PATS step over lists of tensors, in place. The formula is `pats_kernels.reference`'s.
+
+    Tensors that are empty, have no gradient (None) or a noise_scale of 0 are skipped.
+
+    Args:
+        params: float32, bfloat16, float16 or float64, of any shape and strides, on any devices.
+        grads: the loss gradients at `params`, unscaled and clipped: same shapes, dtypes, devices.
+        exp_avg_sens: S, the parameters' shapes, >= 0; float32 or bfloat16, or float64 for float64.
+        exp_avg_unc: U, the same; a list of None where uncertainty is "none".
+        sens_stats: mean(S) and mean(U), float32 of shape [2]; zeros before the first step.
+        step: t = 1, 2, ..., the number of this step; one value, or one per tensor, as all that follow.
+        tensor_ids: each tensor's position among all the optimizer's parameters, in [0, 2^32).
+        seed, noise_scale, gamma, sens_betas, uncertainty, normalization, stochastic_rounding: see `PATS`.
+        backend: "auto", "triton", "cuda", "cpp" or "eager".
+
+    Raises:
+        ValueError: a hyperparameter out of range; shapes, dtypes or devices that do not go together;
+            overlapping memory; lists of different lengths.
+        TypeError: sparse, complex or integer tensors.
+        RuntimeError: a backend that cannot run here.
+        All of them before any tensor is touched.
+    """
+    backends.check_name(backend)
+    count = len(params)
+    columns = {
+        "step": per_tensor(step, count),
+        "tensor_ids": list(tensor_ids),
+        "seed": per_tensor(seed, count),
+        "noise_scale": per_tensor(noise_scale, count),
+        "gamma": per_tensor(gamma, count),
+        "sens_betas": betas_per_tensor(sens_betas, count),
+        "uncertainty": per_tensor(uncertainty, count),
+        "normalization": per_tensor(normalization, count),
+        "stochastic_rounding": per_tensor(stochastic_rounding, count),
+        "grads": grads,
+        "exp_avg_sens": exp_avg_sens,
+        "exp_avg_unc": exp_avg_unc,
+        "sens_stats": sens_stats,
+    }
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ValueError(f"Invalid {name}: {len(column)} values for {count} params")
+
+    chosen: list[int] = []
+    batch = Batch(name=lambda i: f"params[{chosen[i]}]")
+    steps: list[int] = []
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        values = hyperparameters({name: columns[name][i] for name in NAMES if name in columns}, _DEFAULTS)
+        t = columns["step"][i]
+        if not 1 <= t < 2**32:
+            raise ValueError(f"Invalid step: {t!r} (must be in [1, 2^32))")
+        if not 0 <= tensor_ids[i] < 2**32:
+            raise ValueError(f"Invalid tensor_ids[{i}]: {tensor_ids[i]!r} (must be in [0, 2^32))")
+        if grad is None or param.numel() == 0 or values.noise_scale == 0:
+            continue
+        chosen.append(i)
+        batch.params.append(param)
+        batch.grads.append(grad)
+        batch.exp_avg_sens.append(exp_avg_sens[i])
+        batch.exp_avg_unc.append(exp_avg_unc[i])
+        batch.sens_stats.append(sens_stats[i])
+        batch.tensor_ids.append(tensor_ids[i])
+        batch.hyperparameters.append(values)
+        steps.append(int(t))
+    batch.steps = steps
+    launch(batch, _planner, backend)
+
+
+_DEFAULTS = {name: Hyperparameters.__dataclass_fields__[name].default for name in NAMES}

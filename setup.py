@@ -1,0 +1,63 @@
+"""Builds the C++ extension where torch and a compiler are at hand; without them the package installs too.
+
+Build with `pip install --no-build-isolation`: the extension belongs to the torch that is installed.
+"""
+
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    BuildExtension = None
+
+KERNEL = "csrc/cpu_kernel.cpp"
+FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra"]
+# What lets the compiler vectorize the kernel. NaN and infinity keep their meaning: no -ffast-math.
+SIMD_FLAGS = [*FLAGS, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": [f"-mavx512{part}" for part in ("f", "dq", "bw", "vl")]
+        + ["-mfma", "-mprefer-vector-width=512"],
+    }
+
+
+def command_class() -> Any:
+    """`BuildExtension` that compiles the kernel once for each instruction set, and that may fail."""
+
+    class BuildKernels(BuildExtension):
+        def build_extension(self, extension: Any) -> None:
+            for name, flags in INSTRUCTION_SETS.items():
+                extension.extra_objects += self.compiler.compile(
+                    [KERNEL],
+                    output_dir=str(Path(self.build_temp) / name),
+                    macros=[("PATS_CHUNK", f"chunk_{name}")],
+                    extra_postargs=[*SIMD_FLAGS, *flags],
+                )
+            super().build_extension(extension)
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                warnings.warn(f"pats_kernels is installed without its C++ extension: {error}", stacklevel=1)
+
+    # Without ninja: with it, torch compiles all of an extension's sources with the same flags.
+    return BuildKernels.with_options(use_ninja=False)
+
+
+if BuildExtension is None:
+    warnings.warn("no torch: install with --no-build-isolation for the C++ extension", stacklevel=1)
+    setup()
+else:
+    headers = sorted(map(str, Path("csrc").glob("*.h")))
+    extension = CppExtension(
+        "pats_kernels._C", ["csrc/cpu.cpp"], depends=[*headers, KERNEL], extra_compile_args=FLAGS
+    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": command_class()})
