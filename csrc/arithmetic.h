@@ -10,17 +10,32 @@
 
 namespace pats {
 
-PATS_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
+template <class To, class From>
+PATS_INLINE To reinterpret(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  memcpy(&result, &value, sizeof result);
+  return result;
 }
 
-PATS_INLINE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
+PATS_INLINE uint32_t bits_of(float x) { return reinterpret<uint32_t>(x); }
+PATS_INLINE uint64_t bits_of(double x) { return reinterpret<uint64_t>(x); }
+PATS_INLINE float float_of(uint32_t bits) { return reinterpret<float>(bits); }
+
+// The kernel is compiled as if no value were infinite or NaN and no zero had a sign, so that minima and
+// maxima are one instruction each. Whether a value really is finite, and its sign, is asked of its bits.
+constexpr uint32_t kInfinity = 0x7F800000u, kSign = 0x80000000u;
+constexpr uint64_t kInfinity64 = 0x7FF0000000000000u, kSign64 = 0x8000000000000000u;
+
+PATS_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
+PATS_INLINE bool is_finite(double x) { return (bits_of(x) & ~kSign64) < kInfinity64; }
+PATS_INLINE bool is_nan(float x) { return (bits_of(x) & ~kSign) > kInfinity; }
+PATS_INLINE bool is_negative(float x) { return bits_of(x) >= kSign; }
+PATS_INLINE bool is_negative(double x) { return bits_of(x) >= kSign64; }
+PATS_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
+PATS_INLINE double magnitude(double x) { return reinterpret<double>(bits_of(x) & ~kSign64); }
+PATS_INLINE float negative(float x) { return float_of(bits_of(x) | kSign); }
+PATS_INLINE double negative(double x) { return reinterpret<double>(bits_of(x) | kSign64); }
 
 template <class T>
 PATS_INLINE T larger(T a, T b) {
@@ -140,7 +155,7 @@ PATS_INLINE float round_to_bfloat16(float x, uint32_t random, bool stochastic, u
   const uint32_t bits = bits_of(x);
   const uint32_t nearest = 0x7FFFu + ((bits >> 16) & 1u);
   const uint32_t rounded = (bits + ((stochastic ? random & 0xFFFFu : nearest) & mask)) & ~mask;
-  return x == x ? float_of(rounded) : x;
+  return is_nan(x) ? x : float_of(rounded);
 }
 
 }  // namespace pats

@@ -115,15 +115,15 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
     T s = S[i], u = kHasUnc ? U[i] : T(0);
     bool finite;
     if (kPhase == Phase::kNoise) {
-      finite = !__builtin_signbit(s);
-      s = fabs(s);
+      finite = !is_negative(s);
+      s = magnitude(s);
     } else {
       finite = update_averages<kUncertainty>(c, w[i], g[i], s, u);
       if (kRounds) {
         s = rounded(s, bits[i] >> 16, rounding.stochastic, rounding.state_mask);
         u = rounded(u, bits[i] >> 16, rounding.stochastic, rounding.state_mask);
       }
-      S[i] = kPhase == Phase::kAverages && !finite ? -s : s;
+      S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
       if (kHasUnc) U[i] = u;
       sum_s += s;
       sum_u += u;
@@ -140,7 +140,7 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
   }
   if (kPhase == Phase::kNoise && nonfinite > 0) {
 #pragma omp simd
-    for (int i = 0; i < kBlock; ++i) S[i] = fabs(S[i]);
+    for (int i = 0; i < kBlock; ++i) S[i] = magnitude(S[i]);
   }
   partial.sens += sum_s;
   partial.unc += sum_u;
@@ -166,7 +166,7 @@ static inline float widen(Float16 x) { return float_of_half(x.bits); }
 static inline void narrow(double x, float& to) { to = static_cast<float>(x); }
 static inline void narrow(double x, double& to) { to = x; }
 static inline void narrow(float x, Bfloat16& to) {
-  to.bits = static_cast<uint16_t>((bits_of(x) >> 16) | (x == x ? 0u : 0x40u));
+  to.bits = static_cast<uint16_t>((bits_of(x) >> 16) | (is_nan(x) ? 0x40u : 0u));
 }
 static inline void narrow(float x, Float16& to) { to.bits = half_of_float(x); }
 

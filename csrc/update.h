@@ -43,11 +43,11 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
 // Rows 1 to 3 of the table. A sensitivity that is not finite leaves both averages as they were.
 template <Uncertainty kUncertainty, class T>
 PATS_INLINE bool update_averages(const Constants<T>& c, T w, T g, T& S, T& U) {
-  const T s = fabs(w * (g * c.grad_scale));
-  const bool finite = s < T(INFINITY);
+  const T s = magnitude(w * (g * c.grad_scale));
+  const bool finite = is_finite(s);
   const T S_new = S + c.sens_rate * (s - S);
   if (kUncertainty != Uncertainty::kNone) {
-    const T U_new = U + c.unc_rate * (fabs(s - S_new) - U);
+    const T U_new = U + c.unc_rate * (magnitude(s - S_new) - U);
     U = finite ? U_new : U;
   }
   S = finite ? S_new : S;

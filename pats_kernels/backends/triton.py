@@ -1,2 +1,137 @@
-def unavailable(device): return "todo"
-def step_(*a): ...
+"""The Triton backend: keeps a launch's tables on the device and starts its kernels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pats_kernels.plan import Batch, Column, Launch, chunk_table
+
+try:
+    import triton
+    import triton.language as tl
+
+    from pats_kernels.backends import triton_kernel as kernels
+except ImportError as error:
+    _MISSING: str | None = f"triton could not be imported ({error})"
+    _INTERPRETED = False
+else:
+    _MISSING = None
+    _INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+CHUNK = 4096  # elements a program
+BLOCK = 1024  # elements an iteration: 8 a thread
+NUM_WARPS = 4
+STATISTICS_BLOCK = 256  # partial sums an iteration
+
+
+@dataclass(slots=True)
+class _Tables:
+    """A launch's tables on the device, and its scratch memory."""
+
+    uploaded: np.ndarray  # what `table` holds: it travels again only where something changed
+    table: Tensor
+    layout: Tensor
+    chunks: Tensor
+    starts: Tensor
+    partials: Tensor
+
+
+def unavailable(device: torch.device) -> str | None:
+    if _MISSING is not None:
+        return _MISSING
+    if _INTERPRETED:
+        return None if device.type == "cpu" else "under TRITON_INTERPRET=1 it runs on the CPU"
+    if device.type != "cuda":
+        return "its kernels run on GPUs, and on the CPU only under TRITON_INTERPRET=1"
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
+def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """One launch over all chunks and one over all tensors; exact normalization needs a third."""
+    if launch.key.device.type == "cuda":
+        with torch.cuda.device(launch.key.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _start(launch, _tables(launch, stream), grad_scale, found_inf)
+    else:
+        _start(launch, _tables(launch, 0), grad_scale, found_inf)
+
+
+def _start(
+    launch: Launch, tables: _Tables, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    num_chunks, num_tensors = len(tables.chunks), len(launch.table)
+    constants = specialization(launch) | {"APPROX": _approximate(launch)}
+
+    def run_phase(phase: Any) -> None:
+        kernels.pats_kernel[(num_chunks,)](
+            tables.table,
+            tables.layout,
+            tables.chunks,
+            tables.partials,
+            grad_scale,
+            found_inf,
+            PHASE=phase,
+            num_warps=NUM_WARPS,
+            **constants,
+        )
+
+    exact = launch.key.variant.normalization == "exact"
+    run_phase(kernels.AVERAGES if exact else kernels.ONE_PASS)
+    kernels.statistics_kernel[(num_tensors,)](
+        tables.table, tables.starts, tables.partials, num_chunks, found_inf, BLOCK=STATISTICS_BLOCK
+    )
+    if exact:
+        run_phase(kernels.NOISE)
+
+
+def specialization(launch: Launch) -> dict[str, Any]:
+    """The kernel's compile-time arguments for a launch, but for those that depend on the device."""
+    dtypes = {
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+        torch.float64: tl.float64,
+    }
+    uncertainties = {"product": kernels.PRODUCT, "ucb": kernels.UCB, "none": kernels.NONE}
+    return {
+        "PARAM": dtypes[launch.key.param_dtype],
+        "STATE": dtypes[launch.key.state_dtype],
+        "UNCERTAINTY": uncertainties[launch.key.variant.uncertainty],
+        "STOCHASTIC": launch.key.variant.stochastic_rounding,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK,
+    }
+
+
+def _approximate(launch: Launch) -> bool:
+    """Whether PTX's approximate instructions are there (tanh.approx came with sm_75) and exact enough."""
+    if launch.key.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    capable = torch.cuda.get_device_capability(launch.key.device) >= (7, 5)
+    return capable and launch.key.param_dtype != torch.float64
+
+
+def _tables(launch: Launch, stream: int) -> _Tables:
+    """The launch's tables for work on this stream, uploaded where they changed."""
+    tables = launch.cache.get(stream)
+    if tables is None:
+        device = launch.key.device
+        chunks, starts = chunk_table(launch.table[:, Column.NUMEL], CHUNK)
+        tables = launch.cache[stream] = _Tables(
+            uploaded=launch.table.copy(),
+            table=torch.from_numpy(launch.table).to(device, copy=True),
+            layout=torch.from_numpy(launch.layout).to(device),
+            chunks=torch.from_numpy(chunks).to(device),
+            starts=torch.from_numpy(starts).to(device),
+            partials=torch.empty((3, len(chunks)), dtype=torch.float64, device=device),
+        )
+    elif not np.array_equal(tables.uploaded, launch.table):
+        np.copyto(tables.uploaded, launch.table)
+        host = torch.from_numpy(launch.table)
+        if launch.key.device.type == "cuda":
+            host = host.pin_memory()  # a copy of its own: the next step may not overwrite what is on its way
+        tables.table.copy_(host, non_blocking=True)
+    return tables

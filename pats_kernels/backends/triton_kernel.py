@@ -1,0 +1,433 @@
+"""The Triton kernels: every tensor of a launch in one grid, one pass over memory.
+
+A program works on one chunk: it looks up its tensor's row in the table, then walks the chunk in blocks.
+Full blocks of aligned, contiguous tensors are read and written 16 bytes at a time without masks; tails and
+misaligned tensors with masks; strided tensors through offsets worked out from the layout table. The formula
+is `_update`, in which APPROX chooses PTX's approximate instructions; without it the same lines run
+under Triton's interpreter and on devices that have no PTX.
+"""
+
+import triton
+import triton.language as tl
+
+from pats_kernels.philox import MULTIPLIERS, ROUNDING_BIT, ROUNDS, WEYL
+from pats_kernels.plan import OPERANDS, Column
+
+COLUMNS = tl.constexpr(len(Column))
+C_PARAM = tl.constexpr(int(Column.PARAM))
+C_GRAD = tl.constexpr(int(Column.GRAD))
+C_SENS = tl.constexpr(int(Column.SENS))
+C_UNC = tl.constexpr(int(Column.UNC))
+C_STATS = tl.constexpr(int(Column.STATS))
+C_STEP_COUNT = tl.constexpr(int(Column.STEP_COUNT))
+C_NONFINITE = tl.constexpr(int(Column.NONFINITE))
+C_NUMEL = tl.constexpr(int(Column.NUMEL))
+C_NDIM = tl.constexpr(int(Column.NDIM))
+C_LAYOUT = tl.constexpr(int(Column.LAYOUT))
+C_VECTOR = tl.constexpr(int(Column.VECTOR))
+C_TENSOR_ID = tl.constexpr(int(Column.TENSOR_ID))
+C_STEP = tl.constexpr(int(Column.STEP))
+C_SEED = tl.constexpr(int(Column.SEED))
+C_NOISE_SCALE = tl.constexpr(int(Column.NOISE_SCALE))
+C_GAMMA = tl.constexpr(int(Column.GAMMA))
+C_SENS_RATE = tl.constexpr(int(Column.SENS_RATE))
+C_UNC_RATE = tl.constexpr(int(Column.UNC_RATE))
+LAYOUT_COLUMNS = tl.constexpr(1 + OPERANDS)
+
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+WEYL_0, WEYL_1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
+ROUNDING = tl.constexpr(ROUNDING_BIT)
+
+# What kernels are specialized for.
+PRODUCT, UCB, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ONE_PASS, AVERAGES, NOISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the phases: csrc/table.h
+FULL, MASKED, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+# ---- functions of one number
+
+
+@triton.jit
+def _log2(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _sqrt(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def _cos(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.cos(x)
+
+
+@triton.jit
+def _sin(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.sin(x)
+
+
+@triton.jit
+def _reciprocal(x, APPROX: tl.constexpr):
+    if APPROX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _tanh(x, APPROX: tl.constexpr):
+    """tanh(x) for x >= 0, infinity included."""
+    if APPROX:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 20.0)) + 1.0)
+
+
+@triton.jit
+def _reciprocal_mean(mean):
+    """1 / mean, bounded so that it is a float; 0 while there are no statistics."""
+    return tl.where(mean > 0, tl.minimum(1.0 / mean, 3.0e38), 0.0)
+
+
+# ---- random numbers
+
+
+@triton.jit
+def _mulhilo(a, MULTIPLIER: tl.constexpr):
+    """One widening multiply: its high and its low word."""
+    product = a.to(tl.uint64) * MULTIPLIER
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _philox(group_low, group_high, tensor_id, step, seed):
+    """Four words for each group of four elements; what is the same for all groups stays a scalar."""
+    c0, c1, c2, c3 = group_low, group_high, tensor_id, step
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        hi0, lo0 = _mulhilo(c0, MULTIPLIER_0)
+        hi1, lo1 = _mulhilo(c2, MULTIPLIER_1)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0 = k0 + tl.full((), WEYL_0, tl.uint32)
+        k1 = k1 + tl.full((), WEYL_1, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _interleave(x0, x1, x2, x3, BLOCK: tl.constexpr):
+    """Four values for each group, in the order of the elements."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK,))
+
+
+@triton.jit
+def _sum_groups(x, BLOCK: tl.constexpr):
+    """Sums of four neighbours, which one thread holds: fewer accumulators, more threads at a time."""
+    return tl.sum(tl.reshape(x, (BLOCK // 4, 4)), axis=1)
+
+
+@triton.jit
+def _box_muller(x0, x1, FLOAT: tl.constexpr, APPROX: tl.constexpr):
+    uniform = x0.to(FLOAT) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    # Signed, so that the angle is in [-pi, pi), where sin.approx and cos.approx are at their best.
+    angle = x1.to(tl.int32, bitcast=True).to(FLOAT) * 1.4629180792671596e-09 + 7.314590396335798e-10
+    radius = _sqrt(-1.3862943611198906 * _log2(uniform, APPROX), APPROX)
+    return radius * _cos(angle, APPROX), radius * _sin(angle, APPROX)
+
+
+@triton.jit
+def _normals(x0, x1, x2, x3, FLOAT: tl.constexpr, APPROX: tl.constexpr, BLOCK: tl.constexpr):
+    z0, z1 = _box_muller(x0, x1, FLOAT, APPROX)
+    z2, z3 = _box_muller(x2, x3, FLOAT, APPROX)
+    return _interleave(z0, z1, z2, z3, BLOCK)
+
+
+@triton.jit
+def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """`x` as STORAGE. bfloat16 rounds stochastically (adds 16 random bits, then truncates) or to nearest."""
+    if STORAGE == tl.bfloat16:
+        # The conversion would do to round to nearest, but for Triton's interpreter, which truncates.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        increment = random & 0xFFFF if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
+        rounded = ((bits + increment) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return tl.where(x == x, rounded, x.to(tl.float32).to(tl.bfloat16))
+    else:
+        return x.to(STORAGE)
+
+
+# ---- the step
+
+
+@triton.jit
+def _float64(entry, COLUMN: tl.constexpr):
+    return tl.load(entry + COLUMN).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _offsets(entry, layout, index, OPERAND: tl.constexpr):
+    """Where the elements of row-major number `index` lie in an operand that is not contiguous."""
+    ndim = tl.load(entry + C_NDIM)
+    first = layout + tl.load(entry + C_LAYOUT) * LAYOUT_COLUMNS
+    offsets = index * 0
+    for i in range(0, ndim):
+        dimension = first + (ndim - 1 - i) * LAYOUT_COLUMNS
+        size = tl.load(dimension)
+        offsets += index % size * tl.load(dimension + 1 + OPERAND)
+        index = index // size
+    return offsets
+
+
+@triton.jit
+def _averages(w, g, S, U, sens_rate, unc_rate, UNCERTAINTY: tl.constexpr):
+    """Rows 1 to 3 of the table. A sensitivity that is not finite leaves both averages as they were."""
+    s = tl.abs(w * g)
+    finite = s < float("inf")
+    S_new = S + sens_rate * (s - S)
+    if UNCERTAINTY != NONE:
+        U = tl.where(finite, U + unc_rate * (tl.abs(s - S_new) - U), U)
+    return tl.where(finite, S_new, S), U, finite
+
+
+@triton.jit
+def _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr):
+    """Rows 4 and 5. The factors are the reciprocal means."""
+    if UNCERTAINTY == PRODUCT:
+        q = (S * sens_factor) * (U * unc_factor)
+    elif UNCERTAINTY == UCB:
+        q = (S + U) * sens_factor
+    else:
+        q = S * sens_factor
+    return _tanh(tl.maximum(_reciprocal(q, APPROX) - gamma, 0.0), APPROX)
+
+
+@triton.jit
+def _load(at, mask, FLOAT: tl.constexpr):
+    if mask is None:
+        return tl.load(at).to(FLOAT)
+    else:
+        return tl.load(at, mask=mask, other=0.0).to(FLOAT)
+
+
+@triton.jit
+def _chunk(
+    entry,
+    layout,
+    grad_scale,
+    start,
+    length,
+    PATH: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    PHASE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    APPROX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Updates elements [start, start + length). Returns their sums of S and U, and how many sensitivities
+    were not finite."""
+    FLOAT: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
+    ROUNDS: tl.constexpr = STOCHASTIC and (PARAM == tl.bfloat16 or STATE == tl.bfloat16)
+
+    param = tl.load(entry + C_PARAM).to(tl.pointer_type(PARAM))
+    grad = tl.load(entry + C_GRAD).to(tl.pointer_type(PARAM))
+    sens = tl.load(entry + C_SENS).to(tl.pointer_type(STATE))
+    unc = tl.load(entry + C_UNC).to(tl.pointer_type(STATE))
+    if PATH == FULL:
+        param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
+        sens, unc = tl.multiple_of(sens, 16), tl.multiple_of(unc, 16)
+
+    seed, tensor_id = tl.load(entry + C_SEED), tl.load(entry + C_TENSOR_ID).to(tl.uint32)
+    step = tl.load(entry + C_STEP)
+    counter = tl.load(entry + C_STEP_COUNT)
+    if counter != 0:
+        step = tl.load(counter.to(tl.pointer_type(tl.float32))).to(tl.int64)
+        if PHASE != NOISE:  # before which the counter has been advanced
+            step += 1
+    step = step.to(tl.uint32)
+
+    sens_rate, unc_rate = _float64(entry, C_SENS_RATE).to(FLOAT), _float64(entry, C_UNC_RATE).to(FLOAT)
+    gamma, noise_scale = _float64(entry, C_GAMMA).to(FLOAT), _float64(entry, C_NOISE_SCALE).to(FLOAT)
+    stats = tl.load(entry + C_STATS).to(tl.pointer_type(tl.float32))
+    sens_mean, unc_mean = tl.load(stats).to(FLOAT), tl.load(stats + 1).to(FLOAT)
+    if UNCERTAINTY == UCB:
+        sens_mean += unc_mean
+    if UNCERTAINTY != PRODUCT:
+        unc_mean = sens_mean
+    sens_factor, unc_factor = _reciprocal_mean(sens_mean), _reciprocal_mean(unc_mean)
+    noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
+
+    groups, lanes = tl.arange(0, BLOCK // 4).to(tl.uint32), tl.arange(0, BLOCK)
+    sum_s, sum_u = tl.zeros((BLOCK // 4,), FLOAT), tl.zeros((BLOCK // 4,), FLOAT)
+    nonfinite = tl.zeros((BLOCK // 4,), tl.int32)
+    for first in tl.range(0, length, BLOCK, loop_unroll_factor=1):
+        begin = start + first
+        mask = None if PATH == FULL else first + lanes < length
+        if PATH == STRIDED:
+            w_at = param + _offsets(entry, layout, begin + lanes, 0)
+            g_at = grad + _offsets(entry, layout, begin + lanes, 1)
+            s_at = sens + _offsets(entry, layout, begin + lanes, 2)
+            u_at = unc + _offsets(entry, layout, begin + lanes, 3)
+        else:
+            w_at, g_at = param + begin + lanes, grad + begin + lanes
+            s_at, u_at = sens + begin + lanes, unc + begin + lanes
+
+        group = begin // 4  # a chunk does not cross a multiple of 2^34, so the high word is the same for all
+        group_low, group_high = group.to(tl.uint32) + groups, (group >> 32).to(tl.uint32)
+        random = 0
+        if ROUNDS:
+            r0, r1, r2, r3 = _philox(group_low, group_high | ROUNDING, tensor_id, step, seed)
+            random = _interleave(r0, r1, r2, r3, BLOCK)
+
+        w, S = _load(w_at, mask, FLOAT), _load(s_at, mask, FLOAT)
+        U = S
+        if UNCERTAINTY != NONE:
+            U = _load(u_at, mask, FLOAT)
+
+        if PHASE == NOISE:
+            # The phase before marked, by the sign of S, the elements that get no noise.
+            finite = S.to(tl.int64 if FLOAT == tl.float64 else tl.int32, bitcast=True) >= 0
+            S = tl.abs(S)
+            tl.store(s_at, S.to(STATE), mask=(finite == 0) if mask is None else mask & (finite == 0))
+        else:
+            g = _load(g_at, mask, FLOAT)
+            if grad_scale is not None:
+                g = g / tl.load(grad_scale)
+            S, U, finite = _averages(w, g, S, U, sens_rate, unc_rate, UNCERTAINTY)
+            S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
+            S = S_stored.to(FLOAT)
+            if PHASE == AVERAGES:
+                S_stored = tl.where(finite, S_stored, _marked(S_stored))
+            tl.store(s_at, S_stored, mask=mask)
+            sum_s += _sum_groups(S, BLOCK)
+            if UNCERTAINTY != NONE:
+                U_stored = _round(U, random >> 16, STATE, STOCHASTIC)
+                U = U_stored.to(FLOAT)
+                tl.store(u_at, U_stored, mask=mask)
+                sum_u += _sum_groups(U, BLOCK)
+            nonfinite += _sum_groups(tl.where(finite, 0, 1), BLOCK)
+
+        if PHASE != AVERAGES:
+            x0, x1, x2, x3 = _philox(group_low, group_high, tensor_id, step, seed)
+            z = _normals(x0, x1, x2, x3, FLOAT, APPROX, BLOCK)
+            a = _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY, APPROX)
+            w = tl.where(finite, w + noise_scale * (a * z), w)
+            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask)
+
+    return tl.sum(sum_s), tl.sum(sum_u), tl.sum(nonfinite)
+
+
+@triton.jit
+def _marked(S):
+    """The same with its sign set, zero too."""
+    if S.dtype == tl.bfloat16:
+        return (S.to(tl.uint16, bitcast=True) | 0x8000).to(tl.bfloat16, bitcast=True)
+    elif S.dtype == tl.float32:
+        return (S.to(tl.uint32, bitcast=True) | 0x80000000).to(tl.float32, bitcast=True)
+    else:
+        return (S.to(tl.uint64, bitcast=True) | 0x8000000000000000).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def pats_kernel(
+    table,
+    layout,
+    chunks,
+    partials,
+    grad_scale,
+    found_inf,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    PHASE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    APPROX: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONLY_FULL: tl.constexpr = False,
+):
+    """One program for each chunk.
+
+    Args:
+        table, layout: int64, see `pats_kernels.plan.Column` and `Launch`.
+        chunks: int32 [chunks, 2], the table's row and the number of the piece.
+        partials: float64 [3, chunks], a chunk's sums of S and U and its count of what was not finite.
+        grad_scale, found_inf: a GradScaler's float32 [1], or None.
+        ONLY_FULL: leaves the other two paths out, to study the compiler's work on the one that counts.
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    pid = tl.program_id(0)
+    entry = table + tl.load(chunks + 2 * pid).to(tl.int64) * COLUMNS
+    start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
+    left = tl.minimum(tl.load(entry + C_NUMEL) - start, CHUNK).to(tl.int32)
+    if ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
+        sum_s, sum_u, nonfinite = _chunk(
+            entry, layout, grad_scale, start, CHUNK, FULL,
+            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+        )  # fmt: skip
+    elif tl.load(entry + C_NDIM) == 0:
+        sum_s, sum_u, nonfinite = _chunk(
+            entry, layout, grad_scale, start, left, MASKED,
+            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+        )  # fmt: skip
+    else:
+        sum_s, sum_u, nonfinite = _chunk(
+            entry, layout, grad_scale, start, left, STRIDED,
+            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+        )  # fmt: skip
+    if PHASE != NOISE:
+        num_chunks = tl.num_programs(0)
+        tl.store(partials + pid, sum_s.to(tl.float64))
+        tl.store(partials + num_chunks + pid, sum_u.to(tl.float64))
+        tl.store(partials + 2 * num_chunks + pid, nonfinite.to(tl.float64))
+
+
+@triton.jit
+def statistics_kernel(table, starts, partials, num_chunks, found_inf, BLOCK: tl.constexpr):
+    """One program for each tensor: adds its chunks' partial sums in a fixed order, and advances its step.
+
+    Args:
+        starts: int64 [tensors + 1], where each tensor's chunks start in `partials`.
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    row = tl.program_id(0)
+    entry = table + row.to(tl.int64) * COLUMNS
+    first, last = tl.load(starts + row), tl.load(starts + row + 1)
+    sum_s, sum_u = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.float64)
+    for i in range(first, last, BLOCK):
+        lanes = i + tl.arange(0, BLOCK)
+        mask = lanes < last
+        sum_s += tl.load(partials + lanes, mask=mask, other=0.0)
+        sum_u += tl.load(partials + num_chunks + lanes, mask=mask, other=0.0)
+        count += tl.load(partials + 2 * num_chunks + lanes, mask=mask, other=0.0)
+
+    numel = tl.load(entry + C_NUMEL).to(tl.float64)
+    stats = tl.load(entry + C_STATS).to(tl.pointer_type(tl.float32))
+    tl.store(stats, (tl.sum(sum_s) / numel).to(tl.float32))
+    tl.store(stats + 1, (tl.sum(sum_u) / numel).to(tl.float32))
+    nonfinite = tl.load(entry + C_NONFINITE)
+    if nonfinite != 0:
+        nonfinite = nonfinite.to(tl.pointer_type(tl.int64))
+        tl.store(nonfinite, tl.load(nonfinite) + tl.sum(count).to(tl.int64))
+    counter = tl.load(entry + C_STEP_COUNT)
+    if counter != 0:
+        counter = counter.to(tl.pointer_type(tl.float32))
+        tl.store(counter, tl.load(counter) + 1)
