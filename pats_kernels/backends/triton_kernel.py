@@ -177,17 +177,21 @@ def _float64(entry, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _offsets(entry, layout, index, OPERAND: tl.constexpr):
-    """Where the elements of row-major number `index` lie in an operand that is not contiguous."""
-    ndim = tl.load(entry + C_NDIM)
-    first = layout + tl.load(entry + C_LAYOUT) * LAYOUT_COLUMNS
-    offsets = index * 0
+def _offsets(entry, layout, index):
+    """Where the elements of row-major number `index` lie in the four operands: innermost dimension first."""
+    ndim = tl.load(entry + C_NDIM).to(tl.int32)
+    last = layout + (tl.load(entry + C_LAYOUT) + ndim - 1) * LAYOUT_COLUMNS
+    w_at, g_at, s_at, u_at = index * 0, index * 0, index * 0, index * 0
     for i in range(0, ndim):
-        dimension = first + (ndim - 1 - i) * LAYOUT_COLUMNS
+        dimension = last - i * LAYOUT_COLUMNS
         size = tl.load(dimension)
-        offsets += index % size * tl.load(dimension + 1 + OPERAND)
+        position = index % size
+        w_at += position * tl.load(dimension + 1)
+        g_at += position * tl.load(dimension + 2)
+        s_at += position * tl.load(dimension + 3)
+        u_at += position * tl.load(dimension + 4)
         index = index // size
-    return offsets
+    return w_at, g_at, s_at, u_at
 
 
 @triton.jit
@@ -277,13 +281,10 @@ def _chunk(
         begin = start + first
         mask = None if PATH == FULL else first + lanes < length
         if PATH == STRIDED:
-            w_at = param + _offsets(entry, layout, begin + lanes, 0)
-            g_at = grad + _offsets(entry, layout, begin + lanes, 1)
-            s_at = sens + _offsets(entry, layout, begin + lanes, 2)
-            u_at = unc + _offsets(entry, layout, begin + lanes, 3)
+            w_at, g_at, s_at, u_at = _offsets(entry, layout, begin + lanes)
         else:
-            w_at, g_at = param + begin + lanes, grad + begin + lanes
-            s_at, u_at = sens + begin + lanes, unc + begin + lanes
+            w_at, g_at, s_at, u_at = begin + lanes, begin + lanes, begin + lanes, begin + lanes
+        w_at, g_at, s_at, u_at = param + w_at, grad + g_at, sens + s_at, unc + u_at
 
         group = begin // 4  # a chunk does not cross a multiple of 2^34, so the high word is the same for all
         group_low, group_high = group.to(tl.uint32) + groups, (group >> 32).to(tl.uint32)
@@ -383,12 +384,12 @@ def pats_kernel(
     elif tl.load(entry + C_NDIM) == 0:
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, left, MASKED,
-            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 4,
         )  # fmt: skip
     else:
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, left, STRIDED,
-            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 8,
         )  # fmt: skip
     if PHASE != NOISE:
         num_chunks = tl.num_programs(0)
@@ -425,9 +426,9 @@ def statistics_kernel(table, starts, partials, num_chunks, found_inf, BLOCK: tl.
     tl.store(stats + 1, (tl.sum(sum_u) / numel).to(tl.float32))
     nonfinite = tl.load(entry + C_NONFINITE)
     if nonfinite != 0:
-        nonfinite = nonfinite.to(tl.pointer_type(tl.int64))
-        tl.store(nonfinite, tl.load(nonfinite) + tl.sum(count).to(tl.int64))
+        total = nonfinite.to(tl.pointer_type(tl.int64))
+        tl.store(total, tl.load(total) + tl.sum(count).to(tl.int64))
     counter = tl.load(entry + C_STEP_COUNT)
     if counter != 0:
-        counter = counter.to(tl.pointer_type(tl.float32))
-        tl.store(counter, tl.load(counter) + 1)
+        steps = counter.to(tl.pointer_type(tl.float32))
+        tl.store(steps, tl.load(steps) + 1)
