@@ -5,22 +5,20 @@ Build with `pip install --no-build-isolation`: the extension belongs to the torc
 
 import platform
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    BuildExtension = None
-
 KERNEL = "csrc/cpu_kernel.cpp"
-FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra"]
 # What lets the compiler vectorize the kernel. It asks bits, not comparisons, what is NaN or infinite
 # (csrc/arithmetic.h), so that minima and maxima can be one instruction each.
 SIMD_FLAGS = [
-    *FLAGS,
+    "-O3",
+    "-std=c++17",
+    "-Wall",
+    "-Wextra",
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -36,19 +34,21 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 
-def command_class() -> Any:
-    """`BuildExtension` that compiles the kernel once for each instruction set, and that may fail."""
+def setup_with_extension() -> None:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildKernels(BuildExtension):
-        def build_extension(self, extension: Any) -> None:
+        """Compiles the kernel once for each instruction set. A failure leaves a package without extension."""
+
+        def build_extension(self, ext: Any) -> None:
             for name, flags in INSTRUCTION_SETS.items():
-                extension.extra_objects += self.compiler.compile(
+                ext.extra_objects += self.compiler.compile(
                     [KERNEL],
                     output_dir=str(Path(self.build_temp) / name),
                     macros=[("PATS_CHUNK", f"chunk_{name}")],
                     extra_postargs=[*SIMD_FLAGS, *flags],
                 )
-            super().build_extension(extension)
+            super().build_extension(ext)
 
         def run(self) -> None:
             try:
@@ -56,16 +56,16 @@ def command_class() -> Any:
             except Exception as error:
                 warnings.warn(f"pats_kernels is installed without its C++ extension: {error}", stacklevel=1)
 
-    # Without ninja: with it, torch compiles all of an extension's sources with the same flags.
-    return BuildKernels.with_options(use_ninja=False)
-
-
-if BuildExtension is None:
-    warnings.warn("no torch: install with --no-build-isolation for the C++ extension", stacklevel=1)
-    setup()
-else:
     headers = sorted(map(str, Path("csrc").glob("*.h")))
     extension = CppExtension(
-        "pats_kernels._C", ["csrc/cpu.cpp"], depends=[*headers, KERNEL], extra_compile_args=FLAGS
+        "pats_kernels._C", ["csrc/cpu.cpp"], depends=[*headers, KERNEL], extra_compile_args=["-O3"]
     )
-    setup(ext_modules=[extension], cmdclass={"build_ext": command_class()})
+    # Without ninja: with it, torch compiles all of an extension's sources with the same flags.
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels.with_options(use_ninja=False)})
+
+
+if find_spec("torch") is not None:
+    setup_with_extension()
+else:
+    warnings.warn("no torch: install with --no-build-isolation for the C++ extension", stacklevel=1)
+    setup()

@@ -27,7 +27,7 @@ using BlockWords = uint32_t[4][kGroups];
 // ---- random words and normals of a block
 
 static inline void draw(const Draw& d, uint64_t group, uint32_t top_bit, BlockWords& x) {
-  const uint64_t low = group & 0xFFFFFFFFu, high = (group >> 32) | top_bit;
+  const Lane low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32) | top_bit;
 #pragma omp simd
   for (int k = 0; k < kGroups; ++k) {
     const Words words = philox4x32(low + k, high, d.tensor_id, d.step, d.seed);

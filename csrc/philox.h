@@ -19,22 +19,27 @@ struct Words {
   uint32_t x0, x1, x2, x3;
 };
 
-// The state stays in 64-bit lanes and only its low halves count: a widening multiply reads no more, so
-// that a SIMD round is two multiplies, two shifts and two three-way xors, with no shuffles between lanes.
-// The words that are the same in all lanes (group_high, tensor_id, step) cost their rounds only once: the
-// compiler hoists them out of the caller's loop.
-PATS_INLINE Words philox4x32(uint64_t group_low, uint64_t group_high, uint64_t tensor_id, uint64_t step,
-                             uint64_t seed) {
-  uint64_t c0 = group_low, c1 = group_high, c2 = tensor_id, c3 = step;
+// What a state word is kept in. With AVX-512 64-bit lanes whose high halves are ignored: a round is then two
+// multiplies, two shifts and two three-way xors, with no shuffles. Elsewhere there is no such multiply.
+#if defined(__AVX512DQ__)
+using Lane = uint64_t;
+#else
+using Lane = uint32_t;
+#endif
+
+// The words that are the same in all lanes of a loop (group_high, tensor_id, step) cost their rounds only
+// once: the compiler hoists them.
+PATS_INLINE Words philox4x32(Lane group_low, Lane group_high, Lane tensor_id, Lane step, uint64_t seed) {
+  Lane c0 = group_low, c1 = group_high, c2 = tensor_id, c3 = step;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   PATS_UNROLL
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t p0 = (c0 & 0xFFFFFFFFu) * 0xD2511F53u;
-    const uint64_t p1 = (c2 & 0xFFFFFFFFu) * 0xCD9E8D57u;
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
-    c3 = p0;
+    const uint64_t p0 = uint64_t{static_cast<uint32_t>(c0)} * 0xD2511F53u;
+    const uint64_t p1 = uint64_t{static_cast<uint32_t>(c2)} * 0xCD9E8D57u;
+    c0 = static_cast<Lane>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<Lane>(p1);
+    c2 = static_cast<Lane>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<Lane>(p0);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -81,7 +81,7 @@ def hyperparameters(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> H
     Raises:
         ValueError: naming the hyperparameter, its value and its range.
     """
-    chosen = [values.get(name, defaults[name]) for name in NAMES]
+    chosen: list[Any] = [values.get(name, defaults[name]) for name in NAMES]
     chosen = [value.item() if isinstance(value, torch.Tensor) else value for value in chosen]
     betas = NAMES.index("sens_betas")
     if isinstance(chosen[betas], list):  # as JSON and YAML give it

@@ -150,8 +150,7 @@ class PATS:
         default = torch.float32 if param.dtype == torch.float16 else param.dtype
         averages = {"exp_avg_sens"} if values.uncertainty == "none" else {"exp_avg_sens", "exp_avg_unc"}
         state = {
-            name: torch.zeros_like(param, dtype=values.state_dtype or default)
-            for name in sorted(averages)
+            name: torch.zeros_like(param, dtype=values.state_dtype or default) for name in sorted(averages)
         }
         state["sens_stats"] = torch.zeros(2, dtype=torch.float32, device=param.device)
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -161,11 +160,11 @@ class PATS:
 
     def _names(self) -> dict[Tensor, str]:
         """Each parameter's name as the optimizer has it, else its place in the param groups."""
-        return {
-            param: group["param_names"][i] if "param_names" in group else f"param_groups[{number}]['params'][{i}]"
-            for number, group in enumerate(self.optimizer.param_groups)
-            for i, param in enumerate(group["params"])
-        }
+        names: dict[Tensor, str] = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            places = [f"param_groups[{number}]['params'][{i}]" for i in range(len(group["params"]))]
+            names |= zip(group["params"], group.get("param_names", places), strict=True)
+        return names
 
     def state_dict(self) -> dict[str, Any]:
         """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
@@ -219,7 +218,7 @@ class PATS:
         state_dict[STATE_KEY] = self.state_dict()
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Checks PATS's part before the optimizer loads its own, so that an error leaves both as they were."""
+        """Checks PATS's part before the optimizer loads its own: an error leaves both as they were."""
         part = state_dict.get(STATE_KEY)
         empty = {"defaults": self.defaults, "state": {}}  # the checkpoint is of a run without PATS
         self._loaded = self._checked(part) if part is not None else empty

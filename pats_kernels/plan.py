@@ -204,9 +204,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{name}: overlapping memory: the gradient has strides {grad.stride()}")
 
 
-def _check_state(
-    name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]
-) -> None:
+def _check_state(name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     _check_kind(name, key, state)
     _require_same(name, "shape", tuple(param.shape), key, tuple(state.shape))
     _require_same(name, "device", param.device, key, state.device)

@@ -1,5 +1,7 @@
 """The Triton backend: keeps a launch's tables on the device and starts its kernels."""
 
+import importlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +11,13 @@ from torch import Tensor
 
 from pats_kernels.plan import Batch, Column, Launch, LaunchKey, chunk_table
 
+kernels: Any = None
+_MISSING: str | None = None
 try:
-    import triton
-    import triton.language as tl
-
-    from pats_kernels.backends import triton_kernel as kernels
+    kernels = importlib.import_module("pats_kernels.backends.triton_kernel")
 except ImportError as error:
-    _MISSING: str | None = f"triton could not be imported ({error})"
-    _INTERPRETED = False
-else:
-    _MISSING = None
-    _INTERPRETED = bool(triton.knobs.runtime.interpret)
+    _MISSING = f"triton could not be imported ({error})"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton, too, reads at import
 
 CHUNK = 4096  # elements a program
 BLOCK = 1024  # elements an iteration: 8 a thread
@@ -61,9 +59,7 @@ def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Te
         _start(launch, _tables(launch, 0), grad_scale, found_inf)
 
 
-def _start(
-    launch: Launch, tables: _Tables, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
+def _start(launch: Launch, tables: _Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     num_chunks, num_tensors = len(tables.chunks), len(launch.table)
     constants = specialization(launch.key) | {"APPROX": _approximate(launch)}
     if launch.key.device.type == "cuda" and torch.version.hip is None:
@@ -93,10 +89,10 @@ def _start(
 def specialization(key: LaunchKey) -> dict[str, Any]:
     """The kernel's compile-time arguments for such a launch, but for those that depend on the device."""
     dtypes = {
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-        torch.float64: tl.float64,
+        torch.float32: kernels.tl.float32,
+        torch.bfloat16: kernels.tl.bfloat16,
+        torch.float16: kernels.tl.float16,
+        torch.float64: kernels.tl.float64,
     }
     uncertainties = {"product": kernels.PRODUCT, "ucb": kernels.UCB, "none": kernels.NONE}
     return {

@@ -182,7 +182,7 @@ def _offsets(entry, layout, index):
     ndim = tl.load(entry + C_NDIM).to(tl.int32)
     last = layout + (tl.load(entry + C_LAYOUT) + ndim - 1) * LAYOUT_COLUMNS
     w_at, g_at, s_at, u_at = index * 0, index * 0, index * 0, index * 0
-    for i in range(0, ndim):
+    for i in range(ndim):
         dimension = last - i * LAYOUT_COLUMNS
         size = tl.load(dimension)
         position = index % size

@@ -1,0 +1,31 @@
+# `make bench` and `make test` work on a fresh clone: they make what they need first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: setup bench test lint clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# Fused against eager on BERT-base with real gradients: on the GPU if there is one, else on the CPU.
+bench: setup
+	$(BIN)/python -m benchmarks
+
+# Triton decides at import whether it interprets its kernels, so they have a run of their own.
+test: setup
+	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m backend
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build pats_kernels.egg-info pats_kernels/*.so

@@ -1,0 +1,228 @@
+"""What the compiler makes of the Triton kernels, on a machine with or without a GPU.
+
+    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100] [--json FILE]
+
+Every kernel is compiled offline for the architecture and its machine code is read: registers, stack,
+spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
+chunk's blocks counts once for each block, the others once for each chunk, so that the figure is what a
+thread really executes on full, aligned chunks, table look-ups and the reduction of the statistics included.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pats_kernels.backends import triton as backend
+from pats_kernels.backends import triton_kernel as kernels
+from pats_kernels.hyperparameters import Normalization, Uncertainty, Variant
+from pats_kernels.plan import PARAM_DTYPES, STATE_DTYPES, LaunchKey
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+PHASES: dict[Normalization, tuple[str, ...]] = {"delayed": ("one pass",), "exact": ("averages", "noise")}
+PHASE_VALUES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
+POINTERS = {"table": "*i64", "layout": "*i64", "chunks": "*i32", "partials": "*fp64", "starts": "*i64"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel's machine code. Registers, stack and spills are those of the kernel as it runs; widths, in
+    bits with their counts, and instructions an element are those of its path for full, aligned chunks."""
+
+    kernel: str
+    param_dtype: str
+    state_dtype: str
+    uncertainty: str
+    arch: str
+    registers: int
+    stack_bytes: int
+    spills: int
+    load_bits: dict[int, int]
+    store_bits: dict[int, int]
+    instructions_per_element: float | None
+
+
+@dataclass(frozen=True)
+class Sass:
+    """A kernel's instructions as (address, text), and its registers and stack."""
+
+    instructions: list[tuple[int, str]]
+    registers: int
+    stack_bytes: int
+
+    def count(self, *operations: str) -> int:
+        return sum(
+            bool(re.search(rf"(^|\s)({'|'.join(operations)})\b", text)) for _, text in self.instructions
+        )
+
+    def widths(self, operation: str) -> dict[int, int]:
+        """How many global accesses there are of each width, in bits."""
+        found = (re.search(rf"\b{operation}\.E\S*", text) for _, text in self.instructions)
+        names = [match.group() for match in found if match]
+        widths = (
+            re.search(r"\.(U?8|U?16|64|128|256)\b", name.removeprefix(f"{operation}.E")) for name in names
+        )
+        counts = Counter(int(width.group(1).lstrip("U")) if width else 32 for width in widths)
+        return dict(sorted(counts.items()))
+
+    def loop(self) -> int:
+        """How many instructions the longest loop has: from a backward branch's target to the branch."""
+        longest = 0
+        for address, text in self.instructions:
+            branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)\s*$", text)
+            if branch and int(branch.group(1), 16) < address:
+                target = int(branch.group(1), 16)
+                longest = max(longest, sum(target <= other <= address for other, _ in self.instructions))
+        return longest
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Sass:
+    """Compiles one specialization of a kernel and disassembles it. Arguments set to None are left out."""
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS if name in types}
+    source = ASTSource(kernel, types, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    return disassemble(compiled.asm["cubin"])
+
+
+def disassemble(cubin: bytes) -> Sass:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code, usage = (_cuobjdump(option, file.name) for option in ("-sass", "-res-usage"))
+    instructions = [
+        (int(address, 16), text.strip())
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)
+    ]
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    return Sass([i for i in instructions if not i[1].startswith("NOP")], int(registers), int(stack))
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    result = subprocess.run([str(tool), option, path], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def variants() -> Iterator[tuple[LaunchKey, str]]:
+    """Every combination of dtypes, and for float32 every form of the uncertainty, in every phase."""
+    dtypes = [
+        (param, state)
+        for param in PARAM_DTYPES
+        for state in STATE_DTYPES
+        if state != torch.float64 or param == torch.float64
+    ]
+    forms: list[tuple[torch.dtype, torch.dtype, Uncertainty]]
+    forms = [(torch.float32, torch.float32, "ucb"), (torch.float32, torch.float32, "none")]
+    for param, state in dtypes:
+        forms.append((param, state, "product"))
+    for param, state, uncertainty in forms:
+        for normalization, phases in PHASES.items():
+            variant = Variant(uncertainty, normalization, stochastic_rounding=True)
+            key = LaunchKey(torch.device("cuda"), param, state, variant)
+            yield from ((key, phase) for phase in phases)
+
+
+def report(key: LaunchKey, phase: str, arch: str) -> Report:
+    """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
+    constants = backend.specialization(key) | {
+        "PHASE": PHASE_VALUES[phase],
+        "APPROX": key.param_dtype != torch.float64,
+        "grad_scale": None,
+        "found_inf": None,
+    }
+    options = backend.compiler_options(key)
+    whole, full = (
+        compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
+        for only in (False, True)
+    )
+    threads = 32 * backend.NUM_WARPS
+    loop, blocks = full.loop(), backend.CHUNK // backend.BLOCK
+    executed = len(full.instructions) - loop + loop * blocks
+    return Report(
+        kernel=f"pats_kernel, {phase}",
+        param_dtype=_name(key.param_dtype),
+        state_dtype=_name(key.state_dtype),
+        uncertainty=key.variant.uncertainty,
+        arch=arch,
+        registers=whole.registers,
+        stack_bytes=whole.stack_bytes,
+        spills=whole.count("LDL", "STL"),
+        load_bits=full.widths("LDG"),
+        store_bits=full.widths("STG"),
+        instructions_per_element=round(executed * threads / backend.CHUNK, 1),
+    )
+
+
+def statistics_report(arch: str) -> Report:
+    constants = {"found_inf": None, "BLOCK": backend.STATISTICS_BLOCK}
+    sass = compile_kernel(kernels.statistics_kernel, constants, arch, {"num_warps": 4})
+    return Report(
+        kernel="statistics_kernel",
+        param_dtype="any",
+        state_dtype="any",
+        uncertainty="any",
+        arch=arch,
+        registers=sass.registers,
+        stack_bytes=sass.stack_bytes,
+        spills=sass.count("LDL", "STL"),
+        load_bits=sass.widths("LDG"),
+        store_bits=sass.widths("STG"),
+        instructions_per_element=None,  # it reads partial sums, not elements
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def print_table(reports: list[Report]) -> None:
+    table = Table(title=f"Triton {triton.__version__}, {reports[0].arch}")
+    for column in ("kernel", "param", "state", "uncertainty"):
+        table.add_column(column)
+    for column in ("registers", "stack", "spills", "loads", "stores", "SASS / element"):
+        table.add_column(column, justify="right")
+    for r in reports:
+        accesses = (
+            " ".join(f"{count}x{bits}" for bits, count in widths.items())
+            for widths in (r.load_bits, r.store_bits)
+        )
+        instructions = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.1f}"
+        numbers = (str(r.registers), str(r.stack_bytes), str(r.spills), *accesses, instructions)
+        table.add_row(r.kernel, r.param_dtype, r.state_dtype, r.uncertainty, *numbers)
+    Console(width=140).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.codegen", description="What the compiler makes of the kernels."
+    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    reports = [report(key, phase, options.arch) for key, phase in variants()]
+    reports.append(statistics_report(options.arch))
+    print_table(reports)
+    if options.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        content = {"arch": options.arch, **versions, "kernels": [asdict(r) for r in reports]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

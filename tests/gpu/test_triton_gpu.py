@@ -1,0 +1,264 @@
+"""The Triton kernels on a GPU: against the reference on the CPU, and against their own portable form.
+
+Collected only where there is a GPU (tests/conftest.py). Here nothing is interpreted: these tests prove the
+approximate instructions, the vector accesses and the real launches.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pats_kernels import PATS, pats_step_, reference
+from pats_kernels.backends import triton as backend
+from pats_kernels.philox import normals, random_words
+
+NOISE_SCALE = 1e-2
+# Of one step from the same state. S and U: five roundings, in another order than torch's (6e-8 each).
+# w: the contract's 2e-3 on z, and tanh.approx's 2^-11 on a gate of at most 1 times the largest |z|, 6.7.
+RELATIVE = 5e-7
+NOISE = NOISE_SCALE * (2e-3 + 6.7 * 2**-11)
+ULP = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+SHAPES = [(), (1,), (3,), (5,), (1023,), (4096,), (4097,), (33, 65), (8, 4096), (100_003,), (2, 3, 4, 5)]
+State = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor | None], list[Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    assert torch.cuda.is_available()
+    yield
+    torch.cuda.synchronize()
+
+
+def state(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str = "product"
+) -> State:
+    """As it may be in the middle of a run: averages and statistics are there."""
+    torch.manual_seed(0)
+    params = [torch.randn(shape).to(dtype) for shape in shapes]
+    grads = [torch.randn(shape).pow(3).to(dtype) for shape in shapes]
+    sens = [torch.rand(shape).pow(4).to(state_dtype) for shape in shapes]
+    unc: list[Tensor | None] = [torch.rand(shape).pow(4).to(state_dtype) for shape in shapes]
+    unc = unc if uncertainty != "none" else [None] * len(shapes)
+    stats = [torch.tensor([0.2, 0.2]) for _ in shapes]
+    return params, grads, sens, unc, stats
+
+
+def on_gpu(tensors: State) -> State:
+    return tuple([t if t is None else t.cuda() for t in column] for column in tensors)  # type: ignore[return-value]
+
+
+def step(tensors: State, **keywords: Any) -> None:
+    settings = {
+        "step": 7,
+        "tensor_ids": list(range(len(tensors[0]))),
+        "noise_scale": NOISE_SCALE,
+        "seed": 2**40 + 3,
+    }
+    function = pats_step_ if tensors[0][0].is_cuda else reference.pats_step_
+    function(*tensors, **settings | keywords)
+
+
+def check(got: State, expected: State) -> None:
+    """One step's results, each number within its derived tolerance."""
+    for i in range(len(got[0])):
+        w, S, stats = (column[i].cpu() for column in (got[0], got[2], got[4]))
+        w_0, _, S_0, U_0, stats_0 = (column[i] for column in expected)
+        state_ulp = ULP[S.dtype] if S.dtype == torch.bfloat16 else RELATIVE
+        torch.testing.assert_close(S, S_0, rtol=state_ulp, atol=1e-30, equal_nan=True)
+        if U_0 is not None:
+            torch.testing.assert_close(
+                got[3][i], U_0, check_device=False, rtol=state_ulp, atol=1e-30, equal_nan=True
+            )
+        torch.testing.assert_close(stats, stats_0, rtol=1e-5, atol=0)
+        torch.testing.assert_close(w, w_0, rtol=ULP[w.dtype], atol=NOISE, equal_nan=True)
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_against_the_reference(
+    dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str, normalization: str
+) -> None:
+    expected = state(SHAPES, dtype, state_dtype, uncertainty)
+    got = on_gpu(expected)
+    step(got, uncertainty=uncertainty, normalization=normalization, backend="triton")
+    step(expected, uncertainty=uncertainty, normalization=normalization)
+    check(got, expected)
+
+
+def test_strides() -> None:
+    """Misaligned, transposed, channels_last, with holes; gradients of other strides; all in one launch."""
+
+    def views(source: Tensor) -> list[Tensor]:
+        return [
+            source[1:4097].view(64, 64),
+            source[:4096].view(64, 64).t(),
+            source[:4096].view(2, 4, 8, 64).to(memory_format=torch.channels_last),
+            source[:8192].view(64, 128)[:, ::2],
+        ]
+
+    torch.manual_seed(0)
+    params = views(torch.randn(10000))
+    grads = [torch.randn(p.shape) for p in params]
+    sens, unc = ([torch.rand(p.shape).pow(4) for p in params] for _ in range(2))
+    expected: State = (
+        [p.clone() for p in params],
+        grads,
+        sens,
+        list(unc),
+        [torch.full((2,), 0.2) for _ in params],
+    )
+    got = on_gpu((params, grads, sens, list(unc), expected[4]))
+    for i, param in enumerate(params):  # `cuda()` keeps dense strides; the view with holes is made again
+        got[0][i] = torch.empty_strided(param.shape, param.stride(), device="cuda").copy_(param)
+    step(got, backend="triton")
+    step(expected)
+    check(got, expected)
+
+
+def test_the_approximate_form_is_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PTX's instructions against the lines that the interpreter proves on machines without a GPU."""
+    results = []
+    for approximate in (True, False):
+        monkeypatch.setattr(backend, "_approximate", lambda launch, value=approximate: value)
+        tensors = on_gpu(state([(1 << 20,)], torch.float32, torch.float32))
+        step(tensors, backend="triton")
+        results.append(tensors)
+    approximate, portable = results
+    for column in (2, 3, 4):
+        torch.testing.assert_close(approximate[column], portable[column], rtol=0, atol=0)
+    w, w_0 = approximate[0][0], portable[0][0]
+    assert (w - w_0).abs().max() <= NOISE + 2**-21  # |w| < 8: an ulp of it on top
+
+
+def open_gate(numel: int, dtype: torch.dtype = torch.float32) -> State:
+    """w = 0, so that s = 0; all of S is in the last element: elsewhere the gate is exactly 1, and w is z."""
+    zeros = torch.zeros(numel, dtype=dtype, device="cuda")
+    S = zeros.clone()
+    S[-1] = 1
+    return [zeros.clone()], [zeros.clone()], [S], [S.clone()], [torch.tensor([1.0, 1.0], device="cuda")]
+
+
+def test_normals() -> None:
+    """Every normal within the contract's 2e-3 of the exact one, over 2^24 elements."""
+    numel = 1 << 24
+    tensors = open_gate(numel)
+    step(tensors, noise_scale=1.0, backend="triton")
+    words = random_words(2**40 + 3, 7, 0, numel, device="cuda")
+    error = (tensors[0][0].double() - normals(words).flatten())[:-1].abs().max().item()
+    assert error <= 2e-3
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    results = []
+    for _ in range(2):
+        tensors = on_gpu(state([(5_000_001,), (77,)], torch.bfloat16, torch.bfloat16))
+        for t in range(1, 6):
+            step(tensors, step=t, backend="triton")
+        results.append(tensors)
+    for column, other in zip(*results, strict=True):
+        torch.testing.assert_close(column, other, rtol=0, atol=0)
+
+
+def test_nonfinite_gradients() -> None:
+    expected = state([(50_000,)], torch.float32, torch.float32)
+    for k, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        expected[1][0][k::1000] = value
+    for normalization in ("delayed", "exact"):
+        got, host = (
+            on_gpu(expected),
+            tuple([t.clone() for t in column if t is not None] for column in expected),
+        )
+        step(got, normalization=normalization, backend="triton")
+        step(host, normalization=normalization)  # type: ignore[arg-type]
+        check(got, host)  # type: ignore[arg-type]
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    """2^31 + 4099 elements: the last ones get their own noise, and the statistics are those of all."""
+    numel = 2**31 + 4099
+    tensors = open_gate(numel, torch.bfloat16)
+    step(tensors, noise_scale=1.0, stochastic_rounding=False, backend="triton")
+    first = numel - 5000
+    z = reference.philox_normal(2**40 + 3, 7, 0, 4999, first - first % 4)
+    got = tensors[0][0][first - first % 4 :][:4999].cpu().double()
+    torch.testing.assert_close(got, z, rtol=2**-8, atol=2.1e-3)
+    assert tensors[4][0][0].item() == pytest.approx(0.85 / numel, rel=2e-2)  # bfloat16 holds 0.85 to 2^-8
+
+
+def attached(count: int, size: int) -> tuple[list[Tensor], torch.optim.Optimizer, PATS]:
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for _ in range(count)]
+    optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)  # leaves them alone
+    return list(params), optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
+
+
+def test_4000_tiny_tensors_without_sync_or_allocation() -> None:
+    """After the first step: no synchronization, no new memory of the allocator's, though gradients move."""
+    params, optimizer, pats = attached(4000, 7)
+    for t in range(4):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error" if t > 0 else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if t > 0:
+            assert torch.cuda.memory_allocated() == before
+    assert all(pats.state[param]["step"].item() == 4 for param in params)
+
+
+def test_streams() -> None:
+    """Steps on two streams, each waiting for the other, give the bits of steps on one."""
+    results = []
+    for streams in ([torch.cuda.current_stream()] * 2, [torch.cuda.Stream(), torch.cuda.Stream()]):
+        params, optimizer, _ = attached(20, 100_000)
+        torch.cuda.synchronize()
+        for t in range(6):
+            stream = streams[t % 2]
+            stream.wait_stream(streams[(t + 1) % 2])
+            with torch.cuda.stream(stream):
+                generator = torch.Generator("cuda").manual_seed(t)
+                for param in params:
+                    param.grad = torch.randn(param.shape, device="cuda", generator=generator)
+                optimizer.step()
+            torch.cuda.synchronize()
+        results.append([param.detach().clone() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_grad_scaler() -> None:
+    """found_inf leaves every bit as it was, step included; grad_scale divides once."""
+    runs = [attached(3, 5000) for _ in range(2)]
+    for (params, optimizer, pats), scale in zip(runs, (1024.0, 1.0), strict=True):
+        generator = torch.Generator("cuda").manual_seed(1)
+        for _ in range(3):
+            for param in params:
+                param.grad = scale * torch.randn(param.shape, device="cuda", generator=generator)
+            optimizer.grad_scale = torch.tensor(scale, device="cuda")  # type: ignore[attr-defined]
+            optimizer.found_inf = torch.tensor(0.0, device="cuda")  # type: ignore[attr-defined]
+            optimizer.step()
+        before = [t.clone() for p in params for t in (p.detach(), *pats.state[p].values())]
+        optimizer.found_inf = torch.tensor(1.0, device="cuda")  # type: ignore[attr-defined]
+        optimizer.step()
+        after = [t for p in params for t in (p.detach(), *pats.state[p].values())]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,109 @@
+"""What the compiler makes of the kernels: limits that hold without a GPU.
+
+The H200 executes about 200 instructions an element in the time in which memory moves 28 bytes; the limits
+here are what the kernels reached, with a margin of a few instructions for other compiler versions.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import codegen
+from pats_kernels.hyperparameters import Uncertainty, Variant
+from pats_kernels.plan import LaunchKey
+
+
+def report(
+    arch: str,
+    phase: str = "one pass",
+    param: torch.dtype = torch.float32,
+    state: torch.dtype = torch.float32,
+    uncertainty: Uncertainty = "product",
+) -> codegen.Report:
+    variant = Variant(uncertainty, "delayed", stochastic_rounding=True)
+    return codegen.report(LaunchKey(torch.device("cuda"), param, state, variant), phase, arch)
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("phase", "most_instructions", "loads", "stores"),
+    [  # a thread's two vectors of 4 elements: w, g, S, U in; w, S, U out
+        ("one pass", 55, 8, 6),
+        ("averages", 26, 8, 4),
+        ("noise", 38, 6, 2),
+    ],
+)
+def test_float32(arch: str, phase: str, most_instructions: float, loads: int, stores: int) -> None:
+    found = report(arch, phase)
+    assert found.stack_bytes == 0
+    assert found.spills == 0
+    assert found.load_bits[128] == loads
+    assert found.store_bits[128] == stores
+    assert found.instructions_per_element is not None
+    assert found.instructions_per_element <= most_instructions
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("param", "state", "most_instructions"),
+    [
+        (torch.bfloat16, torch.bfloat16, 84),
+        (torch.bfloat16, torch.float32, 74),
+        (torch.float16, torch.float32, 61),
+    ],
+)
+def test_low_precision(arch: str, param: torch.dtype, state: torch.dtype, most_instructions: float) -> None:
+    """The thread's 8 elements are one vector of each 16-bit operand, two of each 32-bit one."""
+    found = report(arch, param=param, state=state)
+    state_vectors = 1 if state == torch.bfloat16 else 2
+    assert (found.stack_bytes, found.spills) == (0, 0)
+    assert found.load_bits[128] == 2 + 2 * state_vectors
+    assert found.store_bits[128] == 1 + 2 * state_vectors
+    assert found.instructions_per_element is not None
+    assert found.instructions_per_element <= most_instructions
+
+
+@pytest.mark.parametrize("uncertainty", ["ucb", "none"])
+def test_other_uncertainties_cost_no_more(uncertainty: Uncertainty) -> None:
+    product, other = report("sm_90"), report("sm_90", uncertainty=uncertainty)
+    assert (other.stack_bytes, other.spills) == (0, 0)
+    assert other.instructions_per_element is not None
+    assert product.instructions_per_element is not None
+    assert other.instructions_per_element <= product.instructions_per_element
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
+def test_statistics_kernel(arch: str) -> None:
+    found = codegen.statistics_report(arch)
+    assert (found.stack_bytes, found.spills) == (0, 0)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel in every combination of dtypes, on the screen and in the file."""
+    file = tmp_path / "codegen.json"
+    codegen.main(["--arch", "sm_90", "--json", str(file)])
+    content = json.loads(file.read_text())
+    found = {(r["kernel"], r["param_dtype"], r["state_dtype"], r["uncertainty"]) for r in content["kernels"]}
+    assert len(found) == len(content["kernels"]) == 11 * 3 + 1
+    assert capsys.readouterr().out.count("pats_kernel") == 33
+    assert content["arch"] == "sm_90"
+
+
+def test_sass_is_read_right() -> None:
+    """The parser itself, on lines as cuobjdump prints them."""
+    lines = [
+        "LDG.E.128 R4, desc[UR4][R2.64]",
+        "LDG.E R8, desc[UR4][R2.64+0x10]",
+        "@!P0 LDG.E.U16 R9, desc[UR4][R2.64]",
+        "STL [R1], R4",
+        "@P0 STG.E.64 desc[UR4][R2.64], R4",
+        "BRA.U !UP0, 0x10",
+        "EXIT",
+    ]
+    sass = codegen.Sass([(16 * i, line) for i, line in enumerate(lines)], registers=10, stack_bytes=8)
+    assert sass.widths("LDG") == {16: 1, 32: 1, 128: 1}
+    assert sass.widths("STG") == {64: 1}
+    assert sass.count("LDL", "STL") == 1
+    assert sass.loop() == 5  # from address 0x10 to the branch at 0x50
