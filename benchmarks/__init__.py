@@ -1,0 +1,1 @@
+"""Benchmarks of the PATS step: `python -m benchmarks --help`."""

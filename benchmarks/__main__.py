@@ -1,0 +1,96 @@
+"""`python -m benchmarks`: what fusing the PATS step gains on a real model's parameters and gradients."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from rich.console import Console
+
+from benchmarks import models, report, variants
+from benchmarks.run import Settings, run
+from pats_kernels import backends
+from pats_kernels.hyperparameters import Normalization
+
+REPEATS = {"cpu": 20, "cuda": 50}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else report.WIDTH)
+    with console.status("", refresh_per_second=2) as status:
+        result = run(settings(options), lambda doing: status.update(f"{doing} ..."))
+    report.show(result, console)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        report.plot(result, options.plot)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what this machine or this package does not know ends here, with the reason."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", default="bert-base-uncased", help="its name on the Hugging Face hub")
+    parser.add_argument("--device", choices=REPEATS, default=device)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and state")
+    parser.add_argument(
+        "--optimizer", choices=("none", "adamw"), default="none", help="what follows the PATS step"
+    )
+    parser.add_argument("--variants", type=variant_names, default=variants.NAMES, help="comma-separated")
+    parser.add_argument("--normalization", choices=get_args(Normalization), default="delayed")
+    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="of the fused variant")
+    parser.add_argument("--repeats", type=positive, help="timed steps of each variant")
+    parser.add_argument("--threads", type=positive, help="of torch on the CPU")
+    parser.add_argument("--text", type=Path, help="what the gradients are of; default: the project's README")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    options = parser.parse_args(arguments)
+    try:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"no GPU: torch {torch.__version__} finds no CUDA device")
+        models.config(options.model)
+        backends.resolve(options.backend, torch.device(options.device))
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    return options
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        model=options.model,
+        device=torch.device(options.device),
+        dtype=DTYPES[options.dtype],
+        optimizer=options.optimizer,
+        variants=options.variants,
+        normalization=options.normalization,
+        backend=options.backend,
+        repeats=options.repeats or REPEATS[options.device],
+        text=options.text.read_text(encoding="utf-8") if options.text else models.default_text(),
+    )
+
+
+def variant_names(value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    for name in names:
+        if name not in variants.NAMES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(variants.NAMES)}")
+    return names
+
+
+def positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""One contest: the contestants, a copy and fused AdamW over the same parameters, timed in turn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks import machine, models, timing, variants
+from benchmarks.results import Report, adamw_bytes, gigabytes_per_second, row
+from benchmarks.timing import Step
+from benchmarks.variants import Contestant, Tensors
+from pats_kernels.hyperparameters import Hyperparameters, Normalization
+
+LEARNING_RATE = 1e-6  # small: the parameters shall stay those of the model through hundreds of steps
+COPY, ADAMW = "a copy", "fused AdamW"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    optimizer: str
+    variants: tuple[str, ...]
+    normalization: Normalization
+    backend: str
+    repeats: int
+    text: str
+
+
+def run(settings: Settings, tell: Progress) -> Report:
+    """Runs the contest; `tell` hears what is being done.
+
+    Raises:
+        ValueError: an unknown model.
+        RuntimeError: the fused step cannot run with this backend here.
+    """
+    described = machine.prepare(settings.device)
+    h = Hyperparameters(normalization=settings.normalization)
+    tell(f"one backward pass of {settings.model}")
+    gradients = models.gradients(settings.model, settings.text, settings.device, settings.dtype)
+    tensors = Tensors.fresh(gradients)
+    adamw = torch.optim.AdamW(tensors.params, lr=LEARNING_RATE, fused=True)
+    contestants, errors = _contestants(settings, tensors, h, tell)
+    steps = {c.name: _with_optimizer(c.step, settings.optimizer, adamw) for c in contestants}
+    copy, copied = timing.copy_step(settings.device)
+    times = timing.interleave(
+        {COPY: copy, ADAMW: adamw.step, **steps},
+        settings.repeats,
+        settings.device,
+        lambda turn, name: tell(f"round {turn + 1} of {settings.repeats}: {name}"),
+    )
+    tell("memory and host time")
+    peaks = {name: timing.peak_extra_bytes(step, settings.device) for name, step in steps.items()}
+    copy_gbps = gigabytes_per_second(copied, times[COPY].median)
+    return {
+        **described,
+        "model": settings.model,
+        "params": gradients.numel,
+        "tensors": len(gradients.params),
+        "repeats": settings.repeats,
+        "copy_gbps": copy_gbps,
+        "adamw_fused_ms": times[ADAMW].median,
+        "adamw_fused_bytes_per_param": adamw_bytes(settings.dtype),
+        "host_us_per_tensor": _host_us(settings, len(gradients.params), h),
+        "errors": errors,
+        "results": [
+            row(
+                variant=c.name,
+                backend=c.backend,
+                configuration=c.configuration,
+                optimizer=settings.optimizer,
+                dtype=settings.dtype,
+                normalization=settings.normalization,
+                times=times[c.name],
+                eager=times.get("eager"),
+                params=gradients.numel,
+                copy_gbps=copy_gbps,
+                peak_extra_bytes=peaks[c.name],
+            )
+            for c in contestants
+        ],
+    }
+
+
+def _host_us(settings: Settings, tensors: int, h: Hyperparameters) -> float | None:
+    """The fused step's, where it takes part."""
+    if "fused" not in settings.variants:
+        return None
+    return variants.host_us_per_tensor(tensors, h, settings.backend, settings.device)
+
+
+def _contestants(
+    settings: Settings, tensors: Tensors, h: Hyperparameters, tell: Progress
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Those that can run, and why the others cannot: a compiler may be missing, the memory too small.
+
+    Only the fused one's failure is raised: the benchmark is about it.
+    """
+    ready: list[Contestant] = []
+    errors: dict[str, str] = {}
+    for name in settings.variants:
+        tell(f"preparing {name}")
+        try:
+            contestant = variants.contestant(name, tensors, h, settings.backend)
+            contestant.step()
+            ready.append(contestant)
+        except Exception as error:
+            if name == "fused":
+                raise
+            errors[name] = f"{type(error).__name__}: {error}"
+    return ready, errors
+
+
+def _with_optimizer(step: Step, optimizer: str, adamw: torch.optim.AdamW) -> Step:
+    """What is timed: the contestant's step, followed by AdamW's where that is asked for."""
+    return partial(_both, step, adamw.step) if optimizer == "adamw" else step
+
+
+def _both(first: Step, second: Step) -> None:
+    first()
+    second()

@@ -1,0 +1,384 @@
+"""The benchmark commands end to end on a tiny model, and that the contestants do the same work."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_check, models, timing, variants
+from benchmarks.__main__ import parse
+from benchmarks.models import Gradients
+from benchmarks.results import adamw_bytes, bytes_per_param
+from benchmarks.variants import Contestant, Tensors
+from pats_kernels.hyperparameters import Hyperparameters
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TOP_KEYS = {"device", "torch", "triton", "model", "params", "copy_gbps", "adamw_fused_ms", "results"}
+ROW_KEYS = {
+    "variant",
+    "backend",
+    "optimizer",
+    "dtype",
+    "state_dtype",
+    "normalization",
+    "median_ms",
+    "p10_ms",
+    "p90_ms",
+    "ns_per_param",
+    "bytes_per_param",
+    "gbps",
+    "fraction_of_copy",
+    "speedup_vs_eager",
+    "peak_extra_bytes",
+}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TINY_NOISE = 1e-30  # below float32's resolution of any weight but 0: w stays as it is
+STEPS = 3
+
+
+def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def contest(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, bytes]:
+    """One run of the command: its JSON, what it printed, and its picture."""
+    folder = tmp_path_factory.mktemp("contest")
+    done = command(
+        "benchmarks",
+        *("--model", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--optimizer", "adamw"),
+        *("--variants", "eager,foreach,fused", "--normalization", "exact", "--repeats", "3"),
+        *("--threads", "1", "--json", str(folder / "out.json"), "--plot", str(folder / "out.png")),
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.json").read_text()), done.stdout, (folder / "out.png").read_bytes()
+
+
+def test_json_has_the_keys_of_the_contract(contest: tuple[dict[str, Any], str, bytes]) -> None:
+    result, _, _ = contest
+    assert set(result) >= TOP_KEYS
+    assert all(set(row) >= ROW_KEYS for row in result["results"])
+    assert [row["variant"] for row in result["results"]] == ["eager", "foreach", "fused"]
+    assert (result["device"], result["model"], result["threads"]) == ("cpu", "tiny", 1)
+    assert result["torch"] == torch.__version__
+    for row in result["results"]:
+        assert (row["optimizer"], row["dtype"], row["state_dtype"]) == ("adamw", "bfloat16", "bfloat16")
+        assert row["normalization"] == "exact"
+
+
+def test_json_figures_follow_from_the_measured_ones(contest: tuple[dict[str, Any], str, bytes]) -> None:
+    result, _, _ = contest
+    eager = result["results"][0]
+    assert result["params"] == sum(param.numel() for param in models.build("tiny", "meta").parameters())
+    assert min(result["adamw_fused_ms"], result["copy_gbps"], result["host_us_per_tensor"]) > 0
+    for row in result["results"]:
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert row["ns_per_param"] == pytest.approx(1e6 * row["median_ms"] / result["params"])
+        assert row["bytes_per_param"] == 20 + 14
+        moved = row["bytes_per_param"] * result["params"]
+        assert row["gbps"] == pytest.approx(moved / (1e-3 * row["median_ms"]) / 1e9)
+        assert row["fraction_of_copy"] == pytest.approx(row["gbps"] / result["copy_gbps"])
+        assert row["speedup_vs_eager"] == pytest.approx(eager["median_ms"] / row["median_ms"])
+        assert row["peak_extra_bytes"] >= 0
+    assert eager["peak_extra_bytes"] > 0
+
+
+def test_the_screen_and_the_picture_show_every_contestant(
+    contest: tuple[dict[str, Any], str, bytes],
+) -> None:
+    result, screen, picture = contest
+    assert all(f"{row['variant']} ({row['backend']})" in screen for row in result["results"])
+    assert "Host time" in screen
+    assert picture.startswith(PNG_SIGNATURE)
+    width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
+    assert width > height > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-model"], "Unknown model: 'no-such-model' (known offline: bert-base-uncased,"),
+        (["--variants", "eager,magic"], "'magic' is none of eager, foreach, compile, fused"),
+        (["--repeats", "0"], "0 is not positive"),
+        (["--device", "cpu", "--backend", "cuda"], "backend='cuda' cannot run on cpu"),
+    ],
+)
+def test_a_bad_command_line_says_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "normalization", "optimizer", "expected"),
+    [
+        (torch.float32, "delayed", "none", 28),
+        (torch.float32, "exact", "none", 40),
+        (torch.bfloat16, "delayed", "none", 14),
+        (torch.bfloat16, "exact", "none", 20),
+        (torch.float32, "delayed", "adamw", 56),
+    ],
+)
+def test_bytes_per_param(dtype: torch.dtype, normalization: str, optimizer: str, expected: int) -> None:
+    assert bytes_per_param(dtype, normalization, optimizer) == expected
+    assert adamw_bytes(torch.float32) == 28
+
+
+# The contestants do the same work
+
+
+@pytest.fixture(scope="module")
+def gradients() -> Callable[[torch.dtype], Gradients]:
+    params, grads = models.gradients("tiny", "Two words and a few more", CPU, torch.float32)
+
+    def copy(dtype: torch.dtype) -> Gradients:
+        return Gradients(
+            [param.to(dtype, copy=True) for param in params], [grad.to(dtype, copy=True) for grad in grads]
+        )
+
+    return copy
+
+
+def from_the_start(name: str, gradients: Gradients, h: Hyperparameters) -> Contestant:
+    """The contestant as if its trials had not been."""
+    original = [param.clone() for param in gradients.params]
+    contestant = variants.contestant(name, Tensors.fresh(gradients), h)
+    for param, value in zip(contestant.tensors.params, original, strict=True):
+        param.copy_(value)
+    for averages in contestant.tensors.rows():
+        for tensor in averages[2:]:
+            tensor.zero_()
+    return contestant
+
+
+def after_steps(contestant: Contestant) -> Tensors:
+    for _ in range(STEPS):
+        contestant.step()
+    return contestant.tensors
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
+
+
+def assert_same(key: str, actual: Tensors, expected: Tensors, rtol: float) -> None:
+    """To `rtol`; where w is nothing but noise, to the same share of what the elements are on the whole."""
+    a, b = flat(getattr(actual, key)), flat(getattr(expected, key))
+    torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.mean().item())
+
+
+def assert_same_averages(actual: Tensors, expected: Tensors) -> None:
+    """To three steps of a handful of roundings, and means summed in other orders."""
+    for key in ("exp_avg_sens", "exp_avg_unc", "sens_stats"):
+        assert_same(key, actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("name", ["foreach", "fused"])
+def test_contestants_move_the_same_averages(
+    gradients: Callable[[torch.dtype], Gradients], name: str, normalization: Any
+) -> None:
+    h = Hyperparameters(noise_scale=TINY_NOISE, normalization=normalization)
+    expected = after_steps(from_the_start("eager", gradients(torch.float32), h))
+    actual = after_steps(from_the_start(name, gradients(torch.float32), h))
+    assert_same_averages(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["eager", "foreach", "fused"])
+def test_contestants_agree_in_bfloat16(gradients: Callable[[torch.dtype], Gradients], name: str) -> None:
+    h = Hyperparameters(noise_scale=TINY_NOISE)
+    wide = after_steps(from_the_start("eager", gradients(torch.float32), h))
+    narrow = after_steps(from_the_start(name, gradients(torch.bfloat16), h))
+    # w and g are rounded to 2^-9, then each step rounds S stochastically, by less than 2^-7 of it.
+    assert_same("exp_avg_sens", narrow, wide, rtol=2 * 2**-9 + STEPS * 2**-7)
+
+
+def test_the_compiled_contestant_moves_the_same_averages(
+    gradients: Callable[[torch.dtype], Gradients],
+) -> None:
+    h = Hyperparameters(noise_scale=TINY_NOISE)
+    expected = after_steps(from_the_start("eager", gradients(torch.float32), h))
+    compiled = from_the_start("compile", gradients(torch.float32), h)
+    assert_same_averages(after_steps(compiled), expected)
+    assert compiled.configuration is not None
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+def test_foreach_has_eagers_gate(
+    gradients: Callable[[torch.dtype], Gradients], normalization: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every normal 1, the change of w shows the gates, also of tensors without statistics."""
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(torch, "randn", torch.ones)
+    h = Hyperparameters(noise_scale=1e-3, normalization=normalization)
+    expected = after_steps(from_the_start("eager", gradients(torch.float32), h))
+    actual = after_steps(from_the_start("foreach", gradients(torch.float32), h))
+    torch.testing.assert_close(flat(actual.params), flat(expected.params), rtol=0, atol=1e-6)
+    assert not flat(actual.params).equal(flat(gradients(torch.float32).params))
+
+
+def test_bfloat16_rounding_is_unbiased() -> None:
+    x = torch.full((1 << 16,), 1.0 + 2**-9)
+    rounded = variants.round_stochastically(x, torch.arange(1 << 16, dtype=torch.int32))
+    assert rounded.equal(rounded.to(torch.bfloat16).float())
+    assert rounded.double().mean().item() == 1.0 + 2**-9
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("bert-base-uncased", 109.51),
+        ("bert-large-uncased", 335.17),
+        ("roberta-base", 124.70),
+        ("roberta-large", 355.41),
+        ("microsoft/deberta-v3-base", 184.55),
+        ("deberta-v3-large", 435.19),
+        ("gpt2", 124.44),
+        ("gpt2-medium", 354.82),
+        ("gpt2-large", 774.03),
+        ("gpt2-xl", 1557.61),
+        ("meta-llama/Llama-3.2-1B", 1235.81),
+        ("Qwen/Qwen2.5-0.5B", 494.03),
+        ("qwen2.5-1.5b", 1543.71),
+        ("Qwen/Qwen2.5-7B", 7615.62),
+    ],
+)
+def test_models_resolve_without_a_network(name: str, millions: float) -> None:
+    """The parameters of the published checkpoints, masked language models with their head."""
+    count = sum(param.numel() for param in models.build(name, "meta").parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_an_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"Unknown model: 'bert-huge' \(known offline: .*tiny\)"):
+        models.config("bert-huge")
+
+
+def test_gradients_are_the_same_every_time_and_dense() -> None:
+    first, second = (models.gradients("tiny", "Some text", CPU, torch.bfloat16) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first.grads, second.grads, strict=True))
+    assert all(grad.is_contiguous() and grad.dtype == torch.bfloat16 for grad in first.grads)
+    assert all(grad.layout == torch.strided and grad.isfinite().all() for grad in first.grads)
+
+
+def test_causal_models_have_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50}
+    monkeypatch.setitem(models.CONFIGS, "small", small)
+    gradients = models.gradients("small", "Some text", CPU, torch.float32)
+    assert gradients.numel == sum(param.numel() for param in models.build("small", "meta").parameters())
+
+
+def test_token_ids_are_one_per_word_and_repeat_the_text() -> None:
+    ids = models.token_ids("the cat, the Dog", 8, 30522)
+    assert ids[0] == ids[2] == ids[4]
+    assert ids[:4].equal(ids[4:])
+    assert len(set(ids.tolist())) == 3
+    assert ids.min() >= models.SPECIAL_TOKENS
+    with pytest.raises(ValueError, match="no words"):
+        models.token_ids(" ", 8, 30522)
+
+
+# Timing
+
+
+def test_every_step_gets_its_warmups_and_its_turns() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def step(name: str) -> None:
+        calls[name] += 1
+
+    told: list[tuple[int, str]] = []
+    steps = {name: lambda name=name: step(name) for name in calls}
+    times = timing.interleave(steps, 4, CPU, lambda turn, name: told.append((turn, name)))
+    assert calls == dict.fromkeys(calls, timing.WARMUPS + 4)
+    assert told == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b"), (3, "b"), (3, "a")]
+    assert times.keys() == calls.keys()
+
+
+def test_times_are_percentiles() -> None:
+    assert timing.Times.of([float(value) for value in range(11)]) == (5.0, 1.0, 9.0)
+
+
+def test_peak_extra_bytes_counts_what_lives_at_once() -> None:
+    x = torch.ones(1 << 20)
+    scalars = 64  # bytes: a Python number becomes a tensor too
+    assert timing.peak_extra_bytes(lambda: x.mul_(2), CPU) <= scalars
+    assert timing.peak_extra_bytes(lambda: (x * 2).add_(1), CPU) == pytest.approx(x.nbytes, abs=scalars)
+    assert timing.peak_extra_bytes(lambda: (x * 2) * (x * 3), CPU) == pytest.approx(3 * x.nbytes, abs=scalars)
+
+
+# gpu_check
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    done = command("benchmarks.gpu_check", "--out", str(tmp_path / "new"))
+    assert done.returncode == 1
+    assert "no GPU" in done.stdout
+    result = json.loads((tmp_path / "new" / gpu_check.RESULT).read_text())
+    assert not result["ok"]
+    assert result["device"] is None
+    assert "no GPU" in result["error"]
+    assert result["versions"]["torch"] == torch.__version__
+
+
+def test_gpu_check_survives_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parts(device: str) -> list[gpu_check.Part]:
+        def part(name: str, seconds: float, *code: str) -> gpu_check.Part:
+            command = (sys.executable, *code)
+            return gpu_check.Part(name, command, gpu_check.read_json, seconds)
+
+        works = gpu_check.benchmark("tiny", device, "float32", "none", ("eager", "fused"), 120)
+        return [
+            part("fails", 60, "-c", "raise SystemExit('a reason')"),
+            part("hangs", 0.5, "-c", "import time; time.sleep(60)"),
+            replace(works, command=(*works.command[:-1], "--repeats", "1", "--json")),
+        ]
+
+    monkeypatch.setattr(gpu_check, "parts", parts)
+    assert gpu_check.main(["--cpu", "--out", str(tmp_path)]) == 1
+    result = json.loads((tmp_path / gpu_check.RESULT).read_text())
+    fails, hangs, works = result["parts"]
+    assert [part["ok"] for part in result["parts"]] == [False, False, True]
+    assert "a reason" in fails["error"]
+    assert "out of time" in hangs["error"]
+    assert {row["variant"] for row in works["result"]["results"]} == {"eager", "fused"}
+    printed = capsys.readouterr().out
+    assert "a reason" in printed
+    assert "fused" in printed
+
+
+def test_gpu_check_runs_the_tests_then_every_benchmark() -> None:
+    tests, *benchmarks = gpu_check.parts("cuda")
+    assert "tests/gpu" in tests.command
+    assert {part.name for part in benchmarks} == {
+        f"{model} {dtype} {optimizer}"
+        for model in ("bert-base-uncased", "bert-large-uncased")
+        for dtype in ("float32", "bfloat16")
+        for optimizer in ("none", "adamw")
+    }
+    for part in benchmarks:
+        options = parse([argument.replace("cuda", "cpu") for argument in part.command[3:-1]])
+        assert {"eager", "fused"} < set(options.variants)
+
+
+def test_gpu_check_counts_tests(tmp_path: Path) -> None:
+    report = tmp_path / "junit.xml"
+    report.write_text('<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"/></testsuites>')
+    assert gpu_check.read_junit(report) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
