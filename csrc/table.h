@@ -21,8 +21,8 @@ struct Row {
   uint64_t seed;
   double noise_scale;
   double gamma;
-  double sens_rate;     // 1 - b_s
-  double unc_rate;      // 1 - b_u
+  double sens_beta;
+  double unc_beta;
 };
 
 // A dimension of a tensor that is not contiguous, outermost first: strides in elements.

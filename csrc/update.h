@@ -10,6 +10,7 @@ namespace pats {
 template <class T>
 struct Constants {
   T grad_scale;            // 1 / the GradScaler's scale
+  T sens_beta, unc_beta;   // b_s, b_u
   T sens_rate, unc_rate;   // 1 - b_s, 1 - b_u
   T sens_factor, unc_factor;  // q' = k q out of S and U: the reciprocal means and k are in here
   T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1
@@ -31,8 +32,10 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
   const T importance = kUncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
   const bool known = importance > 0 && (!kIsProduct || mean_u > 0);
   return {grad_scale,
-          static_cast<T>(row.sens_rate),
-          static_cast<T>(row.unc_rate),
+          static_cast<T>(row.sens_beta),
+          static_cast<T>(row.unc_beta),
+          static_cast<T>(1.0 - row.sens_beta),
+          static_cast<T>(1.0 - row.unc_beta),
           reciprocal_mean(importance) * k,
           kIsProduct ? reciprocal_mean(mean_u) : T(1),
           gamma,
@@ -40,14 +43,14 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
           known ? static_cast<T>(row.noise_scale) : T(0)};
 }
 
-// Rows 1 to 3 of the table. A sensitivity that is not finite leaves both averages as they were.
+// Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. A sensitivity that is not finite leaves both averages as they were.
 template <Uncertainty kUncertainty, class T>
 PATS_INLINE bool update_averages(const Constants<T>& c, T w, T g, T& S, T& U) {
   const T s = magnitude(w * (g * c.grad_scale));
   const bool finite = is_finite(s);
-  const T S_new = S + c.sens_rate * (s - S);
+  const T S_new = c.sens_beta * S + c.sens_rate * s;
   if (kUncertainty != Uncertainty::kNone) {
-    const T U_new = U + c.unc_rate * (magnitude(s - S_new) - U);
+    const T U_new = c.unc_beta * U + c.unc_rate * magnitude(s - S_new);
     U = finite ? U_new : U;
   }
   S = finite ? S_new : S;

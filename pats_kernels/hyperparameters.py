@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -49,6 +49,7 @@ class Hyperparameters:
     state_dtype: torch.dtype | None = None
     stochastic_rounding: bool = True
     seed: int = 0
+    variant: Variant = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _require_real("noise_scale", self.noise_scale)
@@ -62,17 +63,15 @@ class Hyperparameters:
         _require_one_of("stochastic_rounding", self.stochastic_rounding, (True, False))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"Invalid seed: {self.seed!r} (must be an integer in [0, 2^64))")
-
-    @property
-    def variant(self) -> Variant:
-        return Variant(self.uncertainty, self.normalization, self.stochastic_rounding)
+        variant = Variant(self.uncertainty, self.normalization, self.stochastic_rounding)
+        object.__setattr__(self, "variant", variant)
 
 
-NAMES = tuple(field.name for field in fields(Hyperparameters))
+NAMES = tuple(field.name for field in fields(Hyperparameters) if field.init)
 
 # A schedule may change a group's values at every step, so they are read and checked at every step;
 # the cache makes that a lookup while they stay the same.
-_cached = lru_cache(maxsize=1024)(Hyperparameters)
+_cached = lru_cache(maxsize=1024, typed=True)(Hyperparameters)
 
 
 def hyperparameters(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Hyperparameters:

@@ -91,7 +91,7 @@ class PATS:
 
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._nonfinite: dict[Tensor, Tensor] = {}
-        self._planner = Planner()
+        self._planner = Planner(owned=True)
         self._loaded: dict[str, Any] | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -210,6 +210,7 @@ class PATS:
     def _commit(self, checked: dict[str, Any]) -> None:
         self.defaults = {name: checked["defaults"][name] for name in NAMES}
         self.state = checked["state"]
+        self._planner = Planner(owned=True)  # the old one keeps the old state alive
         self._nonfinite = {
             param: torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
         }

@@ -4,12 +4,13 @@ A step's tensors are checked once, sorted into launches (one for each combinatio
 variant) and described by two tables of int64: one row for each tensor (`Column`), and one row for each
 dimension of the tensors that are not contiguous. The tables are kept: as long as the tensors stay what
 they were, a step only writes the gradients' addresses anew, since `zero_grad(set_to_none=True)` moves them.
-Nothing here holds a tensor, so nothing is kept alive.
+No plan holds a gradient; none holds any tensor, unless the planner's owner holds them all the same.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +44,8 @@ class Column(IntEnum):
     SEED = 13
     NOISE_SCALE = 14  # from here on float64
     GAMMA = 15
-    SENS_RATE = 16  # 1 - b_s
-    UNC_RATE = 17  # 1 - b_u
+    SENS_BETA = 16
+    UNC_BETA = 17
 
 
 @dataclass(slots=True)
@@ -94,15 +95,22 @@ class Launch:
 
 @dataclass(slots=True)
 class Plan:
-    signature: list[tuple[Any, ...]]
+    signature: list[Any]
     launches: list[Launch]
     hyperparameters: list[Hyperparameters] = field(default_factory=list)
+    alive: list[Any] = field(default_factory=list)
 
 
 class Planner:
-    """Makes plans and keeps the last few, so that freezing and unfreezing a layer costs nothing either."""
+    """Makes plans and keeps the last few, so that freezing and unfreezing a layer costs nothing either.
 
-    def __init__(self, capacity: int = 8) -> None:
+    Args:
+        owned: the caller keeps the tensors from step to step and lets go of the planner with them. Then it
+            is enough to see that they are the same objects, which halves the host's time.
+    """
+
+    def __init__(self, owned: bool = False, capacity: int = 8) -> None:
+        self._owned = owned
         self._capacity = capacity
         self._plans: list[Plan] = []
 
@@ -113,7 +121,7 @@ class Planner:
             TypeError, ValueError: naming the first tensor that no kernel could update, and why.
         """
         try:
-            signature = _signature(batch)
+            signature = _identities(batch) if self._owned else _descriptions(batch)
         except (RuntimeError, NotImplementedError):  # a sparse tensor has neither address nor strides
             check(batch)
             raise
@@ -121,39 +129,55 @@ class Planner:
         if plan is None:
             check(batch)
             plan = Plan(signature, _launches(batch))
+            if self._owned:  # an object's identity is its own only while it lives
+                plan.alive = [batch.params, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats]
             del self._plans[self._capacity - 1 :]
-        else:
+            self._plans.insert(0, plan)
+        elif plan is not self._plans[0]:
             self._plans.remove(plan)
-        self._plans.insert(0, plan)
+            self._plans.insert(0, plan)
         _refresh(plan, batch)
         return plan
 
 
-def _signature(batch: Batch) -> list[tuple[Any, ...]]:
-    """Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step."""
-    tensors = zip(
+# Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step. Flat
+# comprehensions: a call for each tensor would cost as much again.
+
+
+def _identities(batch: Batch) -> list[Any]:
+    """For tensors that are kept: which they are, and where, as `.data` may be assigned anew."""
+    kept = zip(
         batch.params,
-        batch.grads,
         batch.exp_avg_sens,
         batch.exp_avg_unc,
         batch.sens_stats,
-        batch.tensor_ids,
         batch.hyperparameters,
         strict=True,
     )
-    # One flat comprehension: a call for each tensor would double the host time of a step.
     return [
-        (p.data_ptr(), p.dtype, p.device, p.shape, p.stride())
-        + (g.dtype, g.device, g.shape, g.stride())
-        + (s.data_ptr(), s.dtype, s.device, s.shape, s.stride(), stats.data_ptr(), tensor_id, h.variant)
-        + ((u.data_ptr(), u.dtype, u.device, u.shape, u.stride()) if u is not None else ())
-        for p, g, s, u, stats, tensor_id, h in tensors
+        [
+            (id(p), p.data_ptr(), id(s), s.data_ptr(), id(u), id(stats), h.variant)
+            for p, s, u, stats, h in kept
+        ],
+        [(g.dtype, g.device, g.shape, g.stride()) for g in batch.grads],
+        batch.tensor_ids,
     ]
+
+
+def _descriptions(batch: Batch) -> list[Any]:
+    """For tensors of which nothing is known: all that matters about each, and no reference to it."""
+    columns = [batch.params, batch.grads, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats]
+    described = [
+        [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+        for tensors in columns
+    ]
+    del columns[1]  # gradients move
+    addresses = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in columns]
+    return [described, addresses, batch.tensor_ids, [h.variant for h in batch.hyperparameters]]
 
 
 def check(batch: Batch) -> None:
     """Raises the error that names the first tensor that a kernel could not update."""
-    seen: dict[int, str] = {}
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
         name, variant = batch.name(i), batch.hyperparameters[i].variant
         sens, unc, stats = batch.exp_avg_sens[i], batch.exp_avg_unc[i], batch.sens_stats[i]
@@ -173,10 +197,29 @@ def check(batch: Batch) -> None:
                 f"but is {stats.dtype} of shape {tuple(stats.shape)}"
             )
         _require_same(name, "device", param.device, "sens_stats", stats.device)
-        for written in (param, sens, stats) if unc is None else (param, sens, unc, stats):
-            other = seen.setdefault(written.data_ptr(), name)
-            if other is not name or (written is not param and written.data_ptr() == param.data_ptr()):
-                raise ValueError(f"{name}: overlapping memory, shared with {other}")
+    _check_disjoint(batch)
+
+
+def _check_disjoint(batch: Batch) -> None:
+    """Raises ValueError where two written tensors share memory, or one is a gradient.
+
+    Tensors with holes are compared by their first element alone: two of them may well interleave.
+    """
+    extents: list[tuple[int, int, int, str]] = []
+    columns = {"params": batch.params, "exp_avg_sens": batch.exp_avg_sens, "sens_stats": batch.sens_stats}
+    for key, tensors in (*columns.items(), ("exp_avg_unc", batch.exp_avg_unc), ("grads", batch.grads)):
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                dense = tensor.numel() * tensor.element_size()
+                extent = 1 + sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+                size = dense if extent == tensor.numel() else 1
+                extents.append((tensor.data_ptr(), tensor.data_ptr() + size, i, key))
+    extents.sort()
+    for (_, end, i, key), (start, _, j, other) in pairwise(extents):
+        if start < end and not (key == other == "grads"):
+            raise ValueError(
+                f"{batch.name(j)}: overlapping memory: its {other} shares some with {key} of {batch.name(i)}"
+            )
 
 
 def check_param(name: str, param: Tensor) -> None:
@@ -307,8 +350,8 @@ def _refresh(plan: Plan, batch: Batch) -> None:
 def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> None:
     seeds = np.array([h.seed for h in values], dtype=np.uint64)
     launch.table[:, Column.SEED] = seeds.view(np.int64)
-    launch.table.view(np.float64)[:, Column.NOISE_SCALE : Column.UNC_RATE + 1] = [
-        (h.noise_scale, h.gamma, 1 - h.sens_betas[0], 1 - h.sens_betas[1]) for h in values
+    launch.table.view(np.float64)[:, Column.NOISE_SCALE : Column.UNC_BETA + 1] = [
+        (h.noise_scale, h.gamma, *h.sens_betas) for h in values
     ]
 
 

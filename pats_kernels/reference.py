@@ -78,10 +78,11 @@ def pats_update_(
     s = (w * grad.to(dtype)).abs()
     finite = s.isfinite()
 
-    S_new = torch.where(finite, S + (1 - beta_s) * (s - S), S)
+    # The averages in the form in which b = 0 gives S = s to the last bit, and U = 0 with it.
+    S_new = torch.where(finite, beta_s * S + (1 - beta_s) * s, S)
     if exp_avg_unc is not None:
         U = exp_avg_unc.to(dtype)
-        U_new = torch.where(finite, U + (1 - beta_u) * ((s - S_new).abs() - U), U)
+        U_new = torch.where(finite, beta_u * U + (1 - beta_u) * (s - S_new).abs(), U)
         U = store(exp_avg_unc, U_new, shift=16)
     else:
         U = torch.zeros_like(S)
@@ -107,16 +108,16 @@ def pats_update_(
     return (~finite).sum()
 
 
-def per_tensor(value: Any, count: int, scalar: type | tuple[type, ...] = (int, float, str)) -> list[Any]:
+def per_tensor(value: Any, count: int) -> list[Any]:
     """One value, or a sequence of one per tensor, as a list of one per tensor."""
-    if isinstance(value, Sequence) and not isinstance(value, scalar):
-        return list(value)
-    return [value] * count
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    return list(value) if is_sequence else [value] * count
 
 
 def betas_per_tensor(value: Any, count: int) -> list[Any]:
     """The same for pairs: two numbers are one value."""
-    return per_tensor(value, count, tuple if isinstance(value[0], (int, float)) else ())
+    is_pair = isinstance(value, Sequence) and len(value) == 2 and not isinstance(value[0], Sequence)
+    return [value] * count if is_pair else per_tensor(value, count)
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ C_STEP = tl.constexpr(int(Column.STEP))
 C_SEED = tl.constexpr(int(Column.SEED))
 C_NOISE_SCALE = tl.constexpr(int(Column.NOISE_SCALE))
 C_GAMMA = tl.constexpr(int(Column.GAMMA))
-C_SENS_RATE = tl.constexpr(int(Column.SENS_RATE))
-C_UNC_RATE = tl.constexpr(int(Column.UNC_RATE))
+C_SENS_BETA = tl.constexpr(int(Column.SENS_BETA))
+C_UNC_BETA = tl.constexpr(int(Column.UNC_BETA))
 LAYOUT_COLUMNS = tl.constexpr(1 + OPERANDS)
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
@@ -195,13 +195,16 @@ def _offsets(entry, layout, index):
 
 
 @triton.jit
-def _averages(w, g, S, U, sens_rate, unc_rate, UNCERTAINTY: tl.constexpr):
-    """Rows 1 to 3 of the table. A sensitivity that is not finite leaves both averages as they were."""
+def _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY: tl.constexpr):
+    """Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit.
+
+    A sensitivity that is not finite leaves both averages as they were.
+    """
     s = tl.abs(w * g)
     finite = s < float("inf")
-    S_new = S + sens_rate * (s - S)
+    S_new = sens_beta * S + sens_rate * s
     if UNCERTAINTY != NONE:
-        U = tl.where(finite, U + unc_rate * (tl.abs(s - S_new) - U), U)
+        U = tl.where(finite, unc_beta * U + unc_rate * tl.abs(s - S_new), U)
     return tl.where(finite, S_new, S), U, finite
 
 
@@ -263,7 +266,9 @@ def _chunk(
             step += 1
     step = step.to(tl.uint32)
 
-    sens_rate, unc_rate = _float64(entry, C_SENS_RATE).to(FLOAT), _float64(entry, C_UNC_RATE).to(FLOAT)
+    sens_beta, unc_beta = _float64(entry, C_SENS_BETA), _float64(entry, C_UNC_BETA)
+    sens_rate, unc_rate = (1 - sens_beta).to(FLOAT), (1 - unc_beta).to(FLOAT)
+    sens_beta, unc_beta = sens_beta.to(FLOAT), unc_beta.to(FLOAT)
     gamma, noise_scale = _float64(entry, C_GAMMA).to(FLOAT), _float64(entry, C_NOISE_SCALE).to(FLOAT)
     stats = tl.load(entry + C_STATS).to(tl.pointer_type(tl.float32))
     sens_mean, unc_mean = tl.load(stats).to(FLOAT), tl.load(stats + 1).to(FLOAT)
@@ -307,7 +312,7 @@ def _chunk(
             g = _load(g_at, mask, FLOAT)
             if grad_scale is not None:
                 g = g / tl.load(grad_scale)
-            S, U, finite = _averages(w, g, S, U, sens_rate, unc_rate, UNCERTAINTY)
+            S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
             S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
             S = S_stored.to(FLOAT)
             if PHASE == AVERAGES:

@@ -1,0 +1,56 @@
+"""Which backends a run proves, and how hard hypothesis works.
+
+Triton decides at import whether it is interpreted, so there are two runs: `pytest tests` proves eager and
+cpp, `TRITON_INTERPRET=1 pytest tests -m backend` the Triton kernel under its interpreter. A backend that is
+meant to run and cannot fails its tests; PATS_KERNELS_NO_EXTENSION=1 says that cpp is not meant to.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from pats_kernels import available_backends
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NO_EXTENSION = os.environ.get("PATS_KERNELS_NO_EXTENSION") == "1"
+BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager", "cpp"]
+
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
+settings.register_profile(
+    "pats",
+    deadline=None,  # a first call may compile
+    derandomize=True,  # a failure that comes and goes is nobody's
+    max_examples=8 if INTERPRETED else 60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("pats")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backend: proves a backend; runs once more under Triton's interpreter")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "backend" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.backend)
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that this run has to prove."""
+    reason = available_backends("cpu")[request.param]
+    if reason is not None:
+        pytest.fail(f"backend {request.param!r} cannot run on the CPU: {reason}", pytrace=False)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives a test torch's thread count to play with."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,113 @@
+"""What a param group may hold: every value that is allowed passes, every other is named with its range."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bad_input import BAD_HYPERPARAMETERS, assert_names
+
+from pats_kernels.hyperparameters import NAMES, Hyperparameters, Variant, hyperparameters
+
+DEFAULTS = {name: Hyperparameters.__dataclass_fields__[name].default for name in NAMES}
+
+GOOD = [
+    ("noise_scale", 0),
+    ("noise_scale", 0.0),
+    ("noise_scale", 1e30),
+    ("gamma", 0),
+    ("gamma", 1000.0),
+    ("sens_betas", (0.0, 0.0)),
+    ("sens_betas", (0.999999, 0.5)),
+    ("sens_betas", (0, 0)),
+    ("uncertainty", "product"),
+    ("uncertainty", "ucb"),
+    ("uncertainty", "none"),
+    ("normalization", "delayed"),
+    ("normalization", "exact"),
+    ("state_dtype", None),
+    ("state_dtype", torch.float32),
+    ("state_dtype", torch.bfloat16),
+    ("stochastic_rounding", False),
+    ("seed", 0),
+    ("seed", 2**64 - 1),
+]
+
+
+def test_the_contract_s_defaults() -> None:
+    assert DEFAULTS == {
+        "noise_scale": 1e-5,
+        "gamma": 1.0,
+        "sens_betas": (0.85, 0.95),
+        "uncertainty": "product",
+        "normalization": "delayed",
+        "state_dtype": None,
+        "stochastic_rounding": True,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD)
+def test_good(name: str, value: Any) -> None:
+    assert getattr(hyperparameters({name: value}, DEFAULTS), name) == value
+
+
+@pytest.mark.parametrize(("name", "value", "limits"), BAD_HYPERPARAMETERS)
+def test_bad(name: str, value: Any, limits: str) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        hyperparameters({name: value}, DEFAULTS)
+    assert_names(error, name, repr(value), limits)
+
+
+@pytest.mark.parametrize(("name", "value", "limits"), BAD_HYPERPARAMETERS)
+def test_an_instance_that_exists_is_valid(name: str, value: Any, limits: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Hyperparameters(**{name: value})
+
+
+def test_a_group_wins_over_the_defaults() -> None:
+    h = hyperparameters({"gamma": 3.0, "lr": 0.1, "params": []}, DEFAULTS | {"gamma": 2.0, "seed": 5})
+    assert (h.gamma, h.seed, h.noise_scale) == (3.0, 5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("sens_betas", [0.5, 0.25], (0.5, 0.25)),  # as JSON and YAML give it
+        ("noise_scale", torch.tensor(0.25), 0.25),  # as a schedule on the device may
+        ("noise_scale", np.float64(0.25), 0.25),
+        ("gamma", torch.tensor(2), 2),
+    ],
+)
+def test_other_forms(name: str, given: Any, value: Any) -> None:
+    assert getattr(hyperparameters({name: given}, DEFAULTS), name) == value
+
+
+def test_a_changed_value_is_seen() -> None:
+    """The cache is by value, so a schedule is followed."""
+    group = {"noise_scale": 1e-3}
+    assert hyperparameters(group, DEFAULTS).noise_scale == 1e-3
+    group["noise_scale"] = 1e-4
+    assert hyperparameters(group, DEFAULTS).noise_scale == 1e-4
+    group["noise_scale"] = math.nan
+    with pytest.raises(ValueError, match="noise_scale"):
+        hyperparameters(group, DEFAULTS)
+
+
+@pytest.mark.parametrize("values", [{"stochastic_rounding": 1}, {"noise_scale": True}, {"seed": 1.0}])
+def test_a_cached_equal_does_not_let_a_wrong_type_through(values: dict[str, Any]) -> None:
+    """1 == True == 1.0 have one hash: what was valid before must not decide for the other."""
+    hyperparameters({"seed": 1, "noise_scale": 1.0, "stochastic_rounding": True}, DEFAULTS)
+    hyperparameters({"seed": 1}, DEFAULTS)
+    hyperparameters({"noise_scale": 1.0}, DEFAULTS)
+    (name,) = values
+    if name == "stochastic_rounding":  # 1 means True everywhere
+        assert hyperparameters(values, DEFAULTS).variant.stochastic_rounding == 1
+    else:
+        with pytest.raises(ValueError, match=name):
+            hyperparameters(values, DEFAULTS)
+
+
+def test_variant() -> None:
+    assert Hyperparameters(uncertainty="ucb").variant == Variant("ucb", "delayed", True)

@@ -1,0 +1,707 @@
+"""PATS attached to torch's optimizers: what `pats_step_` by hand does, its state kept, and nothing else."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from bad_input import assert_names
+from conftest import INTERPRETED
+from harness import assert_same_bits, same_bits
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import LambdaLR
+
+from pats_kernels import PATS, pats_step_
+
+Factory = Callable[[Any], Optimizer]
+
+OPTIMIZERS: dict[str, Factory] = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9),
+    "Adam": lambda params: Adam(params, lr=1e-2, amsgrad=True),
+    "AdamW": lambda params: AdamW(params, lr=1e-2),
+    "AdamW, foreach": lambda params: AdamW(params, lr=1e-2, foreach=True),
+    "AdamW, fused": lambda params: AdamW(params, lr=1e-2, fused=True),
+    "RMSprop": lambda params: RMSprop(params, lr=1e-2, momentum=0.5),
+    "Adagrad": lambda params: Adagrad(params, lr=1e-2),
+}
+SHAPES = [(5, 8), (8,), (3, 4, 2), (), (1100,)]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    random = torch.Generator().manual_seed(11)
+    return [nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in SHAPES]
+
+
+def give_gradients(params: list[nn.Parameter], number: int, set_to_none: bool = True) -> None:
+    """The gradients of step `number`: the same for every set of parameters of one dtype."""
+    random = torch.Generator().manual_seed(number)
+    for param in params:
+        grad = torch.randn(param.shape, generator=random).to(param.dtype)
+        if set_to_none or param.grad is None:
+            param.grad = grad
+        else:
+            param.grad.copy_(grad)
+
+
+@dataclass
+class ByHand:
+    """What PATS has to do, in one call of `pats_step_` before each step of the optimizer."""
+
+    backend: str
+    defaults: dict[str, Any]
+    state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        columns: dict[str, list[Any]] = {name: [] for name in (*ARGUMENTS, "step", "tensor_ids", *PER_TENSOR)}
+        tensor_id = -1
+        for group in optimizer.param_groups:
+            values = {name: group.get(name, self.defaults[name]) for name in PER_TENSOR}
+            for param in group["params"]:
+                tensor_id += 1
+                if param.grad is None or values["noise_scale"] == 0:
+                    continue
+                state = self.state.setdefault(param, self.fresh(param, values["uncertainty"]))
+                state["step"] += 1
+                row = {"params": param, "grads": param.grad, "tensor_ids": tensor_id, **state, **values}
+                for name, column in columns.items():
+                    column.append(row[name])
+        if not columns["params"]:
+            return
+        positional = [columns.pop(name) for name in ARGUMENTS]
+        pats_step_(*positional, **columns, backend=self.backend)
+
+    def fresh(self, param: Tensor, uncertainty: str) -> dict[str, Any]:
+        default = torch.float32 if param.dtype == torch.float16 else param.dtype
+        dtype = self.defaults.get("state_dtype") or default
+        averages = [torch.zeros(param.shape, dtype=dtype) for _ in range(2)]
+        unc = None if uncertainty == "none" else averages[1]
+        return {"exp_avg_sens": averages[0], "exp_avg_unc": unc, "sens_stats": torch.zeros(2), "step": 0}
+
+    def assert_same(self, params: list[nn.Parameter], pats: PATS, own: list[nn.Parameter]) -> None:
+        """Parameters and state to the bit. `own` are the parameters stepped by hand, in the same order."""
+        assert_same_bits([p.data for p in params], [p.data for p in own])
+        assert len(pats.state) == len(self.state)
+        for param, twin in zip(params, own, strict=True):
+            if twin not in self.state:
+                assert param not in pats.state
+                continue
+            state, expected = pats.state[param], self.state[twin]
+            assert set(state) == {name for name, value in expected.items() if value is not None}
+            for name in ("exp_avg_sens", "exp_avg_unc", "sens_stats"):
+                assert expected[name] is None or same_bits(state[name], expected[name])
+            assert float(state["step"]) == expected["step"]
+
+
+ARGUMENTS = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "sens_stats")
+PER_TENSOR = (
+    "noise_scale",
+    "gamma",
+    "sens_betas",
+    "uncertainty",
+    "normalization",
+    "stochastic_rounding",
+    "seed",
+)
+DEFAULTS: dict[str, Any] = {
+    "noise_scale": 1e-2,
+    "gamma": 1.0,
+    "sens_betas": (0.85, 0.95),
+    "uncertainty": "product",
+    "normalization": "delayed",
+    "stochastic_rounding": True,
+    "seed": 3,
+}
+
+
+@dataclass
+class Twins:
+    """The same parameters twice: under PATS, and by hand under an optimizer that never heard of it."""
+
+    backend: str
+    factory: Factory = OPTIMIZERS["AdamW"]
+    changes: dict[str, Any] = field(default_factory=dict)
+    groups: Callable[[list[nn.Parameter]], Any] = list
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.params, self.own = parameters(self.dtype), parameters(self.dtype)
+        self.optimizer, self.plain = (self.factory(self.groups(p)) for p in (self.params, self.own))
+        self.pats = PATS(self.optimizer, **(DEFAULTS | self.changes), backend=self.backend)
+        self.hand = ByHand(self.backend, DEFAULTS | self.changes)
+
+    def step(self, number: int, without: tuple[int, ...] = ()) -> None:
+        for params in (self.params, self.own):
+            give_gradients(params, number)
+            for i in without:
+                params[i].grad = None
+        before = [p.grad.clone() for p in self.params if p.grad is not None]
+        self.optimizer.step()
+        assert_same_bits([p.grad for p in self.params if p.grad is not None], before)
+        self.hand.before_step(self.plain)
+        self.plain.step()
+
+    def steps(self, *numbers: int) -> "Twins":
+        for number in numbers:
+            self.step(number)
+        return self
+
+    def assert_same(self) -> None:
+        self.hand.assert_same(self.params, self.pats, self.own)
+        assert_same_states(self.optimizer, self.plain)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for key in value for t in tensors_in(value[key])]
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
+
+
+def assert_same_states(one: Optimizer, other: Optimizer) -> None:
+    """The optimizers' own state: the same keys, the same bits."""
+    first, second = (list(o.state.values()) for o in (one, other))
+    assert [list(entry) for entry in first] == [list(entry) for entry in second]
+    assert_same_bits(tensors_in(first), tensors_in(second))
+
+
+def snapshot(optimizer: Optimizer, pats: PATS) -> list[Tensor]:
+    params = [p.data for group in optimizer.param_groups for p in group["params"]]
+    states = [*optimizer.state.values(), *pats.state.values()]
+    return [t.clone() for t in params + tensors_in(states)]
+
+
+# PATS is pats_step_ before each step.
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW, fused"] if INTERPRETED else OPTIMIZERS)
+def test_is_pats_step_by_hand(backend: str, name: str) -> None:
+    twins = Twins(backend, OPTIMIZERS[name]).steps(1, 2, 3, 4)
+    twins.assert_same()
+    untouched = parameters()
+    plain = OPTIMIZERS[name](untouched)
+    for number in (1, 2, 3, 4):
+        give_gradients(untouched, number)
+        plain.step()
+    assert not torch.equal(twins.params[0], untouched[0])  # there was noise to get right
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"normalization": "exact"},
+    {"uncertainty": "ucb"},
+    {"uncertainty": "none"},
+    {"uncertainty": "none", "normalization": "exact"},
+    {"gamma": 0.25, "sens_betas": (0.5, 0.75), "seed": 2**64 - 1},
+    {"state_dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_variants(backend: str, changes: dict[str, Any]) -> None:
+    Twins(backend, changes=changes).steps(1, 2, 3).assert_same()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"state_dtype": torch.float32}, {"stochastic_rounding": False}], ids=str
+)
+def test_bfloat16(backend: str, changes: dict[str, Any]) -> None:
+    Twins(backend, changes=changes, dtype=torch.bfloat16).steps(1, 2, 3).assert_same()
+
+
+STATE_DTYPES = [
+    (torch.float32, None, torch.float32),
+    (torch.bfloat16, None, torch.bfloat16),
+    (torch.float16, None, torch.float32),
+    (torch.float64, None, torch.float64),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("dtype", "chosen", "expected"), STATE_DTYPES)
+def test_state_dtype(dtype: torch.dtype, chosen: torch.dtype | None, expected: torch.dtype) -> None:
+    """By the parameter's dtype, or as chosen; the means and the count are float32 always."""
+    params = parameters(dtype)
+    pats = PATS(SGD(params, lr=0.1), state_dtype=chosen)
+    give_gradients(params, 1)
+    pats.optimizer.step()
+    for param in params:
+        state = pats.state[param]
+        assert set(state) == {"exp_avg_sens", "exp_avg_unc", "sens_stats", "step"}
+        assert state["exp_avg_sens"].dtype == state["exp_avg_unc"].dtype == expected
+        assert state["exp_avg_sens"].shape == param.shape
+        assert (state["sens_stats"].dtype, state["sens_stats"].shape) == (torch.float32, (2,))
+        assert float(state["step"]) == 1.0
+
+
+def two_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """The usual split: biases and norms without weight decay; here with hyperparameters of their own too."""
+    decay = [p for p in params if p.ndim >= 2]
+    rest = [p for p in params if p.ndim < 2]
+    own = {"noise_scale": 1e-1, "gamma": 0.5, "sens_betas": (0.5, 0.9), "uncertainty": "ucb", "seed": 12}
+    return [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, **own}]
+
+
+def test_groups_with_their_own_hyperparameters(backend: str) -> None:
+    twins = Twins(backend, groups=two_groups).steps(1, 2, 3)
+    twins.assert_same()
+    alike = Twins(backend, groups=lambda p: [{"params": g["params"]} for g in two_groups(p)]).steps(1, 2, 3)
+    assert not torch.equal(twins.params[1], alike.params[1])
+
+
+def test_a_schedule_changes_hyperparameters(backend: str) -> None:
+    """Read at every step, in one group and not in the other; to 0 and back."""
+    twins = Twins(backend, groups=two_groups)
+    for number, scale in enumerate([1e-1, 1e-2, 0.0, 0.0, 1e-3, 1e-2], start=1):
+        for optimizer in (twins.optimizer, twins.plain):
+            optimizer.param_groups[1]["noise_scale"] = scale
+            optimizer.param_groups[0]["gamma"] = 1 / number
+            optimizer.param_groups[0]["normalization"] = "exact" if number > 3 else "delayed"
+        twins.step(number)
+    twins.assert_same()
+    assert {float(state["step"]) for state in twins.pats.state.values()} == {4.0, 6.0}
+
+
+def test_noise_scale_of_zero_is_the_optimizer_alone(backend: str) -> None:
+    params, plain = parameters(), parameters()
+    optimizer, other = OPTIMIZERS["AdamW"](params), OPTIMIZERS["AdamW"](plain)
+    pats = PATS(optimizer, noise_scale=0, backend=backend)
+    for number in (1, 2, 3):
+        for each in (params, plain):
+            give_gradients(each, number)
+        optimizer.step()
+        other.step()
+    assert_same_bits([p.data for p in params], [p.data for p in plain])
+    assert_same_states(optimizer, other)
+    assert pats.state == {}
+    assert pats.state_dict()["state"] == {}
+    assert pats.nonfinite_counts() == {}
+
+
+def test_added_group(backend: str) -> None:
+    twins = Twins(backend).steps(1, 2)
+    for params, optimizer in ((twins.params, twins.optimizer), (twins.own, twins.plain)):
+        new = [nn.Parameter(torch.full((6, 7), 0.5)), nn.Parameter(torch.full((3,), 0.5))]
+        params += new
+        optimizer.add_param_group({"params": new, "noise_scale": 0.25})
+    twins.steps(3, 4, 5).assert_same()
+    assert float(twins.pats.state[twins.params[-1]]["step"]) == 3.0
+
+
+def test_frozen_and_unfrozen(backend: str) -> None:
+    """Without a gradient a tensor's own step count stands still; the others keep their tensor_ids."""
+    twins = Twins(backend)
+    for number, without in enumerate([(), (1, 4), (0, 1, 2, 3, 4), (1,), (0,), ()], start=1):
+        twins.step(number, without)
+    twins.assert_same()
+    assert [float(twins.pats.state[p]["step"]) for p in twins.params] == [4.0, 3.0, 5.0, 5.0, 4.0]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(backend: str, set_to_none: bool) -> None:
+    """Gradients that move and gradients that stay, through backward passes and optimizer.zero_grad."""
+    twins = Twins(backend)
+    for number in range(1, 5):
+        targets = torch.randn(len(SHAPES), generator=torch.Generator().manual_seed(number))
+        for params, optimizer in ((twins.params, twins.optimizer), (twins.own, twins.plain)):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            losses = [(p * t).sin().sum() for p, t in zip(params, targets, strict=True)]
+            torch.stack(losses).sum().backward()
+        twins.optimizer.step()
+        twins.hand.before_step(twins.plain)
+        twins.plain.step()
+    twins.assert_same()
+
+
+def test_remove() -> None:
+    twins = Twins("eager").steps(1, 2)
+    twins.pats.remove()
+    state = tensors_in(list(twins.pats.state.values()))
+    before = [t.clone() for t in state]
+    for params in (twins.params, twins.own):
+        give_gradients(params, 3)
+    twins.optimizer.step()
+    twins.plain.step()
+    assert_same_bits([p.data for p in twins.params], [p.data for p in twins.own])
+    assert_same_bits(state, before)
+    assert "pats" not in twins.optimizer.state_dict()
+    twins.pats.remove()  # once more does nothing
+
+
+def test_lr_scheduler(backend: str) -> None:
+    """It wraps optimizer.step; PATS runs once in each, and the schedule is followed."""
+    twins = Twins(backend)
+    schedulers = [LambdaLR(o, lambda epoch: 0.5**epoch) for o in (twins.optimizer, twins.plain)]
+    for number in range(1, 4):
+        twins.step(number)
+        for scheduler in schedulers:
+            scheduler.step()
+    twins.assert_same()
+    assert twins.optimizer.param_groups[0]["lr"] == 1e-2 / 8
+    assert {float(state["step"]) for state in twins.pats.state.values()} == {3.0}
+
+
+def test_closure(backend: str) -> None:
+    """The gradients are read as they stand when `step` begins, so one step behind the closure's."""
+    twins = Twins(backend)
+    for number in range(1, 5):
+        calls = []
+
+        def closure(params: list[nn.Parameter], calls: list[int] = calls, number: int = number) -> Tensor:
+            calls.append(number)
+            give_gradients(params, number)
+            return torch.tensor(float(number))
+
+        loss = twins.optimizer.step(lambda closure=closure: closure(twins.params))
+        assert calls == [number]
+        assert float(loss) == number
+        if number > 1:  # before the first there are no gradients
+            twins.hand.before_step(twins.plain)
+        twins.plain.step(lambda closure=closure: closure(twins.own))
+    twins.assert_same()
+    assert {float(state["step"]) for state in twins.pats.state.values()} == {3.0}
+
+
+def test_nonfinite_counts(backend: str) -> None:
+    named = dict(zip("abcde", parameters(), strict=True))
+    params = list(named.values())
+    optimizer = SGD(named.items(), lr=0.0)
+    pats = PATS(optimizer, backend=backend)
+    assert pats.nonfinite_counts() == {}
+    for number in (1, 2):
+        give_gradients(params, number)
+        params[1].grad[2:5] = torch.nan
+        params[4].grad[:7] = torch.inf
+        params[4].grad[-1] = -torch.inf
+        optimizer.step()
+        assert pats.nonfinite_counts() == {"b": 3 * number, "e": 8 * number}
+    assert all(t.isfinite().all() for t in tensors_in(list(pats.state.values())))
+
+
+def test_repr() -> None:
+    text = repr(PATS(SGD(parameters(), lr=0.1), noise_scale=0.125, seed=77))
+    assert_parts = ["PATS(SGD", "noise_scale=0.125", "seed=77", "backend='auto'"]
+    assert all(part in text for part in assert_parts)
+
+
+# The state dict.
+
+
+def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, as a checkpoint goes."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(twins: Twins, through_optimizer: bool, load: Callable[[dict[str, Any]], Any]) -> Twins:
+    """Fresh objects, PATS with other defaults, from the checkpoint of the first of the twins."""
+    other = Twins(twins.backend, twins.factory, twins.changes, twins.groups, twins.dtype)
+    other.pats.remove()
+    other.pats = PATS(other.optimizer, noise_scale=0.5, seed=99, backend=twins.backend)
+    with torch.no_grad():
+        for param, source in zip(other.params, twins.params, strict=True):
+            param.copy_(source)
+    if through_optimizer:
+        other.optimizer.load_state_dict(load(twins.optimizer.state_dict()))
+    else:
+        own = load({k: v for k, v in twins.optimizer.state_dict().items() if k != "pats"})
+        other.optimizer.load_state_dict(own)
+        other.pats.load_state_dict(load(twins.pats.state_dict()))
+    return other
+
+
+LOADS = {"saved": saved, "copied": copy.deepcopy}
+RESUMED: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "fused": {"factory": OPTIMIZERS["AdamW, fused"]},
+    "groups": {"groups": two_groups},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float32 averages": {"dtype": torch.bfloat16, "changes": {"state_dtype": torch.float32}},
+    "bfloat16 averages": {"changes": {"state_dtype": torch.bfloat16}},
+    "float16": {"dtype": torch.float16},
+    "float64": {"dtype": torch.float64},
+    "none": {"changes": {"uncertainty": "none", "normalization": "exact"}},
+}
+
+
+@pytest.mark.parametrize("through_optimizer", [True, False])
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_continues_bit_for_bit(name: str, load: str, through_optimizer: bool) -> None:
+    """Noise, averages and their dtypes, means, counts and hyperparameters: all of it is in the checkpoint."""
+    twins = Twins("auto", **RESUMED[name]).steps(1, 2, 3)
+    other = resumed(twins, through_optimizer, LOADS[load])
+    assert other.pats.defaults == twins.pats.defaults
+    for number in (4, 5, 6):
+        for each in (twins, other):
+            give_gradients(each.params, number)
+            each.optimizer.step()
+    assert_same_bits([p.data for p in other.params], [p.data for p in twins.params])
+    for param, source in zip(other.params, twins.params, strict=True):
+        entry, expected = other.pats.state[param], twins.pats.state[source]
+        assert set(entry) == set(expected)
+        assert_same_bits([entry[key] for key in expected], list(expected.values()))
+
+
+def test_a_resumed_run_continues_on_each_backend(backend: str) -> None:
+    twins = Twins(backend).steps(1, 2)
+    other = resumed(twins, True, saved)
+    for each in (twins, other):
+        give_gradients(each.params, 3)
+        each.optimizer.step()
+    assert_same_bits([p.data for p in other.params], [p.data for p in twins.params])
+
+
+def test_float32_averages_survive_the_optimizer_s_cast() -> None:
+    """Optimizer.load_state_dict casts state to the parameter's dtype; not PATS's."""
+    params = parameters(torch.bfloat16)
+    optimizer = AdamW(params)
+    pats = PATS(optimizer, state_dtype=torch.float32)
+    give_gradients(params, 1)
+    optimizer.step()
+    before = [state["exp_avg_sens"].clone() for state in pats.state.values()]
+    assert any(not torch.equal(S, S.to(torch.bfloat16).float()) for S in before)
+    optimizer.load_state_dict(saved(optimizer.state_dict()))
+    assert_same_bits([state["exp_avg_sens"] for state in pats.state.values()], before)
+
+
+def test_loading_copies() -> None:
+    """The checkpoint's tensors and the live ones share nothing, so one checkpoint starts two runs."""
+    twins, other = Twins("auto").steps(1, 2), Twins("auto")
+    state_dict = twins.pats.state_dict()
+    before = [t.clone() for t in tensors_in(state_dict["state"])]
+    other.pats.load_state_dict(state_dict)
+    give_gradients(other.params, 3)
+    other.optimizer.step()
+    assert_same_bits(tensors_in(state_dict["state"]), before)
+    assert not same_bits(other.pats.state[other.params[0]]["exp_avg_sens"], before[0])
+
+
+def test_state_dict_is_that_of_torch() -> None:
+    """By number of the parameter, live tensors, and of no parameter that has no state."""
+    twins = Twins("auto")
+    twins.step(1, without=(0, 3))
+    state_dict = twins.pats.state_dict()
+    assert sorted(state_dict["state"]) == [1, 2, 4]
+    assert state_dict["state"][4]["exp_avg_sens"] is twins.pats.state[twins.params[4]]["exp_avg_sens"]
+    joined = twins.optimizer.state_dict()
+    assert sorted(joined) == ["param_groups", "pats", "state"]
+    assert "exp_avg_sens" not in joined["state"][1]
+
+
+def test_a_checkpoint_without_pats_loads() -> None:
+    """Of a plain AdamW: its moments are there, the sensitivity starts empty, the hyperparameters stay."""
+    plain_params = parameters()
+    plain = AdamW(plain_params, lr=1e-2)
+    give_gradients(plain_params, 1)
+    plain.step()
+    twins = Twins("auto").steps(1, 2)
+    defaults = dict(twins.pats.defaults)
+    twins.optimizer.load_state_dict(saved(plain.state_dict()))
+    assert_same_states(twins.optimizer, plain)
+    assert twins.pats.state == {}
+    assert twins.pats.defaults == defaults
+    twins.steps(3)
+    assert {float(state["step"]) for state in twins.pats.state.values()} == {1.0}
+
+
+def test_a_checkpoint_with_pats_loads_without() -> None:
+    twins = Twins("auto").steps(1, 2)
+    plain = AdamW(parameters(), lr=1e-2)
+    plain.load_state_dict(saved(twins.optimizer.state_dict()))
+    assert_same_states(plain, twins.optimizer)
+
+
+def older(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Of a version that did not say its version, nor how many parameters it had, nor its defaults."""
+    return {"state": state_dict["state"]}
+
+
+def test_an_older_state_dict_loads() -> None:
+    twins = Twins("auto").steps(1, 2)
+    before = snapshot(twins.optimizer, twins.pats)
+    twins.pats.load_state_dict(older(saved(twins.pats.state_dict())))
+    assert_same_bits(snapshot(twins.optimizer, twins.pats), before)
+
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+def edited(key: int, name: str, value: Any) -> Edit:
+    return lambda sd: sd["state"][key].__setitem__(name, value)
+
+
+BAD_STATE_DICTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
+    "S of another shape": (
+        edited(1, "exp_avg_sens", torch.zeros(9)),
+        ("b:", "exp_avg_sens", "(9,)", "(8,)"),
+    ),
+    "U of another shape": (
+        edited(0, "exp_avg_unc", torch.zeros(40)),
+        ("a:", "exp_avg_unc", "(40,)", "(5, 8)"),
+    ),
+    "means of another shape": (edited(2, "sens_stats", torch.zeros(3)), ("c:", "sens_stats", "(3,)")),
+    "two of another shape": (
+        lambda sd: [sd["state"][i].update(exp_avg_sens=torch.zeros(9)) for i in (2, 4)],
+        ("c:", "exp_avg_sens"),
+    ),
+    "no S": (lambda sd: sd["state"][3].pop("exp_avg_sens"), ("d:", "exp_avg_sens")),
+    "no means": (lambda sd: sd["state"][3].pop("sens_stats"), ("d:", "sens_stats")),
+    "no count": (lambda sd: sd["state"][3].pop("step"), ("d:", "step")),
+    "more parameters": (lambda sd: sd.update(num_params=6), ("6", "5")),
+    "an unknown parameter": (lambda sd: sd["state"].update({7: sd["state"][0]}), ("7", "5")),
+    "no state": (lambda sd: sd.pop("state"), ("state",)),
+    "a newer version": (lambda sd: sd.update(version=1000), ("1000",)),
+    "a bad default": (lambda sd: sd["defaults"].update(gamma=-2.0), ("gamma", "-2.0")),
+}
+
+
+def named_run() -> tuple[list[nn.Parameter], AdamW, PATS]:
+    params = parameters()
+    optimizer = AdamW(zip("abcde", params, strict=True))
+    pats = PATS(optimizer, **DEFAULTS)
+    for number in (1, 2):
+        give_gradients(params, number)
+        optimizer.step()
+    return params, optimizer, pats
+
+
+@pytest.mark.parametrize("through_optimizer", [True, False])
+@pytest.mark.parametrize("name", BAD_STATE_DICTS)
+def test_bad_state_dicts(name: str, through_optimizer: bool) -> None:
+    """Named, and neither PATS nor its optimizer has changed; the run goes on as if nothing was loaded."""
+    edit, parts = BAD_STATE_DICTS[name]
+    params, optimizer, pats = named_run()
+    twin_params, twin, _ = named_run()
+    before, defaults = snapshot(optimizer, pats), dict(pats.defaults)
+    state_dict = saved(optimizer.state_dict())
+    for group in state_dict["param_groups"]:
+        group["lr"] = 5.0
+    edit(state_dict["pats"])
+    load, loaded = optimizer.load_state_dict, state_dict
+    if not through_optimizer:
+        load, loaded = pats.load_state_dict, state_dict["pats"]
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (assert_names)
+        load(loaded)
+    assert_names(error, *parts)
+    assert_same_bits(snapshot(optimizer, pats), before)
+    assert pats.defaults == defaults
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    for each, stepped in ((params, optimizer), (twin_params, twin)):
+        give_gradients(each, 3)
+        stepped.step()
+    assert_same_bits([p.data for p in params], [p.data for p in twin_params])
+
+
+def test_a_dict_that_the_optimizer_refuses() -> None:
+    """Then PATS takes nothing of it either, now or at the next load."""
+    _, optimizer, pats = named_run()
+    before = snapshot(optimizer, pats)
+    state_dict = saved(optimizer.state_dict())
+    state_dict["param_groups"] *= 2
+    state_dict["pats"]["defaults"]["gamma"] = 9.0
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(state_dict)
+    assert_same_bits(snapshot(optimizer, pats), before)
+    assert pats.defaults["gamma"] == 1.0
+
+
+def test_what_is_no_state_dict() -> None:
+    _, _, pats = named_run()
+    for bad in (None, [], 3):
+        with pytest.raises(ValueError, match="state_dict"):
+            pats.load_state_dict(bad)  # type: ignore[arg-type]
+
+
+def test_optimizers_copy_and_pickle() -> None:
+    """A hook must not get in the way; torch's copies have none."""
+    _, optimizer, _ = named_run()
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert_same_states(copied, optimizer)
+
+
+# GradScaler.
+
+
+def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | None = None) -> Twins:
+    """Fused AdamW, which unscales on its own; gradients times the scale, one of them infinite in one step."""
+    run = Twins(backend, OPTIMIZERS["AdamW, fused"])
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=99
+    )
+    for number in range(1, 6):
+        give_gradients(run.params, number)
+        for param in run.params:
+            param.grad *= scaler.get_scale()
+        if number == inf_at:
+            run.params[4].grad[3] = torch.inf
+        scaler.scale(torch.ones(()))  # as a loss; starts the scaler
+        before = snapshot(run.optimizer, run.pats)
+        if unscale and scale is not None:
+            scaler.unscale_(run.optimizer)
+        scaler.step(run.optimizer)
+        scaler.update()
+        if number == inf_at:
+            assert_same_bits(snapshot(run.optimizer, run.pats), before)
+            assert run.pats.nonfinite_counts() == {}
+    return run
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler(backend: str, unscale: bool) -> None:
+    """Scaled by a power of two and unscaled once: the bits of the run without a scaler."""
+    plain, scaled = scaled_run(backend, None, unscale), scaled_run(backend, 2.0**10, unscale)
+    assert_same_bits(snapshot(scaled.optimizer, scaled.pats), snapshot(plain.optimizer, plain.pats))
+    assert {float(state["step"]) for state in scaled.pats.state.values()} == {5.0}
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_skips_a_step(backend: str, unscale: bool) -> None:
+    """With an infinity nothing changes, not the count either; the next steps go on from there."""
+    run = scaled_run(backend, 2.0**10, unscale, inf_at=3)
+    expected = Twins(backend, OPTIMIZERS["AdamW, fused"])
+    for number in (1, 2, 4, 5):
+        give_gradients(expected.params, number)
+        expected.optimizer.step()
+    assert_same_bits(snapshot(run.optimizer, run.pats), snapshot(expected.optimizer, expected.pats))
+    assert {float(state["step"]) for state in run.pats.state.values()} == {4.0}
+
+
+def test_grad_scaler_skips_the_first_step(backend: str) -> None:
+    """State may be allocated then; it is all zeros, and stays without effect."""
+    run = Twins(backend, OPTIMIZERS["AdamW, fused"])
+    before = [p.detach().clone() for p in run.params]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    give_gradients(run.params, 1)
+    run.params[0].grad[0] = torch.nan
+    scaler.scale(torch.ones(()))
+    scaler.step(run.optimizer)
+    assert_same_bits([p.data for p in run.params], before)
+    assert not any(t.any() for t in tensors_in(list(run.pats.state.values())))
+
+
+def test_grad_scaler_with_an_optimizer_that_skips_itself(backend: str) -> None:
+    """SGD without `fused` knows no scale: the scaler unscales first, and does not call it on an infinity."""
+    run, plain = Twins(backend, OPTIMIZERS["SGD"]), Twins(backend, OPTIMIZERS["SGD"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=99)
+    for number in range(1, 4):
+        give_gradients(run.params, number)
+        for param in run.params:
+            param.grad *= scaler.get_scale()
+        if number == 2:
+            run.params[0].grad[0] = torch.inf
+        scaler.scale(torch.ones(()))
+        scaler.step(run.optimizer)
+        scaler.update()
+        if number != 2:
+            give_gradients(plain.params, number)
+            plain.optimizer.step()
+    assert_same_bits(snapshot(run.optimizer, run.pats), snapshot(plain.optimizer, plain.pats))
