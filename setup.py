@@ -58,7 +58,11 @@ def setup_with_extension() -> None:
 
     headers = sorted(map(str, Path("csrc").glob("*.h")))
     extension = CppExtension(
-        "pats_kernels._C", ["csrc/cpu.cpp"], depends=[*headers, KERNEL], extra_compile_args=["-O3"]
+        "pats_kernels._C",
+        ["csrc/cpu.cpp"],
+        depends=[*headers, KERNEL],
+        extra_compile_args=["-O3", "-fopenmp"],  # without it at::parallel_for is a plain loop
+        extra_link_args=["-fopenmp"],
     )
     # Without ninja: with it, torch compiles all of an extension's sources with the same flags.
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels.with_options(use_ninja=False)})
