@@ -90,7 +90,7 @@ class PATS:
                 backends.resolve(backend, param.device)
 
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        self._nonfinite: dict[Tensor, Tensor] = {}
+        self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._planner = Planner(owned=True)
         self._loaded: dict[str, Any] | None = None
         self._hooks = [
@@ -108,8 +108,8 @@ class PATS:
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
-        names = self._names()
-        return {names[param]: int(count) for param, count in self._nonfinite.items() if int(count) > 0}
+        counts = {name: int(self._nonfinite.get(id(param), 0)) for param, name in self._names().items()}
+        return {name: count for name, count in counts.items() if count > 0}
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
@@ -117,8 +117,7 @@ class PATS:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        batch = Batch(name=lambda i: self._names()[batch.params[i]])
-        steps: list[Tensor] = []
+        rows: list[tuple[Any, ...]] = []
         tensor_id = -1
         for group in optimizer.param_groups:
             values = hyperparameters(group, self.defaults)
@@ -132,18 +131,15 @@ class PATS:
                     if param.numel() == 0:
                         continue
                     state = self._initialize(param, values)
-                batch.params.append(param)
-                batch.grads.append(grad)
-                batch.exp_avg_sens.append(state["exp_avg_sens"])
-                batch.exp_avg_unc.append(state["exp_avg_unc"] if values.uncertainty != "none" else None)
-                batch.sens_stats.append(state["sens_stats"])
-                steps.append(state["step"])
-                batch.nonfinite.append(self._nonfinite[param])
-                batch.tensor_ids.append(tensor_id)
-                batch.hyperparameters.append(values)
-        batch.steps = steps
-        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        launch(batch, self._planner, self.backend, grad_scale, found_inf)
+                unc = state["exp_avg_unc"] if values.uncertainty != "none" else None
+                sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
+                count = self._nonfinite[id(param)]
+                rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
+        if rows:
+            columns = map(list, zip(*rows, strict=True))
+            batch = Batch(lambda i: self._names()[rows[i][0]], *columns)
+            grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+            launch(batch, self._planner, self.backend, grad_scale, found_inf)
 
     def _initialize(self, param: Tensor, values: Hyperparameters) -> dict[str, Tensor]:
         check_param(self._names()[param], param)
@@ -154,7 +150,7 @@ class PATS:
         }
         state["sens_stats"] = torch.zeros(2, dtype=torch.float32, device=param.device)
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        self._nonfinite[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        self._nonfinite[id(param)] = torch.zeros((), dtype=torch.int64, device=param.device)
         self.state[param] = state
         return state
 
@@ -212,7 +208,7 @@ class PATS:
         self.state = checked["state"]
         self._planner = Planner(owned=True)  # the old one keeps the old state alive
         self._nonfinite = {
-            param: torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
+            id(param): torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
         }
 
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -130,7 +130,10 @@ class Planner:
             check(batch)
             plan = Plan(signature, _launches(batch))
             if self._owned:  # an object's identity is its own only while it lives
-                plan.alive = [batch.params, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats]
+                plan.alive = [
+                    *(batch.params, batch.exp_avg_sens, batch.exp_avg_unc),
+                    *(batch.sens_stats, batch.steps, batch.nonfinite),
+                ]
             del self._plans[self._capacity - 1 :]
             self._plans.insert(0, plan)
         elif plan is not self._plans[0]:
@@ -146,34 +149,33 @@ class Planner:
 
 def _identities(batch: Batch) -> list[Any]:
     """For tensors that are kept: which they are, and where, as `.data` may be assigned anew."""
-    kept = zip(
-        batch.params,
-        batch.exp_avg_sens,
-        batch.exp_avg_unc,
-        batch.sens_stats,
-        batch.hyperparameters,
-        strict=True,
-    )
+    moved = zip(batch.params, batch.exp_avg_sens, batch.exp_avg_unc, strict=True)
     return [
-        [
-            (id(p), p.data_ptr(), id(s), s.data_ptr(), id(u), id(stats), h.variant)
-            for p, s, u, stats, h in kept
-        ],
+        [(id(p), p.data_ptr(), id(s), s.data_ptr(), id(u)) for p, s, u in moved],
         [(g.dtype, g.device, g.shape, g.stride()) for g in batch.grads],
+        [list(map(id, tensors)) for tensors in (batch.sens_stats, batch.steps, batch.nonfinite)],
         batch.tensor_ids,
+        [h.variant for h in batch.hyperparameters],
     ]
 
 
 def _descriptions(batch: Batch) -> list[Any]:
     """For tensors of which nothing is known: all that matters about each, and no reference to it."""
-    columns = [batch.params, batch.grads, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats]
-    described = [
-        [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
-        for tensors in columns
+    counters = batch.steps if _are_counters(batch.steps) else []
+    kept = [batch.params, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats, counters, batch.nonfinite]
+    return [
+        [
+            [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+            for tensors in (*kept, batch.grads)
+        ],
+        [[None if t is None else t.data_ptr() for t in tensors] for tensors in kept],
+        batch.tensor_ids,
+        [h.variant for h in batch.hyperparameters],
     ]
-    del columns[1]  # gradients move
-    addresses = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in columns]
-    return [described, addresses, batch.tensor_ids, [h.variant for h in batch.hyperparameters]]
+
+
+def _are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
+    return bool(steps) and isinstance(steps[0], Tensor)
 
 
 def check(batch: Batch) -> None:
@@ -294,6 +296,7 @@ def _launches(batch: Batch) -> list[Launch]:
 def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
     table = np.zeros((len(index), len(Column)), dtype=np.int64)
     layout: list[tuple[int, ...]] = []
+    counters = batch.steps if _are_counters(batch.steps) else []
     for row, i in zip(table, index, strict=True):
         param, unc = batch.params[i], batch.exp_avg_unc[i]
         operands = [param, batch.grads[i], batch.exp_avg_sens[i], unc if unc is not None else param]
@@ -302,6 +305,8 @@ def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
         row[Column.SENS] = batch.exp_avg_sens[i].data_ptr()
         row[Column.UNC] = unc.data_ptr() if unc is not None else 0
         row[Column.STATS] = batch.sens_stats[i].data_ptr()
+        row[Column.STEP_COUNT] = counters[i].data_ptr() if counters else 0
+        row[Column.NONFINITE] = batch.nonfinite[i].data_ptr() if batch.nonfinite else 0
         row[Column.NUMEL] = param.numel()
         row[Column.NDIM] = len(dimensions)
         row[Column.LAYOUT] = len(layout)
@@ -328,21 +333,18 @@ def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tup
 
 
 def _refresh(plan: Plan, batch: Batch) -> None:
-    """Writes what may change while the tensors stay: addresses, steps, hyperparameters."""
+    """Writes what may change while the tensors stay: the gradients' addresses, t, hyperparameters."""
     grads = np.array([grad.data_ptr() for grad in batch.grads], dtype=np.int64)
-    counted = bool(batch.steps) and isinstance(batch.steps[0], Tensor)
-    steps = np.array([s.data_ptr() for s in batch.steps] if counted else batch.steps, dtype=np.int64)  # type: ignore[union-attr]
-    nonfinite = np.array([count.data_ptr() for count in batch.nonfinite], dtype=np.int64)
+    steps = None if _are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
+    changed = plan.hyperparameters != batch.hyperparameters
     for launch in plan.launches:
         table, index = launch.table, launch.index
         table[:, Column.GRAD] = grads[index]
-        table[:, Column.STEP_COUNT if counted else Column.STEP] = steps[index]
-        table[:, Column.STEP if counted else Column.STEP_COUNT] = 0
-        table[:, Column.NONFINITE] = nonfinite[index] if len(nonfinite) else 0
-        addresses = table[:, : Column.UNC + 1]
-        aligned = (np.bitwise_or.reduce(addresses, axis=1) % VECTOR_BYTES) == 0
-        table[:, Column.VECTOR] = aligned & (table[:, Column.NDIM] == 0)
-        if plan.hyperparameters != batch.hyperparameters:
+        if steps is not None:
+            table[:, Column.STEP] = steps[index]
+        addresses = np.bitwise_or.reduce(table[:, Column.PARAM : Column.UNC + 1], axis=1)
+        table[:, Column.VECTOR] = (addresses % VECTOR_BYTES == 0) & (table[:, Column.NDIM] == 0)
+        if changed:
             _write_hyperparameters(launch, [batch.hyperparameters[i] for i in index])
     plan.hyperparameters = batch.hyperparameters
 
