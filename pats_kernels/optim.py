@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from pats_kernels import backends
 from pats_kernels.hyperparameters import NAMES, Hyperparameters, Normalization, Uncertainty, hyperparameters
-from pats_kernels.plan import Batch, Planner, check_param
+from pats_kernels.plan import STATE_DTYPES, Batch, Planner, check_param
 from pats_kernels.step import launch
 
 VERSION = 1  # of the state_dict
@@ -242,5 +242,7 @@ def _checked_entry(name: str, param: Tensor, entry: Mapping[str, Any]) -> dict[s
                 f"{tuple(shape)} is expected"
             )
         dtype = value.dtype if key.startswith("exp_avg") else torch.float32
+        if dtype not in STATE_DTYPES:
+            raise ValueError(f"{name}: {key} is {dtype} in the state_dict, which PATS does not keep")
         copied[key] = value.to(param.device, dtype, copy=True)
     return copied

@@ -272,13 +272,20 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: some stride does not clear the dimensions inside it."""
+    """Whether two elements share memory."""
+    if tensor.numel() < 2:
+        return False
+    dimensions = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+    if dimensions[0][0] == 0:
+        return True
     extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return tensor.numel() > 0
-            extent = stride * (size - 1) + extent
+    for stride, size in dimensions:
+        if stride < extent:  # it does not clear the dimensions inside it: rare, so count the addresses
+            offsets = np.zeros(1, dtype=np.int64)
+            for step, count in dimensions:
+                offsets = (offsets[:, None] + step * np.arange(count)).ravel()
+            return len(np.unique(offsets)) < len(offsets)
+        extent = stride * (size - 1) + extent
     return False
 
 

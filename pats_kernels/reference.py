@@ -58,8 +58,8 @@ def pats_update_(
 ) -> Tensor:
     """One tensor's step, in place. Returns how many elements had a sensitivity that is not finite.
 
-    Arithmetic is float32, or float64 for float64 parameters. Averages are rounded to their storage dtype
-    before anything is derived from them, so `sens_stats` are the means of what is stored.
+    Arithmetic is float32, or float64 for float64 parameters. Both averages are rounded to their storage
+    dtype before the means and the gate are computed, so `sens_stats` are the means of what is stored.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     beta_s, beta_u = sens_betas

@@ -1,0 +1,66 @@
+"""torch.ops.pats_kernels.step_ as the dispatcher sees it, and the row that Python and C++ share."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pats_kernels import available_backends
+from pats_kernels.plan import OPERANDS, Column
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+@pytest.fixture
+def arguments() -> list[Any]:
+    """One tensor of 100 elements and its tables."""
+    assert available_backends("cpu")["cpp"] is None
+    param, sens, unc = torch.ones(100), torch.rand(100), torch.rand(100)
+    grad, stats = torch.rand(100), torch.ones(2)
+    table = torch.zeros((1, len(Column)), dtype=torch.int64)
+    for column, tensor in zip(Column, (param, grad, sens, unc, stats), strict=False):
+        table[0, column] = tensor.data_ptr()
+    table[0, Column.NUMEL], table[0, Column.STEP] = 100, 1
+    table.view(torch.float64)[0, Column.NOISE_SCALE :] = torch.tensor(
+        [0.1, 1.0, 0.85, 0.95], dtype=torch.float64
+    )
+    layout = torch.zeros((0, 1 + OPERANDS), dtype=torch.int64)
+    dtypes = (torch.float32, torch.float32)
+    return [[param, sens, unc, stats], [grad], table, layout, *dtypes, "product", "delayed", True, None, None]
+
+
+def test_schema_and_fake_kernel(arguments: list[Any]) -> None:
+    """What it writes is what its schema says, and its fake kernel traces."""
+    torch.library.opcheck(
+        torch.ops.pats_kernels.step_.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_it_updates_what_the_table_names(arguments: list[Any]) -> None:
+    before = [tensor.clone() for tensor in arguments[0]]
+    torch.ops.pats_kernels.step_(*arguments)
+    assert all(not torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))
+
+
+@pytest.mark.parametrize("which", [2, 3])
+def test_tables_of_another_version(arguments: list[Any], which: int) -> None:
+    arguments[which] = torch.zeros((1, 3), dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="tables are not this version's"):
+        torch.ops.pats_kernels.step_(*arguments)
+
+
+def test_the_row_is_the_same_in_both_languages() -> None:
+    """The fields of csrc/table.h's Row, in their order, are the names of `Column`."""
+    struct = re.search(r"struct Row \{(.*?)\};", (CSRC / "table.h").read_text(), re.DOTALL)
+    assert struct is not None
+    fields = re.findall(r"^\s*[\w ]+?[ *]+(\w+);", struct.group(1), re.MULTILINE)
+    assert fields == [column.name.lower() for column in Column]
+
+
+def test_the_dimension_is_the_same_in_both_languages() -> None:
+    struct = re.search(r"struct Dimension \{\s*int64_t (.*?);", (CSRC / "table.h").read_text())
+    assert struct is not None
+    operands = [column.name.lower() for column in list(Column)[:OPERANDS]]
+    assert struct.group(1).split(", ") == ["size", *operands]
