@@ -149,13 +149,22 @@ PATS_INLINE uint16_t half_of_float(float x) {
   return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? infinite : finite));
 }
 
-// Rounds to bfloat16's precision, within a float: stochastically with 16 random bits, or to nearest even.
-// `mask` is 0xFFFF, or 0 for storage that needs no rounding.
-PATS_INLINE float round_to_bfloat16(float x, uint32_t random, bool stochastic, uint32_t mask) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t nearest = 0x7FFFu + ((bits >> 16) & 1u);
-  const uint32_t rounded = (bits + ((stochastic ? random & 0xFFFFu : nearest) & mask)) & ~mask;
-  return is_nan(x) ? x : float_of(rounded);
-}
+// How a float is rounded to what its storage keeps: stochastically to bfloat16 (16 random bits are added,
+// then it is truncated), to the nearest bfloat16 (ties to even), or not at all. Numbers instead of branches,
+// so that one vectorized loop serves all.
+struct Rounding {
+  uint32_t random_mask, offset, odd_mask, kept;
+
+  PATS_INLINE static Rounding none() { return {0, 0, 0, 0xFFFFFFFFu}; }
+  PATS_INLINE static Rounding to_bfloat16(bool stochastic) {
+    return stochastic ? Rounding{0xFFFFu, 0, 0, 0xFFFF0000u} : Rounding{0, 0x7FFFu, 1, 0xFFFF0000u};
+  }
+
+  PATS_INLINE float operator()(float x, uint32_t random) const {
+    const uint32_t bits = bits_of(x);
+    const uint32_t increment = (random & random_mask) + offset + (bits >> 16 & odd_mask);
+    return is_nan(x) ? x : float_of((bits + increment) & kept);
+  }
+};
 
 }  // namespace pats

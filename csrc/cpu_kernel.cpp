@@ -70,19 +70,10 @@ static inline void rounding_bits(const Draw& d, uint64_t group, uint32_t* bits) 
 
 // ---- the update of a block
 
-struct Rounding {
-  bool stochastic;
-  uint32_t param_mask, state_mask;  // 0xFFFF where the storage is bfloat16
+struct Roundings {
+  Rounding param, state;
+  bool draws;  // whether they ask for random bits
 };
-
-inline __attribute__((always_inline)) float rounded(float x, uint32_t random, bool stochastic, uint32_t mask) {
-  return round_to_bfloat16(x, random, stochastic, mask);
-}
-
-// A float64 parameter's averages are stored as float or bfloat16 here; the parameter itself is not rounded.
-inline __attribute__((always_inline)) double rounded(double x, uint32_t random, bool stochastic, uint32_t mask) {
-  return round_to_bfloat16(static_cast<float>(x), random, stochastic, mask);
-}
 
 template <class T>
 struct Block {
@@ -95,15 +86,16 @@ struct Block {
 // not finite: they get no noise, and the second phase need not read the gradient again to know them.
 template <class T, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
 __attribute__((noinline)) void update_block(const Constants<T>& constants, const Circle<T>& circle,
-                                            const Draw& d, const Rounding& rounding, const Block<T>& block,
+                                            const Draw& d, const Roundings& roundings, const Block<T>& block,
                                             Partial& partial) {
   constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
   alignas(64) T z[kBlock];
-  alignas(64) uint32_t bits[kBlock];
+  alignas(64) uint32_t bits[kBlock] = {};
   if (kPhase != Phase::kAverages) normals(d, block.group, circle, z);
-  if (kRounds) rounding_bits(d, block.group, bits);
+  if (kRounds && roundings.draws) rounding_bits(d, block.group, bits);
 
   const Constants<T> c = constants;
+  const Rounding round_param = roundings.param, round_state = roundings.state;
   T* __restrict w = block.w;
   const T* __restrict g = block.g;
   T* __restrict S = block.S;
@@ -120,8 +112,8 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
     } else {
       finite = update_averages<kUncertainty>(c, w[i], g[i], s, u);
       if (kRounds) {
-        s = rounded(s, bits[i] >> 16, rounding.stochastic, rounding.state_mask);
-        u = rounded(u, bits[i] >> 16, rounding.stochastic, rounding.state_mask);
+        s = round_state(static_cast<float>(s), bits[i] >> 16);
+        u = round_state(static_cast<float>(u), bits[i] >> 16);
       }
       S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
       if (kHasUnc) U[i] = u;
@@ -132,9 +124,7 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
     if (kPhase != Phase::kAverages) {
       const T a = finite ? gate<kUncertainty>(c, s, u) : T(0);
       T w_new = w[i] + a * z[i];
-      if (kRounds && sizeof(T) == sizeof(float)) {
-        w_new = rounded(w_new, bits[i], rounding.stochastic, rounding.param_mask);
-      }
+      if (kRounds && sizeof(T) == sizeof(float)) w_new = round_param(static_cast<float>(w_new), bits[i]);
       w[i] = w_new;
     }
   }
@@ -232,8 +222,10 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
   const Constants<T> c = constants<kUncertainty, T>(row, stats, static_cast<T>(args.grad_scale));
   const Circle<T> circle(c.noise_scale);
   const Draw d{row.seed, static_cast<uint32_t>(row.tensor_id), step};
-  const Rounding rounding{args.stochastic_rounding, args.param == Storage::kBfloat16 ? 0xFFFFu : 0u,
-                          args.state == Storage::kBfloat16 ? 0xFFFFu : 0u};
+  const auto rounding = [&](Storage storage) {
+    return storage == Storage::kBfloat16 ? Rounding::to_bfloat16(args.stochastic_rounding) : Rounding::none();
+  };
+  const Roundings roundings{rounding(args.param), rounding(args.state), args.stochastic_rounding};
   Operand<T, P> w, g;
   Operand<T, S> s, u;
   w.data = static_cast<P*>(row.param), w.stride = &Dimension::param;
@@ -251,7 +243,7 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
     if (kPhase != Phase::kNoise) block.g = g.load(row, dimensions, i, n);
     block.group = static_cast<uint64_t>(i) / 4;
     Partial partial{0, 0, 0};
-    update_block<T, kUncertainty, kPhase, kRounds>(c, circle, d, rounding, block, partial);
+    update_block<T, kUncertainty, kPhase, kRounds>(c, circle, d, roundings, block, partial);
     if (kPhase != Phase::kAverages) w.store(block.w, row, i, n);
     if (kPhase != Phase::kNoise || partial.nonfinite > 0) s.store(block.S, row, i, n);
     if (kHasUnc && kPhase != Phase::kNoise) u.store(block.U, row, i, n);
