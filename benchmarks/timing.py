@@ -71,7 +71,7 @@ def interleave(
 
 def copy_step(device: torch.device) -> tuple[Step, int]:
     """A copy that no cache can hold, and how many bytes it reads and writes."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
 

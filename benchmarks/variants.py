@@ -280,9 +280,11 @@ def chosen_backend(backend: str, device: torch.device) -> str:
 def host_us_per_tensor(count: int, h: Hyperparameters, backend: str, device: torch.device) -> float:
     """Microseconds of the host's time per tensor and step: a step over `count` one-element tensors.
 
-    They leave a kernel nothing to do, and a GPU is not waited for. Gradients move from step to step, as
-    `zero_grad` makes them.
+    They leave a kernel nothing to do, and neither a GPU nor a second thread is waited for. Gradients move
+    from step to step, as `zero_grad` makes them.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     params = [torch.ones(1, device=device) for _ in range(count)]
     gradients = [[torch.ones_like(param) for param in params] for _ in range(2)]
     optimizer, _ = _attached(params, h, backend)
@@ -294,6 +296,7 @@ def host_us_per_tensor(count: int, h: Hyperparameters, backend: str, device: tor
         taken.append(milliseconds(optimizer.step, host))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+    torch.set_num_threads(threads)
     return 1e3 * median(taken) / count
 
 

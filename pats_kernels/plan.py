@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pats_kernels.hyperparameters import Hyperparameters, Variant
+
+T = TypeVar("T")
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -92,6 +94,11 @@ class Launch:
     layout: np.ndarray
     cache: dict[Any, Any] = field(default_factory=dict)
 
+    def of(self, column: list[T]) -> list[T]:
+        """The launch's part of one of the batch's lists."""
+        whole = len(self.index) == len(column)
+        return column if whole or not column else [column[i] for i in self.index]
+
 
 @dataclass(slots=True)
 class Plan:
@@ -161,7 +168,7 @@ def _identities(batch: Batch) -> list[Any]:
 
 def _descriptions(batch: Batch) -> list[Any]:
     """For tensors of which nothing is known: all that matters about each, and no reference to it."""
-    counters = batch.steps if _are_counters(batch.steps) else []
+    counters = batch.steps if are_counters(batch.steps) else []
     kept = [batch.params, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats, counters, batch.nonfinite]
     return [
         [
@@ -174,7 +181,7 @@ def _descriptions(batch: Batch) -> list[Any]:
     ]
 
 
-def _are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
+def are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
     return bool(steps) and isinstance(steps[0], Tensor)
 
 
@@ -303,7 +310,7 @@ def _launches(batch: Batch) -> list[Launch]:
 def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
     table = np.zeros((len(index), len(Column)), dtype=np.int64)
     layout: list[tuple[int, ...]] = []
-    counters = batch.steps if _are_counters(batch.steps) else []
+    counters = batch.steps if are_counters(batch.steps) else []
     for row, i in zip(table, index, strict=True):
         param, unc = batch.params[i], batch.exp_avg_unc[i]
         operands = [param, batch.grads[i], batch.exp_avg_sens[i], unc if unc is not None else param]
@@ -342,7 +349,7 @@ def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tup
 def _refresh(plan: Plan, batch: Batch) -> None:
     """Writes what may change while the tensors stay: the gradients' addresses, t, hyperparameters."""
     grads = np.array([grad.data_ptr() for grad in batch.grads], dtype=np.int64)
-    steps = None if _are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
+    steps = None if are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
     changed = plan.hyperparameters != batch.hyperparameters
     for launch in plan.launches:
         table, index = launch.table, launch.index

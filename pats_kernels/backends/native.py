@@ -1,11 +1,12 @@
 """The compiled extension (csrc/): one operator, `torch.ops.pats_kernels.step_`, over the plan's tables."""
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pats_kernels.plan import Batch, Launch
+from pats_kernels.plan import Batch, Launch, are_counters
 
 _MISSING = None
 try:
@@ -31,15 +32,13 @@ def cuda_unavailable(device: torch.device) -> str | None:
 
 def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """One call for all of a launch's tensors."""
-    index, key = launch.index, launch.key
-    written = [batch.params[i] for i in index] + [batch.exp_avg_sens[i] for i in index]
-    written += [batch.sens_stats[i] for i in index]
-    written += [unc for i in index if (unc := batch.exp_avg_unc[i]) is not None]
-    written += [count for i in index if isinstance(count := batch.steps[i], Tensor)]
-    written += [batch.nonfinite[i] for i in index] if batch.nonfinite else []
+    key = launch.key
+    written: list[list[Any]] = [batch.params, batch.exp_avg_sens, batch.sens_stats, batch.nonfinite]
+    written += [batch.exp_avg_unc] if key.variant.uncertainty != "none" else []
+    written += [batch.steps] if are_counters(batch.steps) else []
     torch.ops.pats_kernels.step_(
-        written,
-        [batch.grads[i] for i in index],
+        [tensor for column in written for tensor in launch.of(column)],
+        launch.of(batch.grads),
         torch.from_numpy(launch.table),
         torch.from_numpy(launch.layout),
         key.param_dtype,
