@@ -30,6 +30,10 @@ def show(report: Report, console: Console) -> None:
         f"{gbps / report['copy_gbps']:.0%} of a copy. "
         f"A large copy: {report['copy_gbps']:.1f} GB/s, read and written."
     )
+    if report["device"] == "cpu":
+        console.print(
+            "A CPU's copy also fetches what it overwrites; a step in place does not, and may pass 100%."
+        )
     if report["host_us_per_tensor"] is not None:
         console.print(f"Host time of the fused step: {report['host_us_per_tensor']:.2f} us a tensor.")
     for row in report["results"]:
