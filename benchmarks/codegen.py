@@ -34,7 +34,15 @@ from pats_kernels.plan import PARAM_DTYPES, STATE_DTYPES, LaunchKey
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PHASES: dict[Normalization, tuple[str, ...]] = {"delayed": ("one pass",), "exact": ("averages", "noise")}
 PHASE_VALUES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
-POINTERS = {"table": "*i64", "layout": "*i64", "chunks": "*i32", "partials": "*fp64", "starts": "*i64"}
+POINTERS = {
+    "table": "*i64",
+    "layout": "*i64",
+    "chunks": "*i32",
+    "partials": "*fp64",
+    "starts": "*i64",
+    "grad_scale": "*fp32",
+    "found_inf": "*fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,10 @@ class Sass:
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Sass:
-    """Compiles one specialization of a kernel and disassembles it. Arguments set to None are left out."""
+    """Compiles one specialization of a kernel and disassembles it. `constants` may set a pointer to None."""
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS if name in types}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(kernel, types, {(names.index(k),): v for k, v in constants.items()}, aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=options)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from benchmarks import codegen
+from pats_kernels.backends import triton as backend
+from pats_kernels.backends import triton_kernel as kernels
 from pats_kernels.hyperparameters import Uncertainty, Variant
 from pats_kernels.plan import LaunchKey
 
@@ -72,6 +74,21 @@ def test_other_uncertainties_cost_no_more(uncertainty: Uncertainty) -> None:
     assert other.instructions_per_element is not None
     assert product.instructions_per_element is not None
     assert other.instructions_per_element <= product.instructions_per_element
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
+def test_with_a_grad_scaler(arch: str) -> None:
+    """Its two pointers, which are None otherwise, cost neither stack nor spills."""
+    key = LaunchKey(torch.device("cuda"), torch.float32, torch.float32, Variant("product", "delayed", True))
+    constants = backend.specialization(key) | {"PHASE": kernels.ONE_PASS, "APPROX": True}
+    options = backend.compiler_options(key)
+    sass = codegen.compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": False}, arch, options)
+    assert sass.stack_bytes == 0
+    assert sass.count("LDL", "STL") == 0
+    statistics = {"BLOCK": backend.STATISTICS_BLOCK}
+    assert (
+        codegen.compile_kernel(kernels.statistics_kernel, statistics, arch, {"num_warps": 4}).stack_bytes == 0
+    )
 
 
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)

@@ -66,15 +66,20 @@ def check(got: State, expected: State) -> None:
     """One step's results, each number within its derived tolerance."""
     for i in range(len(got[0])):
         w, S, stats = (column[i].cpu() for column in (got[0], got[2], got[4]))
-        w_0, _, S_0, U_0, stats_0 = (column[i] for column in expected)
+        w_0, S_0, U_0, stats_0 = expected[0][i], expected[2][i], expected[3][i], expected[4][i]
         state_ulp = ULP[S.dtype] if S.dtype == torch.bfloat16 else RELATIVE
         torch.testing.assert_close(S, S_0, rtol=state_ulp, atol=1e-30, equal_nan=True)
         if U_0 is not None:
-            torch.testing.assert_close(
-                got[3][i], U_0, check_device=False, rtol=state_ulp, atol=1e-30, equal_nan=True
-            )
+            # U is made of abs(s - S), which is off by roundings of s and S: 4 of 6e-8, of at most S_0 / 0.15,
+            # of which 1 - b_u = 0.05 enters.
+            U = got[3][i]
+            assert U is not None
+            off = (U.cpu().double() - U_0.double()).abs()
+            assert (off <= state_ulp * U_0.double() + 1e-7 * S_0.double()).all()
         torch.testing.assert_close(stats, stats_0, rtol=1e-5, atol=0)
-        torch.testing.assert_close(w, w_0, rtol=ULP[w.dtype], atol=NOISE, equal_nan=True)
+        # A bfloat16 average that rounds to the other neighbour, once in some 2^16, moves the gate by 5e-3.
+        noise = NOISE + (6.7 * 5e-3 * NOISE_SCALE if S.dtype == torch.bfloat16 else 0)
+        torch.testing.assert_close(w, w_0, rtol=ULP[w.dtype], atol=noise, equal_nan=True)
 
 
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
