@@ -131,8 +131,10 @@ class PATS:
                     if param.numel() == 0:
                         continue
                     state = self._initialize(param, values)
-                unc = state["exp_avg_unc"] if values.uncertainty != "none" else None
                 sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
+                unc = state.get("exp_avg_unc") if values.uncertainty != "none" else None
+                if unc is None and values.uncertainty != "none":  # it was "none" until now
+                    unc = state["exp_avg_unc"] = torch.zeros_like(sens)
                 count = self._nonfinite[id(param)]
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         if rows:

@@ -158,7 +158,10 @@ def _identities(batch: Batch) -> list[Any]:
     """For tensors that are kept: which they are, and where, as `.data` may be assigned anew."""
     moved = zip(batch.params, batch.exp_avg_sens, batch.exp_avg_unc, strict=True)
     return [
-        [(id(p), p.data_ptr(), id(s), s.data_ptr(), id(u)) for p, s, u in moved],
+        [
+            (id(p), p.data_ptr(), id(s), s.data_ptr(), id(u), u.data_ptr() if u is not None else 0)
+            for p, s, u in moved
+        ],
         [(g.dtype, g.device, g.shape, g.stride()) for g in batch.grads],
         [list(map(id, tensors)) for tensors in (batch.sens_stats, batch.steps, batch.nonfinite)],
         batch.tensor_ids,

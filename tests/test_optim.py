@@ -705,3 +705,19 @@ def test_grad_scaler_with_an_optimizer_that_skips_itself(backend: str) -> None:
             give_gradients(plain.params, number)
             plain.optimizer.step()
     assert_same_bits(snapshot(run.optimizer, run.pats), snapshot(plain.optimizer, plain.pats))
+
+
+def test_uncertainty_may_change_on_the_way(backend: str) -> None:
+    """From "none", which keeps no U, to "product": U starts at zero, as if it had always been there."""
+    w = torch.ones(100, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    pats = PATS(optimizer, uncertainty="none", backend=backend)
+    w.grad = torch.linspace(0.1, 1, 100)
+    optimizer.step()
+    assert "exp_avg_unc" not in pats.state[w]
+    S = pats.state[w]["exp_avg_sens"].clone()
+    optimizer.param_groups[0]["uncertainty"] = "product"
+    optimizer.step()
+    s = w.detach() * w.grad  # the first step adds no noise, so w is still 1
+    expected = 0.05 * (s - (0.85 * S + 0.15 * s)).abs()
+    torch.testing.assert_close(pats.state[w]["exp_avg_unc"], expected, rtol=1e-5, atol=1e-8)
