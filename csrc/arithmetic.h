@@ -47,6 +47,9 @@ PATS_INLINE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
+PATS_INLINE float square_root(float x) { return sqrtf(x); }
+PATS_INLINE double square_root(double x) { return sqrt(x); }
+
 // U(x) = (x + 1/2) 2^-32, and the same less one where x is in the upper half: the angle of a full turn,
 // from a signed conversion.
 template <class T>

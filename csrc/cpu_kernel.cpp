@@ -44,8 +44,8 @@ static inline void normals(const Draw& d, uint64_t group, const Circle<T>& circl
   draw(d, group, 0, x);
 #pragma omp simd
   for (int k = 0; k < kGroups; ++k) {
-    const T r0 = __builtin_sqrt(minus_two_log(unit<T>(x[0][k])));
-    const T r1 = __builtin_sqrt(minus_two_log(unit<T>(x[2][k])));
+    const T r0 = square_root(minus_two_log(unit<T>(x[0][k])));
+    const T r1 = square_root(minus_two_log(unit<T>(x[2][k])));
     T cos0, sin0, cos1, sin1;
     circle(turn<T>(x[1][k]), cos0, sin0);
     circle(turn<T>(x[3][k]), cos1, sin1);
