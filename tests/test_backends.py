@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import BACKENDS, INTERPRETED
 from harness import (
     LAYOUTS,
     TOLERANCES,
@@ -306,18 +306,18 @@ def test_two_runs_give_the_same_bits(backend: str, normalization: str, uncertain
     assert_same_bits(first.written(), second.written())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread; eager and cpp run this")
+@pytest.mark.parametrize("threaded", [name for name in BACKENDS if name != "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 def test_threads_give_the_same_bits(
-    backend: str, normalization: str, dtype: torch.dtype, threads: None
+    threaded: str, normalization: str, dtype: torch.dtype, threads: None
 ) -> None:
     """Fixed chunks and a fixed order of sums; eager's are float64, and the same once rounded to float32."""
     case = Case([(3_000_017,), (999,)], dtype=dtype, normalization=normalization, steps=2)
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(run(backend, case))
+        results.append(run(threaded, case))
     one, two = results
     assert_same_bits(one.sens, two.sens)
     assert_same_bits([u for u in one.unc if u is not None], [u for u in two.unc if u is not None])

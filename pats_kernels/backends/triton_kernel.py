@@ -128,12 +128,6 @@ def _philox(group_low, group_high, tensor_id, step, seed):
 
 
 @triton.jit
-def _interleave(x0, x1, x2, x3, BLOCK: tl.constexpr):
-    """Four values for each group, in the order of the elements."""
-    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK,))
-
-
-@triton.jit
 def _sum_groups(x, BLOCK: tl.constexpr):
     """Sums of four neighbours, which one thread holds: fewer accumulators, more threads at a time."""
     return tl.sum(tl.reshape(x, (BLOCK // 4, 4)), axis=1)
@@ -149,21 +143,63 @@ def _box_muller(x0, x1, FLOAT: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _normals(x0, x1, x2, x3, FLOAT: tl.constexpr, APPROX: tl.constexpr, BLOCK: tl.constexpr):
-    z0, z1 = _box_muller(x0, x1, FLOAT, APPROX)
-    z2, z3 = _box_muller(x2, x3, FLOAT, APPROX)
-    return _interleave(z0, z1, z2, z3, BLOCK)
+def _draw_group(
+    group_low,
+    group_high,
+    tensor_id,
+    step,
+    seed,
+    NORMAL: tl.constexpr,
+    FLOAT: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """The four words or normals of each group, [groups, 2, 2] in the order of its elements."""
+    x0, x1, x2, x3 = _philox(group_low, group_high, tensor_id, step, seed)
+    if NORMAL:
+        x0, x1 = _box_muller(x0, x1, FLOAT, APPROX)
+        x2, x3 = _box_muller(x2, x3, FLOAT, APPROX)
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3))
+
+
+@triton.jit
+def _draw(
+    begin,
+    top_bit,
+    tensor_id,
+    step,
+    seed,
+    NORMAL: tl.constexpr,
+    FLOAT: tl.constexpr,
+    APPROX: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The random words or normals of elements [begin, begin + BLOCK).
+
+    A thread draws for the VECTOR neighbours, one group or two, that it reads in one access: nothing moves
+    between threads. A block does not cross a multiple of 2^34, so the high word is the same for all of it.
+    """
+    group = begin // 4
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) | top_bit
+    lanes = tl.arange(0, BLOCK // VECTOR).to(tl.uint32)
+    if VECTOR == 4:
+        x = _draw_group(low + lanes, high, tensor_id, step, seed, NORMAL, FLOAT, APPROX)
+    else:
+        first = _draw_group(low + 2 * lanes, high, tensor_id, step, seed, NORMAL, FLOAT, APPROX)
+        second = _draw_group(low + 2 * lanes + 1, high, tensor_id, step, seed, NORMAL, FLOAT, APPROX)
+        x = tl.permute(tl.join(first, second), (0, 3, 1, 2))
+    return tl.reshape(x, (BLOCK,))
 
 
 @triton.jit
 def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """`x` as STORAGE. bfloat16 rounds stochastically (adds 16 random bits, then truncates) or to nearest."""
+    """`x`, which is not NaN, as STORAGE: to bfloat16 stochastically (16 random bits are added, then it is
+    truncated) or to nearest."""
     if STORAGE == tl.bfloat16:
         # The conversion would do to round to nearest, but for Triton's interpreter, which truncates.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         increment = random & 0xFFFF if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
-        rounded = ((bits + increment) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return tl.where(x == x, rounded, x.to(tl.float32).to(tl.bfloat16))
+        return ((bits + increment) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(STORAGE)
 
@@ -221,11 +257,11 @@ def _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY: tl.constexpr, APPRO
 
 
 @triton.jit
-def _load(at, mask, FLOAT: tl.constexpr):
+def _load(at, mask):
     if mask is None:
-        return tl.load(at).to(FLOAT)
+        return tl.load(at)
     else:
-        return tl.load(at, mask=mask, other=0.0).to(FLOAT)
+        return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -248,6 +284,7 @@ def _chunk(
     were not finite."""
     FLOAT: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     ROUNDS: tl.constexpr = STOCHASTIC and (PARAM == tl.bfloat16 or STATE == tl.bfloat16)
+    VECTOR: tl.constexpr = 8 if PARAM.primitive_bitwidth == 16 or STATE.primitive_bitwidth == 16 else 4
 
     param = tl.load(entry + C_PARAM).to(tl.pointer_type(PARAM))
     grad = tl.load(entry + C_GRAD).to(tl.pointer_type(PARAM))
@@ -279,7 +316,7 @@ def _chunk(
     sens_factor, unc_factor = _reciprocal_mean(sens_mean), _reciprocal_mean(unc_mean)
     noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
 
-    groups, lanes = tl.arange(0, BLOCK // 4).to(tl.uint32), tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK)
     sum_s, sum_u = tl.zeros((BLOCK // 4,), FLOAT), tl.zeros((BLOCK // 4,), FLOAT)
     nonfinite = tl.zeros((BLOCK // 4,), tl.int32)
     for first in tl.range(0, length, BLOCK, loop_unroll_factor=1):
@@ -291,17 +328,15 @@ def _chunk(
             w_at, g_at, s_at, u_at = begin + lanes, begin + lanes, begin + lanes, begin + lanes
         w_at, g_at, s_at, u_at = param + w_at, grad + g_at, sens + s_at, unc + u_at
 
-        group = begin // 4  # a chunk does not cross a multiple of 2^34, so the high word is the same for all
-        group_low, group_high = group.to(tl.uint32) + groups, (group >> 32).to(tl.uint32)
         random = 0
         if ROUNDS:
-            r0, r1, r2, r3 = _philox(group_low, group_high | ROUNDING, tensor_id, step, seed)
-            random = _interleave(r0, r1, r2, r3, BLOCK)
+            random = _draw(begin, ROUNDING, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK)
 
-        w, S = _load(w_at, mask, FLOAT), _load(s_at, mask, FLOAT)
+        w_stored = _load(w_at, mask)
+        w, S = w_stored.to(FLOAT), _load(s_at, mask).to(FLOAT)
         U = S
         if UNCERTAINTY != NONE:
-            U = _load(u_at, mask, FLOAT)
+            U = _load(u_at, mask).to(FLOAT)
 
         if PHASE == NOISE:
             # The phase before marked, by the sign of S, the elements that get no noise.
@@ -309,7 +344,7 @@ def _chunk(
             S = tl.abs(S)
             tl.store(s_at, S.to(STATE), mask=(finite == 0) if mask is None else mask & (finite == 0))
         else:
-            g = _load(g_at, mask, FLOAT)
+            g = _load(g_at, mask).to(FLOAT)
             if grad_scale is not None:
                 g = g / tl.load(grad_scale)
             S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
@@ -327,11 +362,10 @@ def _chunk(
             nonfinite += _sum_groups(tl.where(finite, 0, 1), BLOCK)
 
         if PHASE != AVERAGES:
-            x0, x1, x2, x3 = _philox(group_low, group_high, tensor_id, step, seed)
-            z = _normals(x0, x1, x2, x3, FLOAT, APPROX, BLOCK)
+            z = _draw(begin, 0, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
             a = _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY, APPROX)
-            w = tl.where(finite, w + noise_scale * (a * z), w)
-            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask)
+            noised = _round(w + noise_scale * (a * z), random, PARAM, STOCHASTIC)
+            tl.store(w_at, tl.where(finite, noised, w_stored), mask=mask)
 
     return tl.sum(sum_s), tl.sum(sum_u), tl.sum(nonfinite)
 
