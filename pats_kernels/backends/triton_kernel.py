@@ -45,56 +45,43 @@ ONE_PASS, AVERAGES, NOISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  #
 FULL, MASKED, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-# ---- functions of one number
+# ---- functions of one number: PTX's approximation, or what every device and the interpreter have
+
+
+@triton.jit
+def _ptx(INSTRUCTION: tl.constexpr, x):
+    return tl.inline_asm_elementwise(INSTRUCTION + " $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
 def _log2(x, APPROX: tl.constexpr):
-    if APPROX:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.log2(x)
+    return _ptx("lg2.approx.ftz.f32", x) if APPROX else tl.log2(x)
 
 
 @triton.jit
 def _sqrt(x, APPROX: tl.constexpr):
-    if APPROX:
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.sqrt(x)
+    return _ptx("sqrt.approx.ftz.f32", x) if APPROX else tl.sqrt(x)
 
 
 @triton.jit
 def _cos(x, APPROX: tl.constexpr):
-    if APPROX:
-        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.cos(x)
+    return _ptx("cos.approx.ftz.f32", x) if APPROX else tl.cos(x)
 
 
 @triton.jit
 def _sin(x, APPROX: tl.constexpr):
-    if APPROX:
-        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.sin(x)
+    return _ptx("sin.approx.ftz.f32", x) if APPROX else tl.sin(x)
 
 
 @triton.jit
 def _reciprocal(x, APPROX: tl.constexpr):
-    if APPROX:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return 1.0 / x
+    return _ptx("rcp.approx.ftz.f32", x) if APPROX else 1.0 / x
 
 
 @triton.jit
 def _tanh(x, APPROX: tl.constexpr):
     """tanh(x) for x >= 0, infinity included."""
-    if APPROX:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 20.0)) + 1.0)
+    return _ptx("tanh.approx.f32", x) if APPROX else 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 20.0)) + 1.0)
 
 
 @triton.jit
