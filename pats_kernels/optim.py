@@ -118,6 +118,7 @@ class PATS:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rows: list[tuple[Any, ...]] = []
+        names: dict[Tensor, str] = {}
         tensor_id = -1
         for group in optimizer.param_groups:
             values = hyperparameters(group, self.defaults)
@@ -130,7 +131,8 @@ class PATS:
                 if state is None:
                     if param.numel() == 0:
                         continue
-                    state = self._initialize(param, values)
+                    names = names or self._names()
+                    state = self._initialize(names[param], param, values)
                 sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
                 unc = state.get("exp_avg_unc") if values.uncertainty != "none" else None
                 if unc is None and values.uncertainty != "none":  # it was "none" until now
@@ -143,12 +145,12 @@ class PATS:
             grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
             launch(batch, self._planner, self.backend, grad_scale, found_inf)
 
-    def _initialize(self, param: Tensor, values: Hyperparameters) -> dict[str, Tensor]:
-        check_param(self._names()[param], param)
+    def _initialize(self, name: str, param: Tensor, values: Hyperparameters) -> dict[str, Tensor]:
+        check_param(name, param)
         default = torch.float32 if param.dtype == torch.float16 else param.dtype
         averages = {"exp_avg_sens"} if values.uncertainty == "none" else {"exp_avg_sens", "exp_avg_unc"}
         state = {
-            name: torch.zeros_like(param, dtype=values.state_dtype or default) for name in sorted(averages)
+            key: torch.zeros_like(param, dtype=values.state_dtype or default) for key in sorted(averages)
         }
         state["sens_stats"] = torch.zeros(2, dtype=torch.float32, device=param.device)
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
