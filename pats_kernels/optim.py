@@ -118,7 +118,13 @@ class PATS:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rows: list[tuple[Any, ...]] = []
-        names: dict[Tensor, str] = {}
+        names: dict[Tensor, str] = {}  # made where one is asked for
+
+        def name_of(param: Tensor) -> str:
+            if not names:
+                names.update(self._names())
+            return names[param]
+
         tensor_id = -1
         for group in optimizer.param_groups:
             values = hyperparameters(group, self.defaults)
@@ -131,8 +137,7 @@ class PATS:
                 if state is None:
                     if param.numel() == 0:
                         continue
-                    names = names or self._names()
-                    state = self._initialize(names[param], param, values)
+                    state = self._initialize(name_of(param), param, values)
                 sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
                 unc = state.get("exp_avg_unc") if values.uncertainty != "none" else None
                 if unc is None and values.uncertainty != "none":  # it was "none" until now
@@ -141,7 +146,7 @@ class PATS:
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         if rows:
             columns = map(list, zip(*rows, strict=True))
-            batch = Batch(lambda i: self._names()[rows[i][0]], *columns)
+            batch = Batch(lambda i: name_of(rows[i][0]), *columns)
             grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
             launch(batch, self._planner, self.backend, grad_scale, found_inf)
 
