@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from benchmarks.models import Gradients
 from benchmarks.timing import Step, milliseconds
-from pats_kernels import PATS, available_backends
+from pats_kernels import PATS, backends
 from pats_kernels.hyperparameters import Hyperparameters
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -251,7 +251,7 @@ def fused(tensors: Tensors, h: Hyperparameters, backend: str) -> Contestant:
         key: [pats.state[param][key] for param in tensors.params]
         for key in ("exp_avg_sens", "exp_avg_unc", "sens_stats")
     }
-    chosen = chosen_backend(backend, tensors.device)
+    chosen = backends.choose(backend, tensors.device)
     return Contestant("fused", chosen, optimizer.step, replace(tensors, **own))
 
 
@@ -266,15 +266,6 @@ def _attached(params: list[Tensor], h: Hyperparameters, backend: str) -> tuple[N
         backend=backend,
     )
     return optimizer, pats
-
-
-def chosen_backend(backend: str, device: torch.device) -> str:
-    """The backend's name that "auto" stands for: the first usable one, Triton's interpreter excepted."""
-    if backend != "auto":
-        return backend
-    reasons = available_backends(device)
-    usable = [name for name, reason in reasons.items() if reason is None and name != "auto"]
-    return next(name for name in usable if (name, device.type) != ("triton", "cpu"))
 
 
 def host_us_per_tensor(count: int, h: Hyperparameters, backend: str, device: torch.device) -> float:

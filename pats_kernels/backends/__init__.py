@@ -48,26 +48,31 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
 
 
 def resolve(backend: str, device: torch.device) -> Step:
-    """The step function that `backend` names on this device.
+    """The step function that `backend` names on this device; raises what `choose` does."""
+    return _BACKENDS[choose(backend, device)].step_
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The name of the backend that `backend` stands for on this device: itself, unless it is "auto".
 
     Raises:
         ValueError: no such backend.
         RuntimeError: it cannot run here; says why, and what can.
     """
     check_name(backend)
-    return _resolve(backend, device.type)
+    return _choose(backend, device.type)
 
 
 @cache
-def _resolve(backend: str, device_type: str) -> Step:
+def _choose(backend: str, device_type: str) -> str:
     reasons = available_backends(device_type)
     usable = [name for name in _BACKENDS if reasons[name] is None]
     if backend == AUTO:
         # Under the interpreter Triton runs on the CPU, for tests alone: nobody means that by "auto".
-        return _BACKENDS[next(name for name in usable if (name, device_type) != ("triton", "cpu"))].step_
+        return next(name for name in usable if (name, device_type) != ("triton", "cpu"))
     if reasons[backend] is not None:
         raise RuntimeError(
             f"backend={backend!r} cannot run on {device_type}: {reasons[backend]}. "
             f"Here these can: {', '.join(map(repr, [AUTO, *usable]))}"
         )
-    return _BACKENDS[backend].step_
+    return backend
