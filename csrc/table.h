@@ -30,6 +30,7 @@ struct Row {
   double unc_rate;
   double lr;            // where there is no lr_tensor
   double weight_decay;
+  double decay;         // 1 - lr weight_decay
   double eps;
   double rate1;         // 1 - b_1
   double beta2;

@@ -72,7 +72,7 @@ PATS_INLINE T gate(const Constants<T>& c, T S, T U) {
 template <class T>
 struct AdamW {
   T rate1, beta2, rate2;         // 1 - b_1, b_2, 1 - b_2
-  T decay;                       // lr weight_decay
+  T decay;                       // 1 - lr weight_decay
   T step_size, eps;              // lr sqrt(1 - b_2^t) / (1 - b_1^t), eps sqrt(1 - b_2^t)
   T m_correction, v_correction;  // 1 / (1 - b_1^t), 1 / (1 - b_2^t), the first a few roundings larger
 };
@@ -85,7 +85,7 @@ PATS_INLINE AdamW<T> adamw_constants(const Row& row, uint32_t step) {
   return {static_cast<T>(row.rate1),
           static_cast<T>(row.beta2),
           static_cast<T>(row.rate2),
-          static_cast<T>(lr * row.weight_decay),
+          static_cast<T>(row.lr_tensor ? 1.0 - lr * row.weight_decay : row.decay),
           static_cast<T>(lr * root2 / correction1),
           static_cast<T>(row.eps * root2),
           static_cast<T>((1.0 + (sizeof(T) == sizeof(double) ? 0x1p-49 : 0x1p-20)) / correction1),
@@ -115,10 +115,10 @@ PATS_INLINE bool moments_sensitivity(const AdamW<T>& c, T w, T m, T v, T& S, T& 
   return finite;
 }
 
-// Row 8. Not (1 - lr weight_decay) w: near 1 a float is too coarse for that factor.
+// Row 8.
 template <class T>
 PATS_INLINE T adamw(const AdamW<T>& c, T w, T m, T v) {
-  return w - c.decay * w - c.step_size * m / (square_root(v) + c.eps);
+  return c.decay * w - c.step_size * m / (square_root(v) + c.eps);
 }
 
 }  // namespace pats

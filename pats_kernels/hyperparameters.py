@@ -126,11 +126,12 @@ class AdamWHyperparameters(Hyperparameters):
     @property
     def numbers(self) -> tuple[float, ...]:
         lr = 0.0 if isinstance(self.lr, Tensor) else self.lr
+        decay = 1 - lr * self.weight_decay
         beta1, beta2 = self.betas
         logs = (math.log(beta) if beta > 0 else -math.inf for beta in self.betas)
         sign = -1.0 if self.maximize else 1.0
-        pats = _pats_numbers(self)
-        return (*pats, lr, self.weight_decay, self.eps, 1 - beta1, beta2, 1 - beta2, *logs, sign)
+        adamw = (lr, self.weight_decay, decay, self.eps, 1 - beta1, beta2, 1 - beta2, *logs, sign)
+        return _pats_numbers(self) + adamw
 
     @property
     def lr_tensor(self) -> Tensor | None:

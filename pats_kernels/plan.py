@@ -55,13 +55,14 @@ class Column(IntEnum):
     UNC_RATE = 22
     LR = 23  # from here on AdamW's
     WEIGHT_DECAY = 24
-    EPS = 25
-    RATE1 = 26  # 1 - b_1
-    BETA2 = 27
-    RATE2 = 28
-    LOG_BETA1 = 29
-    LOG_BETA2 = 30
-    GRAD_SIGN = 31  # -1: maximize
+    DECAY = 25  # 1 - lr weight_decay
+    EPS = 26
+    RATE1 = 27  # 1 - b_1
+    BETA2 = 28
+    RATE2 = 29
+    LOG_BETA1 = 30
+    LOG_BETA2 = 31
+    GRAD_SIGN = 32  # -1: maximize
 
 
 @dataclass(slots=True)

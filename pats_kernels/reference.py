@@ -128,7 +128,7 @@ def pats_adamw_update_(
         nonfinite = (~finite).sum()
 
     denominator = v.sqrt() / correction2**0.5 + eps
-    w = w - lr * weight_decay * w - (lr / correction1) * m / denominator
+    w = w * (1 - lr * weight_decay) - (lr / correction1) * m / denominator
     store_(exp_avg, m, bits, STATE)
     store_(exp_avg_sq, v, bits, STATE)
     store_(param, w, bits, WEIGHT)

@@ -39,6 +39,7 @@ C_UNC_BETA = tl.constexpr(int(Column.UNC_BETA))
 C_UNC_RATE = tl.constexpr(int(Column.UNC_RATE))
 C_LR = tl.constexpr(int(Column.LR))
 C_WEIGHT_DECAY = tl.constexpr(int(Column.WEIGHT_DECAY))
+C_DECAY = tl.constexpr(int(Column.DECAY))
 C_EPS = tl.constexpr(int(Column.EPS))
 C_RATE1 = tl.constexpr(int(Column.RATE1))
 C_BETA2 = tl.constexpr(int(Column.BETA2))
@@ -297,9 +298,8 @@ def _moments_sensitivity(
 
 @triton.jit
 def _adamw(w, m, v, decay, step_size, eps, APPROX: tl.constexpr):
-    """Row 8, for moments without their bias corrections. Not (1 - lr weight_decay) w: near 1 a float is too
-    coarse for that factor."""
-    return w - decay * w - step_size * (m * _reciprocal(_sqrt(v, APPROX) + eps, APPROX))
+    """Row 8, for moments without their bias corrections."""
+    return decay * w - step_size * (m * _reciprocal(_sqrt(v, APPROX) + eps, APPROX))
 
 
 @triton.jit
@@ -378,11 +378,12 @@ def _chunk(
         correction2 = _bias_correction(entry, C_LOG_BETA2, step, FLOAT)
         m_correction = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) / correction1
         v_correction, root2 = 1 / correction2, tl.sqrt(correction2)
-        lr = _number(entry, C_LR, FLOAT)
+        lr, decay = _number(entry, C_LR, FLOAT), _number(entry, C_DECAY, FLOAT)
         lr_tensor = tl.load(entry + C_LR_TENSOR)
         if lr_tensor != 0:
             lr = tl.load(lr_tensor.to(tl.pointer_type(tl.float32))).to(FLOAT)
-        decay, step_size = lr * _number(entry, C_WEIGHT_DECAY, FLOAT), lr * root2 / correction1
+            decay = 1 - lr * _number(entry, C_WEIGHT_DECAY, FLOAT)
+        step_size = lr * root2 / correction1
         eps = _number(entry, C_EPS, FLOAT) * root2
     step = step.to(tl.uint32)
 
