@@ -39,6 +39,23 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isnan(), x.to(torch.bfloat16), rounded)
 
 
+def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, uncertainty: str) -> Tensor:
+    """Rows 4 and 5: the gate a of every element, in [0, 1]; 0 for a tensor without statistics.
+
+    Args:
+        S, U: the averages, of one shape; "none" does not read U.
+        mean_S, mean_U: their means, 0-d.
+    """
+    if uncertainty == "product":
+        q = (S / mean_S) * (U / mean_U)
+    elif uncertainty == "ucb":
+        q = (S + KAPPA * U) / (mean_S + KAPPA * mean_U)
+    else:
+        q = S / mean_S
+    a = torch.tanh((1 / q - gamma).clamp(min=0))
+    return torch.where(q.isfinite(), a, 0)  # q is not finite where its mean is 0: no statistics yet
+
+
 def pats_update_(
     param: Tensor,
     grad: Tensor,
@@ -93,14 +110,8 @@ def pats_update_(
     sens_stats.copy_(updated)
     mean_S, mean_U = means.to(dtype)
 
-    if uncertainty == "product":
-        q = (S / mean_S) * (U / mean_U)
-    elif uncertainty == "ucb":
-        q = (S + KAPPA * U) / (mean_S + KAPPA * mean_U)
-    else:
-        q = S / mean_S
-    a = torch.tanh((1 / q - gamma).clamp(min=0))
-    a = torch.where(finite & q.isfinite(), a, 0)  # q is not finite where its mean is 0: no statistics yet
+    a = gate(S, U, mean_S, mean_U, gamma=gamma, uncertainty=uncertainty)
+    a = torch.where(finite, a, 0)
 
     z = normals(random_words(seed, step, tensor_id, param.numel(), device=param.device))
     z = z.flatten()[: param.numel()].view(param.shape).to(dtype)
