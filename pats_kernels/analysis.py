@@ -102,8 +102,11 @@ def state_sensitivities(
 
     Returns:
         By name: the parameter's shape, on its device, float32 (float64 for float64 averages).
+
+    Raises:
+        TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
     """
-    names = _names(source.optimizer if isinstance(source, PATS) else source)
+    names = _names(_optimizer(source))
     names |= {param: name for name, param in named_parameters if param in names}
     averages = {
         name: source.state[param]["exp_avg_sens"]
@@ -115,6 +118,14 @@ def state_sensitivities(
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _optimizer(source: PATS | Optimizer) -> Optimizer:
+    if isinstance(source, PATS):
+        return source.optimizer
+    if "noise_scale" not in source.defaults:
+        raise TypeError(f"{type(source).__name__} keeps no sensitivity: pass the PATS that is attached to it")
+    return source
 
 
 def _names(optimizer: Optimizer) -> dict[Tensor, str]:
@@ -166,8 +177,11 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
 
     Args:
         source: a `PATS`, or an optimizer that keeps `exp_avg_sens`, `exp_avg_unc` and `sens_stats` itself.
+
+    Raises:
+        TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
     """
-    groups = (source.optimizer if isinstance(source, PATS) else source).param_groups
+    groups = _optimizer(source).param_groups
     gates: list[Tensor] = []  # of each tensor: sum of a, number of a > 0
     numel = 0
     for group in groups:

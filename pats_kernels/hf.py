@@ -29,9 +29,9 @@ class PATSCallback(TrainerCallback):
     The first two are left out while there is no state. Nothing is computed, and nothing waits for the device,
     at any step but those at which the Trainer logs, where it has just waited for the loss.
 
-    The Trainer tells its callbacks in order, and the reporters (TensorBoard, Weights & Biases, ...) come before
-    those of `callbacks=[...]` and `add_callback`: there a reporter has written its line when this one adds to
-    it, and only the history and the printed line have the new keys. `add_to` puts this one first.
+    The Trainer tells its callbacks in order, and the reporters (TensorBoard, Weights & Biases, ...) come
+    before those of `callbacks=[...]` and `add_callback`: there a reporter has written its line before this
+    one adds to it, and only the history and the printed line have the new keys. `add_to` puts this one first.
 
     Args:
         pats: what is attached to the Trainer's optimizer. None: the optimizer is a `PATSAdamW`.
