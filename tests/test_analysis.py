@@ -220,6 +220,11 @@ def test_nothing_to_distribute(values: Tensor) -> None:
     assert distribution({}).overall.numel == 0
 
 
+def test_a_mean_between_two_floats() -> None:
+    """It rounds to 1 in float32, and yet both ones are below it."""
+    assert of(torch.tensor([1.0, 1.0 + 2.0**-23, 1.0])).overall.share_below[0] == pytest.approx(2 / 3)
+
+
 def test_what_the_histogram_cannot_hold_is_in_its_last_bins() -> None:
     x = torch.tensor([1e-30, 1e-20, *[1.0] * 10_000_000, 1e14])
     histogram = of(x, torch.float64).overall.histogram  # its mean is 1e7
@@ -435,6 +440,15 @@ def test_an_optimizer_that_keeps_no_sensitivity() -> None:
             function(optimizer)
 
 
+def test_gate_summary_of_tensors_without_statistics() -> None:
+    """Their gates are closed, and their elements count."""
+    pats, optimizer, params = make_pats("eager")
+    for param in params[:2]:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert [float(value) for value in gate_summary(pats)] == [0, 0, 40 * 30 + 17]
+
+
 def test_gate_summary_follows_a_schedule() -> None:
     """A group whose noise has been turned off is not counted any more, though its state is still there."""
     pats, optimizer, params = make_pats("eager")
@@ -443,9 +457,10 @@ def test_gate_summary_follows_a_schedule() -> None:
     assert gate_summary(pats).numel == params[2].numel() + params[3].numel()
 
 
-def test_state_sensitivities() -> None:
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_state_sensitivities(state_dtype: torch.dtype) -> None:
     """The averages themselves, copied, by the model's names, else by place; none where there is none."""
-    pats, optimizer, params = make_pats("eager", state_dtype=torch.bfloat16)
+    pats, optimizer, params = make_pats("eager", state_dtype=state_dtype)
     take_steps(optimizer, params, 3)
     s = state_sensitivities(pats, [("first", params[0]), ("fourth", params[3]), ("other", torch.ones(3))])
     assert list(s) == ["first", "param_groups[0]['params'][1]", "param_groups[1]['params'][0]", "fourth"]
