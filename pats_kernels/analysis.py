@@ -173,7 +173,8 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
     q are the state's own `sens_stats`: with normalization="exact" these are the gates of the last step; with
     "delayed" that step divided by the means before it, so they differ by what one step moves the means.
 
-    Nothing waits for the device. Tensors are read in pieces, so the memory it takes does not grow with them.
+    Nothing waits for the device. Tensors are read in pieces, so the memory it takes does not grow with them;
+    those that are not contiguous are copied.
 
     Args:
         source: a `PATS`, or an optimizer that keeps `exp_avg_sens`, `exp_avg_unc` and `sens_stats` itself.
