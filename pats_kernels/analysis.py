@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pats_kernels.hyperparameters import hyperparameters
+from pats_kernels.hyperparameters import Hyperparameters, hyperparameters
 from pats_kernels.optim import PATS
-from pats_kernels.reference import gate
+from pats_kernels.reference import arithmetic_dtype, gate, moments_sensitivity
+from pats_kernels.state import parameter_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ def sensitivities(
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not params:
         raise ValueError("the model has no parameter that needs a gradient")
-    totals = {name: torch.zeros_like(param, dtype=_wide(param)) for name, param in params.items()}
+    totals = {name: torch.zeros_like(param, dtype=arithmetic_dtype(param)) for name, param in params.items()}
     count = 0
     with _in_eval_mode(model), torch.enable_grad():
         for batch in batches:
@@ -96,7 +97,7 @@ def state_sensitivities(
     where tensors have taken different numbers of steps.
 
     Args:
-        source: a `PATS`, or an optimizer that keeps `exp_avg_sens` itself.
+        source: a `PATS`, or a `PATSAdamW` with sensitivity="ema": "moments" keeps no S.
         named_parameters: a model's, for the names. A parameter that is not among them has the name that the
             optimizer's `param_names` gives it, else its place in the param groups.
 
@@ -106,18 +107,14 @@ def state_sensitivities(
     Raises:
         TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
     """
-    names = _names(_optimizer(source))
+    names = parameter_names(_optimizer(source).param_groups)
     names |= {param: name for name, param in named_parameters if param in names}
     averages = {
         name: source.state[param]["exp_avg_sens"]
         for param, name in names.items()
         if "exp_avg_sens" in source.state.get(param, ())
     }
-    return {name: average.to(_wide(average), copy=True) for name, average in averages.items()}
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return {name: average.to(arithmetic_dtype(average), copy=True) for name, average in averages.items()}
 
 
 def _optimizer(source: PATS | Optimizer) -> Optimizer:
@@ -126,14 +123,6 @@ def _optimizer(source: PATS | Optimizer) -> Optimizer:
     if "noise_scale" not in source.defaults:
         raise TypeError(f"{type(source).__name__} keeps no sensitivity: pass the PATS that is attached to it")
     return source
-
-
-def _names(optimizer: Optimizer) -> dict[Tensor, str]:
-    names: dict[Tensor, str] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        places = [f"param_groups[{number}]['params'][{i}]" for i in range(len(group["params"]))]
-        names |= zip(group["params"], group.get("param_names", places), strict=True)
-    return names
 
 
 @contextmanager
@@ -169,15 +158,16 @@ class GateSummary(NamedTuple):
 def gate_summary(source: PATS | Optimizer) -> GateSummary:
     """Mean gate and share of elements that get noise, as the state stands: rows 4 and 5 of `reference`.
 
-    Over all parameters with a sensitivity in their state whose group has a noise_scale above 0. The means in
+    Over all parameters with `sens_stats` in their state whose group has a noise_scale above 0. The means in
     q are the state's own `sens_stats`: with normalization="exact" these are the gates of the last step; with
-    "delayed" that step divided by the means before it, so they differ by what one step moves the means.
+    "delayed" that step divided by the means before it, so they differ by what one step moves the means; with
+    sensitivity="moments" S and U are of the weights as they are now, after AdamW's step.
 
     Nothing waits for the device. Tensors are read in pieces, so the memory it takes does not grow with them;
     those that are not contiguous are copied.
 
     Args:
-        source: a `PATS`, or an optimizer that keeps `exp_avg_sens`, `exp_avg_unc` and `sens_stats` itself.
+        source: a `PATS` or a `PATSAdamW`.
 
     Raises:
         TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
@@ -189,8 +179,8 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
         values = hyperparameters(group, source.defaults)
         for param in group["params"]:
             state = source.state.get(param, {})
-            if values.noise_scale > 0 and "exp_avg_sens" in state:
-                gates.append(_gate_sums(state, values.gamma, values.uncertainty))
+            if values.noise_scale > 0 and "sens_stats" in state:
+                gates.append(_gate_sums(_gates(param, state, group, values), param.device))
                 numel += param.numel()
     if not gates:
         return GateSummary(torch.tensor(torch.nan), torch.tensor(torch.nan), 0)
@@ -199,17 +189,36 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
     return GateSummary(mean_gate.float(), noisy_share.float(), numel)
 
 
-def _gate_sums(state: Mapping[str, Tensor], gamma: float, uncertainty: str) -> Tensor:
-    S = state["exp_avg_sens"]
-    U = state.get("exp_avg_unc", S)  # "none" keeps none, and reads none
-    dtype = _wide(S)
-    mean_S, mean_U = state["sens_stats"].to(dtype)
-    sums = torch.zeros(2, dtype=torch.float64, device=S.device)
-    pieces = (average.reshape(-1).split(PIECE) for average in (S, U))
-    for S_piece, U_piece in zip(*pieces, strict=True):
-        a = gate(S_piece.to(dtype), U_piece.to(dtype), mean_S, mean_U, gamma=gamma, uncertainty=uncertainty)
+def _gate_sums(gates: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of a and number of a > 0: float64 [2]."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for a in gates:
         sums += torch.stack((a.sum(dtype=torch.float64), a.gt(0).sum(dtype=torch.float64)))
     return sums
+
+
+def _gates(
+    param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], values: Hyperparameters
+) -> Iterator[Tensor]:
+    """The gates of a tensor's elements, piece by piece."""
+    dtype = arithmetic_dtype(param)
+    means = state["sens_stats"].to(dtype)
+    moments = group.get("sensitivity") == "moments"
+    if moments:
+        corrections = [1 - beta ** state["step"].to(torch.float64) for beta in group["betas"]]
+        operands = [param, state["exp_avg"], state["exp_avg_sq"]]
+    else:
+        corrections = []
+        S = state["exp_avg_sens"]
+        operands = [S, state.get("exp_avg_unc", S)]  # "none" keeps no U, and reads none
+    for pieces in zip(*(x.reshape(-1).split(PIECE) for x in operands), strict=True):
+        first, *others = (piece.to(dtype) for piece in pieces)
+        if moments:
+            m_hat, v_hat = (x / correction for x, correction in zip(others, corrections, strict=True))
+            S, U, _ = moments_sensitivity(first, m_hat, v_hat, values.uncertainty)
+        else:
+            S, U = first, others[0]
+        yield gate(S, U, *means, gamma=values.gamma, uncertainty=values.uncertainty)
 
 
 # Numbers.

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as st_numpy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pats_kernels import PATS, analysis
+from pats_kernels import PATS, PATSAdamW, analysis
 from pats_kernels.analysis import (
     COLOURS,
     CURVE_SHARES,
@@ -346,7 +346,8 @@ SHAPES = [(40, 30), (17,), (), (3, 5, 2), (4,)]
 QUIET = 4  # the tensor in a group without noise
 
 
-def make_pats(backend: str, **changes: Any) -> tuple[PATS, Any, list[nn.Parameter]]:
+def make_pats(backend: str, fused: bool = False, **changes: Any) -> tuple[Any, Any, list[nn.Parameter]]:
+    """PATS or PATSAdamW; the optimizer that it is attached to, or is; the parameters."""
     random = torch.Generator().manual_seed(9)
     params = [nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
     params[0].data = params[0].data.t().contiguous().t()
@@ -355,9 +356,12 @@ def make_pats(backend: str, **changes: Any) -> tuple[PATS, Any, list[nn.Paramete
         {"params": params[2:QUIET], "gamma": 0.25, "uncertainty": "ucb"},
         {"params": params[QUIET:], "noise_scale": 0.0},
     ]
+    settings = {"noise_scale": 1e-2, "backend": backend} | changes
+    if fused:
+        optimizer = PATSAdamW(groups, lr=0.1, **settings)
+        return optimizer, optimizer, params
     optimizer = torch.optim.SGD(groups, lr=0.1)
-    pats = PATS(optimizer, **({"noise_scale": 1e-2} | changes), backend=backend)
-    return pats, optimizer, params
+    return PATS(optimizer, **settings), optimizer, params
 
 
 def take_steps(optimizer: Any, params: list[nn.Parameter], count: int) -> None:
@@ -372,12 +376,23 @@ def expected_gates(source: Any, group: dict[str, Any], param: Tensor) -> Array:
     """Rows 4 and 5 in the oracle's float64, from the state."""
     values = source.defaults | group
     state = {name: t.double().numpy().ravel() for name, t in source.state[param].items()}
-    args = (state["exp_avg_sens"], state.get("exp_avg_unc"), state["sens_stats"], values["uncertainty"])
-    return oracle.gate(oracle.score(*args), values["gamma"])
+    S, U = state.get("exp_avg_sens"), state.get("exp_avg_unc")
+    if values.get("sensitivity") == "moments":
+        w, t = param.detach().double().numpy().ravel(), state["step"]
+        m, v = (
+            state[key] / (1 - b**t) for key, b in zip(("exp_avg", "exp_avg_sq"), values["betas"], strict=True)
+        )
+        S, U = np.abs(w) * np.sqrt(v), np.abs(w) * np.sqrt(np.maximum(v - m**2, 0))
+    return oracle.gate(oracle.score(S, U, state["sens_stats"], values["uncertainty"]), values["gamma"])
 
 
 def assert_summary(source: Any, groups: list[dict[str, Any]]) -> None:
-    gates = [expected_gates(source, g, p) for g in groups for p in g["params"] if p in source.state]
+    gates = [
+        expected_gates(source, g, p)
+        for g in groups
+        for p in g["params"]
+        if "sens_stats" in source.state.get(p, ())
+    ]
     a = np.concatenate(gates)
     summary = gate_summary(source)
     assert summary.numel == a.size
@@ -394,6 +409,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"uncertainty": "none"},
     {"uncertainty": "ucb", "gamma": 0.5},
     {"state_dtype": torch.bfloat16},
+    {"fused": True},
+    {"fused": True, "normalization": "exact", "uncertainty": "none"},
+    {"fused": True, "sensitivity": "moments"},
+    {"fused": True, "sensitivity": "moments", "uncertainty": "none", "state_dtype": torch.bfloat16},
 ]
 
 
@@ -407,15 +426,14 @@ def test_gate_summary(backend: str, changes: dict[str, Any], monkeypatch: pytest
     assert_summary(pats, optimizer.param_groups)
 
 
-def test_gate_summary_is_the_gate_of_the_exact_step() -> None:
+@pytest.mark.parametrize("changes", [{}, {"fused": True}, {"fused": True, "sensitivity": "moments"}], ids=str)
+def test_gate_summary_is_the_gate_of_the_exact_step(changes: dict[str, Any]) -> None:
     """With normalization="exact" and lr 0 the elements that moved are those whose gate is open."""
-    pats, optimizer, params = make_pats("eager", normalization="exact")
+    pats, optimizer, params = make_pats("eager", normalization="exact", **changes)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
     take_steps(optimizer, params, 2)
     before = [p.detach().clone() for p in params[:QUIET]]
-    for param in params:
-        param.grad = torch.linspace(0.1, 1, param.numel()).view(param.shape)
-    optimizer.step()
+    take_steps(optimizer, params, 1)
     moved = sum(int((p != old).sum()) for p, old in zip(params, before, strict=False))
     summary = gate_summary(pats)
     # An open gate near 0 may move nothing that float32 can hold.
@@ -457,10 +475,11 @@ def test_gate_summary_follows_a_schedule() -> None:
     assert gate_summary(pats).numel == params[2].numel() + params[3].numel()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_state_sensitivities(state_dtype: torch.dtype) -> None:
+def test_state_sensitivities(state_dtype: torch.dtype, fused: bool) -> None:
     """The averages themselves, copied, by the model's names, else by place; none where there is none."""
-    pats, optimizer, params = make_pats("eager", state_dtype=state_dtype)
+    pats, optimizer, params = make_pats("eager", fused, state_dtype=state_dtype)
     take_steps(optimizer, params, 3)
     s = state_sensitivities(pats, [("first", params[0]), ("fourth", params[3]), ("other", torch.ones(3))])
     assert list(s) == ["first", "param_groups[0]['params'][1]", "param_groups[1]['params'][0]", "fourth"]

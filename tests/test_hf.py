@@ -14,6 +14,7 @@ import torch
 from harness import assert_same_bits
 from oracle import Hyper
 from torch import Tensor, nn
+from torch.optim import AdamW
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -24,11 +25,12 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from pats_kernels import PATS, hf
+from pats_kernels import PATS, PATSAdamW, hf
 from pats_kernels.hf import PATSCallback
 
 SETTINGS: dict[str, Any] = {"noise_scale": 1e-2, "gamma": 0.5, "seed": 5}
 STEPS, BATCH = 6, 4
+LEARNING_RATE = 1e-3
 CLIP = 0.05  # the gradients' norm is above it
 KEYS = {"pats/mean_gate", "pats/noisy_share", "pats/nonfinite"}
 
@@ -52,20 +54,21 @@ def model(seed: int = 1, dropout: float = 0.1) -> BertForSequenceClassification:
 
 @dataclass
 class Run:
-    """A Trainer, all its own, and the PATS in it."""
+    """A Trainer, all its own, and the PATS in it: attached to its optimizer; `fused`: its optimizer."""
 
     folder: Path
     bert: BertForSequenceClassification = field(default_factory=model)
     arguments: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
+    fused: bool = False
 
     def __post_init__(self) -> None:
         defaults: dict[str, Any] = {
             "output_dir": str(self.folder),
             "max_steps": STEPS,
             "per_device_train_batch_size": BATCH,
-            "learning_rate": 1e-3,
+            "learning_rate": LEARNING_RATE,
             "warmup_steps": 2,
             "weight_decay": 0.1,
             "max_grad_norm": CLIP,
@@ -75,13 +78,22 @@ class Run:
             "use_cpu": True,
             "disable_tqdm": True,
         }
+        settings, own = SETTINGS | self.settings, {}
+        if self.fused:
+            own["optimizer_cls_and_kwargs"] = (PATSAdamW, {"lr": LEARNING_RATE} | settings)
         self.trainer = Trainer(
             self.bert,
             TrainingArguments(**(defaults | self.arguments)),
             train_dataset=examples(),
             **self.trainer_arguments,
+            **own,
         )
-        self.pats = PATS(self.trainer.create_optimizer(), **(SETTINGS | self.settings))
+        optimizer: Any = self.trainer.create_optimizer()
+        self.pats = optimizer if self.fused else PATS(optimizer, **settings)
+
+    @property
+    def callback(self) -> PATSCallback:
+        return PATSCallback(None if self.fused else self.pats)
 
     def train(self, resume: Path | None = None) -> "Run":
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -98,7 +110,8 @@ class Run:
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint has to bring back: parameters, the optimizer's state and PATS's."""
         optimizer: Any = self.trainer.optimizer
-        states = [state[param] for state in (optimizer.state, self.pats.state) for param in self.params()]
+        both = (optimizer.state,) if self.fused else (optimizer.state, self.pats.state)
+        states = [state[param] for state in both for param in self.params()]
         return [p.data for p in self.params()] + [state[key] for state in states for key in sorted(state)]
 
 
@@ -123,20 +136,22 @@ def full_and_resumed(
     settings: dict[str, Any],
     prepare: Callable[[BertForSequenceClassification], Any] = lambda bert: bert,
     edit: Callable[[Path], None] = lambda checkpoint: None,
+    fused: bool = False,
 ) -> tuple[Run, Run]:
     """A run of STEPS steps, and one of other weights that goes on from its checkpoint half-way."""
-    full = Run(folder / "full", prepare(model()), arguments, settings).train()
+    full = Run(folder / "full", prepare(model()), arguments, settings, fused=fused).train()
     checkpoint = folder / f"checkpoint-{STEPS // 2}"
     shutil.copytree(folder / "full" / checkpoint.name, checkpoint)
     edit(checkpoint)
-    resumed = Run(folder / "resumed", prepare(model(seed=2)), arguments, settings).train(checkpoint)
-    return full, resumed
+    resumed = Run(folder / "resumed", prepare(model(seed=2)), arguments, settings, fused=fused)
+    return full, resumed.train(checkpoint)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumes_to_the_bit(kind: str, tmp_path: Path) -> None:
+def test_resumes_to_the_bit(kind: str, fused: bool, tmp_path: Path) -> None:
     """With dropout, a schedule and clipping on: parameters, both states, the last loss and norm."""
-    full, resumed = full_and_resumed(tmp_path, *KINDS[kind])
+    full, resumed = full_and_resumed(tmp_path, *KINDS[kind], fused=fused)
     assert_same_bits(full.tensors(), resumed.tensors())
     assert {float(state["step"]) for state in resumed.pats.state.values()} == {STEPS}
     last = {key: logs(full)[-1][key] for key in ("loss", "grad_norm", "learning_rate")}
@@ -144,9 +159,10 @@ def test_resumes_to_the_bit(kind: str, tmp_path: Path) -> None:
     assert all(entry["grad_norm"] > CLIP for entry in logs(full))  # so clipping had something to do
 
 
-def test_resumes_to_the_bit_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_resumes_to_the_bit_in_bfloat16(fused: bool, tmp_path: Path) -> None:
     """Parameters of bfloat16: stochastic rounding goes on where it was."""
-    full, resumed = full_and_resumed(tmp_path, {}, {}, lambda bert: bert.to(torch.bfloat16))
+    full, resumed = full_and_resumed(tmp_path, {}, {}, lambda bert: bert.to(torch.bfloat16), fused=fused)
     assert_same_bits(full.tensors(), resumed.tensors())
     assert full.params()[0].dtype == torch.bfloat16
 
@@ -187,8 +203,9 @@ def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_is_the_loop_by_hand(accumulate: int, tmp_path: Path) -> None:
+def test_is_the_loop_by_hand(accumulate: int, fused: bool, tmp_path: Path) -> None:
     """PATS steps once for each of the optimizer's steps, over epochs, with clipping and a schedule."""
     batches: list[dict[str, Tensor]] = []
 
@@ -198,7 +215,7 @@ def test_is_the_loop_by_hand(accumulate: int, tmp_path: Path) -> None:
 
     arguments = {"gradient_accumulation_steps": accumulate, "save_strategy": "no"}
     hooks = {"data_collator": collate, "compute_loss_func": summed_loss}
-    run = Run(tmp_path, model(dropout=0), arguments, trainer_arguments=hooks).train()
+    run = Run(tmp_path, model(dropout=0), arguments, trainer_arguments=hooks, fused=fused).train()
 
     bert = model(dropout=0).train()
     params = list(bert.parameters())
@@ -206,9 +223,11 @@ def test_is_the_loop_by_hand(accumulate: int, tmp_path: Path) -> None:
         {"params": [p for p in params if p.ndim == 2], "weight_decay": 0.1},
         {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    optimizer: Any = (
+        PATSAdamW(groups, LEARNING_RATE, **SETTINGS) if fused else AdamW(groups, LEARNING_RATE, fused=True)
+    )
     schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
-    pats = PATS(optimizer, **SETTINGS)
+    pats = optimizer if fused else PATS(optimizer, **SETTINGS)
     for step in range(STEPS):
         for batch in batches[step * accumulate : (step + 1) * accumulate]:
             logits = bert(input_ids=batch["input_ids"]).logits
@@ -220,7 +239,7 @@ def test_is_the_loop_by_hand(accumulate: int, tmp_path: Path) -> None:
         optimizer.zero_grad()
 
     own = [p for group in groups for p in group["params"]]
-    states = [state[p] for state in (optimizer.state, pats.state) for p in own]
+    states = [state[p] for state in ((pats.state,) if fused else (optimizer.state, pats.state)) for p in own]
     expected = [p.data for p in own] + [state[key] for state in states for key in sorted(state)]
     assert_same_bits(run.tensors(), expected)
     assert {float(state["step"]) for state in run.pats.state.values()} == {STEPS}
@@ -229,10 +248,12 @@ def test_is_the_loop_by_hand(accumulate: int, tmp_path: Path) -> None:
 # Groups.
 
 
-def test_both_groups_get_their_noise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_both_groups_get_their_noise(fused: bool, tmp_path: Path) -> None:
     """With a learning rate of 0 all that moves is the noise: of the decayed and of the other parameters."""
     arguments = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
-    run = Run(tmp_path, arguments=arguments, settings={"normalization": "exact"})
+    settings: dict[str, Any] = {"normalization": "exact"} | ({"lr": 0.0} if fused else {})
+    run = Run(tmp_path, arguments=arguments, settings=settings, fused=fused)
     before = [p.detach().double().numpy().ravel() for p in run.params()]
     run.train()
     assert [group["weight_decay"] for group in run.groups] == [0.1, 0.0]
@@ -247,7 +268,7 @@ def test_both_groups_get_their_noise(tmp_path: Path) -> None:
         np.testing.assert_allclose(got, expected, atol=SETTINGS["noise_scale"] * 8e-3 + 1e-7)
 
 
-def gates(pats: PATS, param: Tensor) -> oracle.Array:
+def gates(pats: Any, param: Tensor) -> oracle.Array:
     state = {name: t.double().numpy().ravel() for name, t in pats.state[param].items()}
     q = oracle.score(state["exp_avg_sens"], state["exp_avg_unc"], state["sens_stats"], "product")
     return oracle.gate(q, SETTINGS["gamma"])
@@ -259,7 +280,7 @@ def gates(pats: PATS, param: Tensor) -> oracle.Array:
 class Witness(TrainerCallback):
     """What a callback is told, and at each step what the callback under test ought to say of it."""
 
-    def __init__(self, pats: PATS | None = None) -> None:
+    def __init__(self, pats: Any = None) -> None:
         self.pats = pats
         self.told: list[dict[str, Any]] = []
         self.expected: dict[int, tuple[float, float]] = {}
@@ -273,10 +294,11 @@ class Witness(TrainerCallback):
         self.told.append(dict(logs))
 
 
-def test_logs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_logs(fused: bool, tmp_path: Path) -> None:
     """The numbers of the moment at which the Trainer logs, in its history and in its checkpoint."""
-    run = Run(tmp_path)
-    PATSCallback(run.pats).add_to(run.trainer)
+    run = Run(tmp_path, fused=fused)
+    run.callback.add_to(run.trainer)
     witness = Witness(run.pats)
     run.trainer.add_callback(witness)
     run.train()
@@ -343,10 +365,11 @@ class Poison(TrainerCallback):
             model.bert.pooler.dense.bias.grad[[3, 7, 20]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
 
 
-def test_logs_what_was_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_logs_what_was_not_finite(fused: bool, tmp_path: Path) -> None:
     arguments = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
-    run = Run(tmp_path, arguments=arguments, trainer_arguments={"callbacks": [Poison()]})
-    PATSCallback(run.pats).add_to(run.trainer)
+    run = Run(tmp_path, arguments=arguments, trainer_arguments={"callbacks": [Poison()]}, fused=fused)
+    run.callback.add_to(run.trainer)
     run.train()
     assert [entry["pats/nonfinite"] for entry in logs(run)] == [0, 3]
 
