@@ -22,7 +22,7 @@ import grammar
 HUB = "nyu-mll/glue"
 GRAMMAR = "grammar"  # the name of the corpus generated here
 GRAMMAR_SEED = 0  # not the run's: every seed is evaluated on the same sentences
-GRAMMAR_SENTENCES = (6000, 1000)  # to train on, to evaluate on
+GRAMMAR_SENTENCES = (12000, 1000)  # to train on, to evaluate on
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +164,16 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _dataset(path: Path, task: Task) -> Dataset:
-    """A file's rows under the hub's names. Rows with fields missing (QQP has some) are left out, and counted."""
+    """A file's rows under the hub's names. Rows that lack a field (QQP has some) are left out and counted."""
     names = {column: task.columns.get(column, column) for column in (*task.texts, "label")}
     columns: dict[str, list[Any]] = {column: [] for column in names}
     dropped = 0
     for line, row in _rows(path, task):
-        values = {column: row.get(name) for column, name in names.items()}
+        values: dict[str, Any] = {column: row.get(name) for column, name in names.items()}
         if not all(values.values()):
             dropped += 1
             continue
-        values["label"] = _label(str(values["label"]), task, f"{path}:{line}")
+        values["label"] = _label(values["label"], task, f"{path}:{line}")
         for column, value in values.items():
             columns[column].append(value)
     if not columns["label"]:

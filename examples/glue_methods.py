@@ -9,11 +9,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pats_kernels import PATS
 
+NOT_GIVEN = -1.0  # a number whose default hangs on others
 METHODS = ("adamw", "noise", "noisytune", "pats")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OptimizerSpec = tuple[Any, dict[str, Any]]  # what Trainer's optimizer_cls_and_kwargs takes
@@ -27,7 +28,11 @@ class MethodArguments:
         default="adamw,pats", metadata={"help": f"One or more, separated by commas: {', '.join(METHODS)}"}
     )
     noise_scale: float = field(
-        default=1e-5, metadata={"help": "pats: standard deviation at an open gate; noise: everywhere"}
+        default=NOT_GIVEN,
+        metadata={
+            "help": "pats: standard deviation at an open gate; noise: everywhere. If not given: 1e-5 "
+            "pretrained, 1e-3 from scratch"
+        },
     )
     gamma: float = field(default=1.0, metadata={"help": "pats: no noise where q >= 1/gamma"})
     sens_betas: list[float] = field(
@@ -59,7 +64,7 @@ class MethodArguments:
             if name not in METHODS:
                 raise ValueError(f"Unknown method: {name!r} (known: {', '.join(METHODS)})")
         for name in ("noise_scale", "noisytune_lambda"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) < 0 and getattr(self, name) != NOT_GIVEN:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)} (must be >= 0)")
 
 
@@ -72,23 +77,27 @@ def optimizer(method: str, noise: MethodArguments, training: TrainingArguments) 
     }
     if method != "pats":
         return AdamW, {**common, "fused": True}
-    return pats_adamw, {
+    return PATSAdamW, {
         **common,
         "noise_scale": noise.noise_scale,
         "gamma": noise.gamma,
         "sens_betas": tuple(noise.sens_betas),
         "uncertainty": noise.uncertainty,
         "normalization": noise.normalization,
+        "sensitivity": noise.sensitivity,
         "state_dtype": STATE_DTYPES[noise.state_dtype] if noise.state_dtype else None,
         "seed": training.seed,
     }
 
 
-def pats_adamw(params: Any, *, lr: float, betas: Any, eps: float, **pats: Any) -> Optimizer:
-    """Stands in for PATSAdamW until it lands."""
-    adamw = AdamW(params, lr=lr, betas=betas, eps=eps, fused=True)
-    PATS(adamw, **pats)
-    return adamw
+class PATSAdamW(AdamW):
+    """Stands in for pats_kernels.PATSAdamW until it lands."""
+
+    def __init__(
+        self, params: Any, *, lr: float, betas: Any, eps: float, sensitivity: str, **pats: Any
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        PATS(self, **pats)
 
 
 def callbacks(method: str, noise: MethodArguments, training: TrainingArguments) -> list[TrainerCallback]:
@@ -120,7 +129,7 @@ class NoiseCallback(TrainerCallback):
 
 @torch.no_grad()
 def noisytune_(model: nn.Module, width: float, seed: int) -> None:
-    """NoisyTune (Wu et al., ACL 2022): once, before fine-tuning, uniform noise by each matrix's own spread."""
+    """NoisyTune (Wu et al., ACL 2022): once, before fine-tuning, uniform noise by each matrix's spread."""
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
         if param.numel() > 1:  # the standard deviation of one number is not defined

@@ -64,8 +64,7 @@ WOMEN = tuple(
     for noun in (("girl", "girls"), ("woman", "women"), ("queen", "queens"))
 )
 MEN = tuple(
-    Person(noun, ("himself", "themselves"))
-    for noun in (("boy", "boys"), ("man", "men"), ("king", "kings"))
+    Person(noun, ("himself", "themselves")) for noun in (("boy", "boys"), ("man", "men"), ("king", "kings"))
 )
 PEOPLE = WOMEN + MEN
 ANIMALS: tuple[Forms, ...] = (("dog", "dogs"), ("cat", "cats"), ("horse", "horses"), ("duck", "ducks"))

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from datasets import Dataset, DatasetDict
 from rich import box
 from rich.console import Console
@@ -42,10 +43,10 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 import glue_data
 import glue_methods
 from glue_data import Task
-from glue_methods import MethodArguments
+from glue_methods import NOT_GIVEN, MethodArguments
 
-LEARNING_RATES = {"pretrained": 2e-5, "from scratch": 1e-3}
 SAMPLING_SEED = 0  # of --max_..._samples: every run sees the same ones
+LAST = ("true", "True")  # --resume_from_checkpoint: each run's last checkpoint
 PACKAGES = ("pats_kernels", "torch", "transformers", "accelerate", "datasets")
 
 
@@ -59,9 +60,10 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's files are kept"})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model"})
     vocab_size: int = field(default=8000, metadata={"help": "Small BERT: tokens at most"})
-    hidden_size: int = field(default=128, metadata={"help": "Small BERT: width"})
+    hidden_size: int = field(default=64, metadata={"help": "Small BERT: width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "Small BERT: layers"})
     num_attention_heads: int = field(default=4, metadata={"help": "Small BERT: heads"})
+    dropout: float = field(default=0.0, metadata={"help": "Small BERT: of hidden states and attention"})
 
 
 @dataclass
@@ -76,7 +78,9 @@ class DataArguments:
         default=None, metadata={"help": "The task's TSV files or the folder above; without it, the hub"}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Tokens; what is longer is cut"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random part of this size"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on a random part of this size"}
+    )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on a random part of this size"}
     )
@@ -90,8 +94,8 @@ class RunArguments(TrainingArguments):
         default="runs/glue", metadata={"help": "results.json, and each run's folder: model and checkpoints"}
     )
     learning_rate: float = field(
-        default=-1.0,
-        metadata={"help": f"If not given: {', '.join(f'{lr:g} {kind}' for kind, lr in LEARNING_RATES.items())}"},
+        default=NOT_GIVEN,
+        metadata={"help": "If not given: 2e-5 pretrained, 1e-3 from scratch"},
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences a device and step"})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sequences a device and step"})
@@ -99,16 +103,22 @@ class RunArguments(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch"})
     save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint: no, steps, epoch"})
     logging_steps: float = field(default=50, metadata={"help": "Steps; below 1, a share of all of them"})
+    seed: int = field(default=int(NOT_GIVEN), metadata={"help": "If it is one alone; else see seeds"})
+    threads: int | None = field(
+        default=None,
+        metadata={"help": "Of the CPU. If not given: 1 for the small BERT, else torch's own"},
+    )
     seeds: str | None = field(
-        default=None, metadata={"help": "Several, separated by commas; if not given, --seed alone"}
+        default=None,
+        metadata={
+            "help": "Several, separated by commas. If not given: --seed; without that 1,2 or, of GLUE, 42"
+        },
     )
 
     @property
     def all_seeds(self) -> list[int]:
-        if self.seeds is None:
-            return [self.seed]
         try:
-            return [int(seed) for seed in self.seeds.split(",")]
+            return [int(seed) for seed in str(self.seeds).split(",")]
         except ValueError:
             raise ValueError(f"Invalid seeds: {self.seeds!r} (integers, separated by commas)") from None
 
@@ -141,14 +151,28 @@ def parse(argv: Sequence[str]) -> Arguments:
     else:
         parsed = parser.parse_args_into_dataclasses(args=list(argv))
     arguments = Arguments(*parsed)
-    training = arguments.training
-    if training.learning_rate < 0:
-        kind = "pretrained" if arguments.model.model_name_or_path else "from scratch"
-        training.learning_rate = LEARNING_RATES[kind]
-    several = len(training.all_seeds) * len(arguments.noise.methods) > 1
-    if several and training.resume_from_checkpoint not in (None, "True", "true"):
-        raise ValueError("--resume_from_checkpoint PATH is for one run; with several, say true: each finds its last")
+    fill_in(arguments)
+    several = len(arguments.training.all_seeds) * len(arguments.noise.methods) > 1
+    if several and arguments.training.resume_from_checkpoint not in (None, *LAST):
+        raise ValueError(
+            "--resume_from_checkpoint PATH is for one run; of several, `true` finds each one's last"
+        )
     return arguments
+
+
+def fill_in(arguments: Arguments) -> None:
+    """What was not given and hangs on whether the model is pretrained, and on its size."""
+    training = arguments.training
+    pretrained = arguments.model.model_name_or_path is not None
+    if training.learning_rate == NOT_GIVEN:
+        training.learning_rate = 2e-5 if pretrained else 1e-3
+    if arguments.noise.noise_scale == NOT_GIVEN:
+        arguments.noise.noise_scale = 1e-5 if pretrained else 1e-3
+    if training.seeds is None:
+        without = 42 if arguments.data.task_name else "1,2"
+        training.seeds = str(without if training.seed == NOT_GIVEN else training.seed)
+    if training.threads is None and not pretrained:
+        training.threads = 1  # so small a model gains nothing by a second one, and waits for it
 
 
 # Model and data
@@ -170,8 +194,8 @@ def prepare(model: ModelArguments, data: DataArguments) -> Corpus:
         build = pretrained(model.model_name_or_path, task, options)
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        columns = [rows[name] for name in task.texts]
-        return dict(tokenizer(*columns, truncation=True, max_length=data.max_seq_length))
+        texts, pairs = (*(rows[name] for name in task.texts), None)[:2]
+        return dict(tokenizer(texts, pairs, truncation=True, max_length=data.max_seq_length))
 
     unused = set(texts["train"].column_names) - {"label"}
     return Corpus(task, texts.map(tokenize, batched=True, remove_columns=sorted(unused)), tokenizer, build)
@@ -199,7 +223,11 @@ def small_bert(
         num_attention_heads=model.num_attention_heads,
         intermediate_size=4 * model.hidden_size,
         max_position_embeddings=data.max_seq_length,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout,
+        # BERT's 0.02 is for a width of 768; a narrow model would sit where it began for hundreds of steps.
+        initializer_range=model.hidden_size**-0.5,
         **number_of_outputs(task),
     )
     return lambda: BertForSequenceClassification(config)
@@ -235,7 +263,7 @@ def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Cor
     )
     trained = trainer.train(resume_from_checkpoint=checkpoint(training))
     evaluated = {
-        split: trainer.evaluate(corpus.data[split], metric_key_prefix=split)
+        split: trainer.evaluate(cast(Any, corpus.data[split]), metric_key_prefix=split)
         for split in corpus.task.validation
     }
     trainer.save_model()
@@ -256,7 +284,7 @@ def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Cor
 def checkpoint(training: RunArguments) -> str | None:
     """Where to resume: the path given, or for "true" this run's last checkpoint, if it has one."""
     given = training.resume_from_checkpoint
-    if given not in ("True", "true"):
+    if given not in LAST:
         return given
     folder = str(training.output_dir)
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
@@ -271,9 +299,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run["metrics"] for run in runs if run["method"] == method]
         summary[method] = {
-            split: {
-                metric: _spread([metrics[split][metric] for metrics in of_method]) for metric in first
-            }
+            split: {metric: _spread([metrics[split][metric] for metrics in of_method]) for metric in first}
             for split, first in of_method[0].items()
         }
     return summary
@@ -332,7 +358,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         corpus = prepare(arguments.model, arguments.data)
     except (ValueError, OSError) as error:  # of the arguments; what fails later is shown in full
         raise SystemExit(f"run_glue.py: {error}") from error
+    if arguments.training.threads is not None:
+        torch.set_num_threads(arguments.training.threads)
     runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     file = Path(str(arguments.training.output_dir)) / "results.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.training.all_seeds:
