@@ -14,6 +14,7 @@ from datasets import disable_progress_bars
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from transformers import TrainerState
 
 import glue_data
 import glue_methods
@@ -36,8 +37,8 @@ def threads_as_they_were() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def finetune(output: Path, *arguments: str) -> dict[str, Any]:
-    return run_glue.main([*QUICK, "--max_steps", "3", "--output_dir", str(output), *arguments])
+def finetune(output: Path, *arguments: str, steps: int = 3) -> dict[str, Any]:
+    return run_glue.main([*QUICK, "--max_steps", str(steps), "--output_dir", str(output), *arguments])
 
 
 def refusal(*arguments: str) -> str:
@@ -52,7 +53,8 @@ MNLI = "index\tpromptID\tpairID\tgenre\tsentence1\tsentence2\tlabel1\tgold_label
 FILES = {
     # task: its train file, its texts and labels
     "cola": (
-        'gj04\t1\t\tHe said "no" to\'t.\ngj04\t0\t*\tThey drank "the pub.',  # no header, no newline at the end
+        # no header, no newline at the end
+        'gj04\t1\t\tHe said "no" to\'t.\ngj04\t0\t*\tThey drank "the pub.',
         {"sentence": ['He said "no" to\'t.', 'They drank "the pub.'], "label": [1, 0]},
     ),
     "sst2": (
@@ -245,7 +247,8 @@ def test_every_method_with_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixtu
     values = [run["metrics"]["validation"]["matthews"] for run in result["runs"] if run["method"] == "pats"]
     assert spread["values"] == values
     assert (spread["mean"], spread["std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert all(method in capsys.readouterr().out.split("train s")[-1] for method in methods[:1])
+    printed = capsys.readouterr().out.rpartition("train s")[2]
+    assert all(method in printed for method in methods)
 
 
 def run_glue_model(folder: Path) -> nn.Module:
@@ -268,25 +271,30 @@ def test_without_noise_every_method_is_adamw(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["noise", "pats"])
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, method: str) -> None:
     arguments = ("--method", method, "--seed", "1", "--save_strategy", "steps", "--save_steps", "2")
-    run_glue.main([*QUICK, "--max_steps", "4", "--output_dir", str(tmp_path), *arguments])
+    finetune(tmp_path, *arguments, steps=4)
     folder = tmp_path / f"{method}-1"
     whole = run_glue_model(folder).state_dict()
     resumed = tmp_path / "resumed"
-    run_glue.main(
-        [*QUICK, "--max_steps", "4", "--output_dir", str(resumed), *arguments]
-        + ["--resume_from_checkpoint", str(folder / "checkpoint-2")]
-    )
+    finetune(resumed, *arguments, "--resume_from_checkpoint", str(folder / "checkpoint-2"), steps=4)
     again = run_glue_model(resumed / f"{method}-1").state_dict()
     assert all(again[name].equal(whole[name]) for name in whole)
 
 
 def test_true_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
-    arguments = ("--method", "pats", "--seed", "1", "--save_strategy", "steps", "--save_steps", "3")
-    finetune(tmp_path, *arguments)
-    again = finetune(tmp_path, *arguments, "--resume_from_checkpoint", "true")
-    assert again["runs"][0]["train"]["train_loss"] == 0  # no step was left to do
-    fresh = finetune(tmp_path / "new", *arguments, "--resume_from_checkpoint", "true")
-    assert fresh["runs"][0]["train"]["train_loss"] > 0
+    arguments = ("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true")
+    training = run_glue.parse(arguments).training.of_run("pats", 1)
+    assert run_glue.checkpoint(training) is None
+    for step in (2, 10):
+        (tmp_path / "pats-1" / f"checkpoint-{step}").mkdir(parents=True)
+    assert run_glue.checkpoint(training) == str(tmp_path / "pats-1" / "checkpoint-10")
+
+
+def test_the_tokenizer_is_the_same_every_time() -> None:
+    """The trainer's own numbers of pieces change from one call to the next."""
+    rows = glue_data.generated(counts=(400, 10))["train"]
+    vocabularies = [run_glue.train_tokenizer(glue_data.GRAMMAR_TASK, rows, 150).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+    assert len(vocabularies[0]) == 150
 
 
 def test_a_pair_task_from_a_configuration_file_in_bfloat16(tmp_path: Path) -> None:
@@ -332,8 +340,7 @@ def test_noise_is_as_big_everywhere() -> None:
     model = nn.Linear(100, 100)
     before = [param.detach().clone() for param in model.parameters()]
     callback = glue_methods.NoiseCallback(1e-2, seed=3)
-    state = run_glue.Trainer.__init__.__globals__["TrainerState"]()
-    callback.on_pre_optimizer_step(None, state, None, model=model)
+    callback.on_pre_optimizer_step(None, TrainerState(), None, model=model)
     added = [param.detach() - old for param, old in zip(model.parameters(), before, strict=True)]
     # 10,000 draws: the standard deviation of their standard deviation is 0.7 %.
     assert added[0].std().item() == pytest.approx(1e-2, rel=0.04)
