@@ -205,8 +205,8 @@ def train_tokenizer(task: Task, rows: Dataset, vocab_size: int) -> PreTrainedTok
     """WordPiece, as BERT has it, with the pieces of this text."""
     texts = [text for name in task.texts for text in rows[name]]
     untrained = BertTokenizer()
-    # The trainer numbers the pieces in the order in which a hash table gives it the words, another one at each
-    # call, and breaks ties by these numbers. Given beforehand, they and the vocabulary are always the same.
+    # The trainer numbers the pieces in the order in which a hash table gives it the words, another one at
+    # each call, and breaks ties by these numbers. Given beforehand, they and the vocabulary are always the same.
     normalize = untrained.backend_tokenizer.normalizer.normalize_str
     pieces = sorted({f"##{character}" for text in texts for character in normalize(text)})
     trained = untrained.train_new_from_iterator(
@@ -231,7 +231,7 @@ def small_bert(
         num_attention_heads=model.num_attention_heads,
         intermediate_size=4 * model.hidden_size,
         max_position_embeddings=data.max_seq_length,
-        pad_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
+        pad_token_id=tokenizer.get_vocab()[str(tokenizer.pad_token)],
         hidden_dropout_prob=model.dropout,
         attention_probs_dropout_prob=model.dropout,
         # BERT's 0.02 is for a width of 768; a narrow model would sit where it began for hundreds of steps.
