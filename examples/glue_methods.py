@@ -104,6 +104,8 @@ def callbacks(method: str, noise: MethodArguments, training: TrainingArguments) 
     """What a method needs beside its optimizer, and what it logs."""
     if method == "noise":
         return [NoiseCallback(noise.noise_scale, training.seed)]
+    if method == "pats":
+        return []  # the place of pats_kernels.hf.PATSCallback
     return []
 
 

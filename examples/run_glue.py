@@ -205,8 +205,8 @@ def train_tokenizer(task: Task, rows: Dataset, vocab_size: int) -> PreTrainedTok
     """WordPiece, as BERT has it, with the pieces of this text."""
     texts = [text for name in task.texts for text in rows[name]]
     untrained = BertTokenizer()
-    # The trainer numbers the pieces in the order in which a hash table gives it the words, another one at
-    # each call, and breaks ties by these numbers. Given beforehand, they and the vocabulary are always the same.
+    # The trainer numbers the pieces in the order in which a hash table gives it the words, another one each
+    # time, and breaks ties by these numbers. Given beforehand, they and the vocabulary are always the same.
     normalize = untrained.backend_tokenizer.normalizer.normalize_str
     pieces = sorted({f"##{character}" for text in texts for character in normalize(text)})
     trained = untrained.train_new_from_iterator(
