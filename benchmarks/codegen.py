@@ -141,7 +141,7 @@ def variants() -> Iterator[tuple[LaunchKey, str]]:
         forms.append((param, state, "product"))
     for param, state, uncertainty in forms:
         for normalization, phases in PHASES.items():
-            variant = Variant(uncertainty, normalization, stochastic_rounding=True)
+            variant = Variant("pats", uncertainty, normalization, stochastic_rounding=True)
             key = LaunchKey(torch.device("cuda"), param, state, variant)
             yield from ((key, phase) for phase in phases)
 

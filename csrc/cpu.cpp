@@ -47,6 +47,13 @@ Uncertainty uncertainty_of(c10::string_view name) {
   return Uncertainty::kNone;
 }
 
+Form form_of(c10::string_view name) {
+  if (name == "pats") return Form::kPats;
+  if (name == "pats_adamw") return Form::kPatsAdamW;
+  TORCH_CHECK(name == "moments_adamw", "pats_kernels: no kernel for form ", name);
+  return Form::kMomentsAdamW;
+}
+
 // A launch's tables, and where in the list of all chunks each tensor's chunks start.
 struct Work {
   at::ArrayRef<Row> rows;
@@ -73,9 +80,11 @@ void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& p
     for (int64_t i = first; i < last; ++i) {
       while (i >= work.starts[tensor + 1]) ++tensor;
       const Row& row = work.rows[tensor];
+      if (!row.stats && args.phase == Phase::kAverages) continue;
+      static constexpr float kNoStatistics[2] = {0, 0};
       const int64_t begin = (i - work.starts[tensor]) * kChunk;
-      partials[i] = chunk(args, row, work.dimensions, row.stats, step_of(row), begin,
-                          std::min(begin + kChunk, row.numel));
+      partials[i] = chunk(args, row, work.dimensions, row.stats ? row.stats : kNoStatistics, step_of(row),
+                          begin, std::min(begin + kChunk, row.numel));
     }
   });
 }
@@ -83,6 +92,7 @@ void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& p
 void reduce_statistics(const Work& work, const std::vector<Partial>& partials) {
   for (size_t tensor = 0; tensor < work.rows.size(); ++tensor) {
     const Row& row = work.rows[tensor];
+    if (!row.stats) continue;
     Partial sum{0, 0, 0};
     for (int64_t i = work.starts[tensor]; i < work.starts[tensor + 1]; ++i) {
       sum.sens += partials[i].sens;
@@ -97,15 +107,17 @@ void reduce_statistics(const Work& work, const std::vector<Partial>& partials) {
 
 void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Tensor& table,
               const at::Tensor& layout, at::ScalarType param_dtype, at::ScalarType state_dtype,
-              c10::string_view uncertainty, c10::string_view normalization, bool stochastic_rounding,
-              const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
+              c10::string_view form, c10::string_view uncertainty, c10::string_view normalization,
+              bool stochastic_rounding, const std::optional<at::Tensor>& grad_scale,
+              const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK(table.is_contiguous() && table.size(1) * sizeof(int64_t) == sizeof(Row) &&
                   layout.is_contiguous() && layout.size(1) * sizeof(int64_t) == sizeof(Dimension),
               "pats_kernels: the tables are not this version's");
   if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
   const double scale = grad_scale ? 1.0 / *grad_scale->const_data_ptr<float>() : 1.0;
-  LaunchArgs args{storage_of(param_dtype), storage_of(state_dtype), uncertainty_of(uncertainty),
-                  Phase::kOnePass,         stochastic_rounding,     scale};
+  LaunchArgs args{storage_of(param_dtype),     storage_of(state_dtype), form_of(form),
+                  uncertainty_of(uncertainty), Phase::kOnePass,         stochastic_rounding,
+                  scale};
 
   const Work work(table, layout);
   // Kept from step to step: fresh memory would cost a page fault for every few chunks.
@@ -134,7 +146,7 @@ void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Ten
 TORCH_LIBRARY(pats_kernels, library) {
   library.def(
       "step_(Tensor(a!)[] written, Tensor[] read, Tensor table, Tensor layout, ScalarType param_dtype, "
-      "ScalarType state_dtype, str uncertainty, str normalization, bool stochastic_rounding, "
+      "ScalarType state_dtype, str form, str uncertainty, str normalization, bool stochastic_rounding, "
       "Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 

@@ -77,58 +77,93 @@ struct Roundings {
 
 template <class T>
 struct Block {
-  T *w, *S, *U;
+  T *w, *S, *U, *m, *v;
   const T* g;
   uint64_t group;  // of its first element: index / 4
 };
 
+// What a phase of a form does. The first phase of the exact normalization knows no means yet and writes
+// averages only; the second gives noise, and AdamW's step goes with it.
+template <Form kForm, Phase kPhase>
+struct Does {
+  static constexpr bool averages =
+      (kForm == Form::kPats || kForm == Form::kPatsAdamW) && kPhase != Phase::kNoise;
+  static constexpr bool moments =
+      kForm == Form::kMomentsAdamW || (kForm != Form::kPats && kPhase != Phase::kAverages);
+  static constexpr bool noise = kForm != Form::kAdamW && kPhase != Phase::kAverages;
+  static constexpr bool adamw = kForm != Form::kPats && kPhase != Phase::kAverages;
+  static constexpr bool sums = kForm != Form::kAdamW && kPhase != Phase::kNoise;
+  static constexpr bool reads_averages = kForm == Form::kPats || kForm == Form::kPatsAdamW;
+};
+
 // Between the two phases of the exact normalization the sign of S marks the elements whose sensitivity was
 // not finite: they get no noise, and the second phase need not read the gradient again to know them.
-template <class T, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
-__attribute__((noinline)) void update_block(const Constants<T>& constants, const Circle<T>& circle,
-                                            const Draw& d, const Roundings& roundings, const Block<T>& block,
-                                            Partial& partial) {
-  constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
+template <class T, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
+__attribute__((noinline)) void update_block(const Constants<T>& constants, const AdamW<T>& adamw_constants,
+                                            const Circle<T>& circle, const Draw& d, const Roundings& roundings,
+                                            const Block<T>& block, Partial& partial) {
+  using Phases = Does<kForm, kPhase>;
+  constexpr bool kHasUnc = Phases::reads_averages && kUncertainty != Uncertainty::kNone;
   alignas(64) T z[kBlock];
   alignas(64) uint32_t bits[kBlock] = {};
-  if (kPhase != Phase::kAverages) normals(d, block.group, circle, z);
+  if (Phases::noise) normals(d, block.group, circle, z);
   if (kRounds && roundings.draws) rounding_bits(d, block.group, bits);
 
   const Constants<T> c = constants;
+  const AdamW<T> adam = adamw_constants;
   const Rounding round_param = roundings.param, round_state = roundings.state;
-  T* __restrict w = block.w;
-  const T* __restrict g = block.g;
+  // As they are stored: state narrower than double is always a float's, a double parameter a double's.
+  const auto state = [&](T x, int i) -> T {
+    return kRounds ? T(round_state(static_cast<float>(x), bits[i] >> 16)) : x;
+  };
+  const auto param = [&](T x, int i) -> T {
+    return kRounds && sizeof(T) == sizeof(float) ? T(round_param(static_cast<float>(x), bits[i])) : x;
+  };
+  T* __restrict W = block.w;
+  const T* __restrict G = block.g;
   T* __restrict S = block.S;
   T* __restrict U = block.U;
+  T* __restrict M = block.m;
+  T* __restrict V = block.v;
   T sum_s = 0, sum_u = 0;
   int32_t nonfinite = 0;
 #pragma omp simd reduction(+ : sum_s, sum_u, nonfinite)
   for (int i = 0; i < kBlock; ++i) {
-    T s = S[i], u = kHasUnc ? U[i] : T(0);
-    bool finite;
-    if (kPhase == Phase::kNoise) {
-      finite = !is_negative(s);
-      s = magnitude(s);
-    } else {
-      finite = update_averages<kUncertainty>(c, w[i], g[i], s, u);
-      if (kRounds) {
-        s = round_state(static_cast<float>(s), bits[i] >> 16);
-        u = round_state(static_cast<float>(u), bits[i] >> 16);
+    T w = W[i], g = 0, m = 0, v = 0, s = 0, u = 0;
+    bool finite = true;
+    if (Phases::averages || Phases::moments) g = G[i] * c.grad_scale;
+    if (Phases::moments) {
+      m = M[i], v = V[i];
+      update_moments(adam, g, m, v);
+    }
+    if (Phases::reads_averages) {
+      s = S[i], u = kHasUnc ? U[i] : T(0);
+      if (Phases::averages) {
+        finite = update_averages<kUncertainty>(c, w, g, s, u);
+        s = state(s, i), u = state(u, i);
+        S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
+        if (kHasUnc) U[i] = u;
+      } else {
+        finite = !is_negative(s);
+        s = magnitude(s);
       }
-      S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
-      if (kHasUnc) U[i] = u;
+    } else if (kForm == Form::kMomentsAdamW) {
+      finite = moments_sensitivity<kUncertainty>(adam, w, m, v, s, u);
+    }
+    if (Phases::sums) {
       sum_s += s;
       sum_u += u;
     }
     nonfinite += !finite;
-    if (kPhase != Phase::kAverages) {
-      const T a = finite ? gate<kUncertainty>(c, s, u) : T(0);
-      T w_new = w[i] + a * z[i];
-      if (kRounds && sizeof(T) == sizeof(float)) w_new = round_param(static_cast<float>(w_new), bits[i]);
-      w[i] = w_new;
+    if (Phases::noise) w += (finite ? gate<kUncertainty>(c, s, u) : T(0)) * z[i];
+    if (Phases::adamw) {
+      w = adamw(adam, w, m, v);
+      M[i] = state(m, i);
+      V[i] = state(v, i);
     }
+    if (Phases::noise || Phases::adamw) W[i] = param(w, i);
   }
-  if (kPhase == Phase::kNoise && nonfinite > 0) {
+  if (Phases::reads_averages && kPhase == Phase::kNoise && nonfinite > 0) {
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) S[i] = magnitude(S[i]);
   }
@@ -178,10 +213,12 @@ static void walk(const Row& row, const Dimension* dimensions, int64_t Dimension:
 
 template <class T, class Storage>
 struct Operand {
-  Storage* data;
-  int64_t Dimension::*stride;
+  Storage* const data;
+  int64_t Dimension::*const stride;
   Offsets offsets;
   alignas(64) T buffer[kBlock];
+
+  Operand(void* data, int64_t Dimension::*stride) : data(static_cast<Storage*>(data)), stride(stride) {}
 
   // Elements [begin, begin + n), followed by zeros up to a full block, which change no statistic.
   T* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
@@ -213,40 +250,45 @@ struct Operand {
 
 // ---- a chunk
 
-template <class P, class S, Uncertainty kUncertainty, Phase kPhase>
+template <class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase>
 Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimensions, const float* stats,
               uint32_t step, int64_t begin, int64_t end) {
   using T = decltype(widen(P{}));
-  constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
+  using Phases = Does<kForm, kPhase>;
+  constexpr bool kHasUnc = Phases::reads_averages && kUncertainty != Uncertainty::kNone;
   constexpr bool kRounds = sizeof(T) != sizeof(S) || sizeof(T) != sizeof(P);
-  const Constants<T> c = constants<kUncertainty, T>(row, stats, static_cast<T>(args.grad_scale));
+  const T grad_scale = static_cast<T>(kForm == Form::kPats ? args.grad_scale : args.grad_scale * row.grad_sign);
+  const Constants<T> c = constants<kUncertainty, T>(row, stats, grad_scale);
+  const AdamW<T> adam = kForm == Form::kPats ? AdamW<T>{} : adamw_constants<T>(row, step);
   const Circle<T> circle(c.noise_scale);
   const Draw d{row.seed, static_cast<uint32_t>(row.tensor_id), step};
   const auto rounding = [&](Storage storage) {
     return storage == Storage::kBfloat16 ? Rounding::to_bfloat16(args.stochastic_rounding) : Rounding::none();
   };
   const Roundings roundings{rounding(args.param), rounding(args.state), args.stochastic_rounding};
-  Operand<T, P> w, g;
-  Operand<T, S> s, u;
-  w.data = static_cast<P*>(row.param), w.stride = &Dimension::param;
-  g.data = static_cast<P*>(const_cast<void*>(row.grad)), g.stride = &Dimension::grad;
-  s.data = static_cast<S*>(row.sens), s.stride = &Dimension::sens;
-  u.data = static_cast<S*>(row.unc), u.stride = &Dimension::unc;
+  Operand<T, P> w(row.param, &Dimension::param), g(const_cast<void*>(row.grad), &Dimension::grad);
+  Operand<T, S> s(row.sens, &Dimension::sens), u(row.unc, &Dimension::unc);
+  Operand<T, S> m(row.exp_avg, &Dimension::exp_avg), v(row.exp_avg_sq, &Dimension::exp_avg_sq);
 
   Partial total{0, 0, 0};
   for (int64_t i = begin; i < end; i += kBlock) {
     const int n = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
     Block<T> block{};
     block.w = w.load(row, dimensions, i, n);
-    block.S = s.load(row, dimensions, i, n);
+    if (Phases::averages || Phases::moments) block.g = g.load(row, dimensions, i, n);
+    if (Phases::reads_averages) block.S = s.load(row, dimensions, i, n);
     if (kHasUnc) block.U = u.load(row, dimensions, i, n);
-    if (kPhase != Phase::kNoise) block.g = g.load(row, dimensions, i, n);
+    if (Phases::moments) block.m = m.load(row, dimensions, i, n);
+    if (Phases::moments) block.v = v.load(row, dimensions, i, n);
     block.group = static_cast<uint64_t>(i) / 4;
     Partial partial{0, 0, 0};
-    update_block<T, kUncertainty, kPhase, kRounds>(c, circle, d, roundings, block, partial);
-    if (kPhase != Phase::kAverages) w.store(block.w, row, i, n);
-    if (kPhase != Phase::kNoise || partial.nonfinite > 0) s.store(block.S, row, i, n);
-    if (kHasUnc && kPhase != Phase::kNoise) u.store(block.U, row, i, n);
+    update_block<T, kForm, kUncertainty, kPhase, kRounds>(c, adam, circle, d, roundings, block, partial);
+    const bool unmarks = Phases::reads_averages && kPhase == Phase::kNoise && partial.nonfinite > 0;
+    if (Phases::averages || unmarks) s.store(block.S, row, i, n);
+    if (Phases::averages && kHasUnc) u.store(block.U, row, i, n);
+    if (Phases::adamw) m.store(block.m, row, i, n);
+    if (Phases::adamw) v.store(block.v, row, i, n);
+    if (Phases::noise || Phases::adamw) w.store(block.w, row, i, n);
     total.sens += partial.sens;
     total.unc += partial.unc;
     total.nonfinite += partial.nonfinite;
@@ -256,37 +298,48 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
 
 // ---- from run-time values to templates, one argument at a time
 
-template <class P, class S, Uncertainty kUncertainty>
+template <class P, class S, Form kForm, Uncertainty kUncertainty>
 ChunkFunction of_phase(Phase phase) {
+  // Without means to be known first, AdamW alone is one pass; and what PATS averages is no matter of AdamW.
+  constexpr Form kAveraging = kForm == Form::kPatsAdamW ? Form::kPats : kForm;
   switch (phase) {
-    case Phase::kOnePass: return chunk<P, S, kUncertainty, Phase::kOnePass>;
-    case Phase::kAverages: return chunk<P, S, kUncertainty, Phase::kAverages>;
-    default: return chunk<P, S, kUncertainty, Phase::kNoise>;
+    case Phase::kOnePass: return chunk<P, S, kForm, kUncertainty, Phase::kOnePass>;
+    case Phase::kAverages: return chunk<P, S, kAveraging, kUncertainty, Phase::kAverages>;
+    default: return chunk<P, S, kForm, kUncertainty, Phase::kNoise>;
+  }
+}
+
+template <class P, class S, Form kForm>
+ChunkFunction of_uncertainty(const LaunchArgs& args) {
+  switch (args.uncertainty) {
+    case Uncertainty::kProduct: return of_phase<P, S, kForm, Uncertainty::kProduct>(args.phase);
+    case Uncertainty::kUcb: return of_phase<P, S, kForm, Uncertainty::kUcb>(args.phase);
+    default: return of_phase<P, S, kForm, Uncertainty::kNone>(args.phase);
   }
 }
 
 template <class P, class S>
-ChunkFunction of_uncertainty(const LaunchArgs& args) {
-  switch (args.uncertainty) {
-    case Uncertainty::kProduct: return of_phase<P, S, Uncertainty::kProduct>(args.phase);
-    case Uncertainty::kUcb: return of_phase<P, S, Uncertainty::kUcb>(args.phase);
-    default: return of_phase<P, S, Uncertainty::kNone>(args.phase);
+ChunkFunction of_form(const LaunchArgs& args, bool noisy) {
+  if (!noisy) return chunk<P, S, Form::kAdamW, Uncertainty::kNone, Phase::kOnePass>;
+  switch (args.form) {
+    case Form::kPats: return of_uncertainty<P, S, Form::kPats>(args);
+    case Form::kPatsAdamW: return of_uncertainty<P, S, Form::kPatsAdamW>(args);
+    default: return of_uncertainty<P, S, Form::kMomentsAdamW>(args);
   }
 }
 
 template <class P>
-ChunkFunction of_state(const LaunchArgs& args) {
-  return args.state == Storage::kBfloat16 ? of_uncertainty<P, Bfloat16>(args)
-                                          : of_uncertainty<P, float>(args);
+ChunkFunction of_state(const LaunchArgs& args, bool noisy) {
+  return args.state == Storage::kBfloat16 ? of_form<P, Bfloat16>(args, noisy) : of_form<P, float>(args, noisy);
 }
 
-ChunkFunction of_storage(const LaunchArgs& args) {
+ChunkFunction of_storage(const LaunchArgs& args, bool noisy) {
   switch (args.param) {
-    case Storage::kFloat32: return of_state<float>(args);
-    case Storage::kBfloat16: return of_state<Bfloat16>(args);
-    case Storage::kFloat16: return of_state<Float16>(args);
+    case Storage::kFloat32: return of_state<float>(args, noisy);
+    case Storage::kBfloat16: return of_state<Bfloat16>(args, noisy);
+    case Storage::kFloat16: return of_state<Float16>(args, noisy);
     default:
-      return args.state == Storage::kFloat64 ? of_uncertainty<double, double>(args) : of_state<double>(args);
+      return args.state == Storage::kFloat64 ? of_form<double, double>(args, noisy) : of_state<double>(args, noisy);
   }
 }
 
@@ -294,7 +347,7 @@ ChunkFunction of_storage(const LaunchArgs& args) {
 
 Partial PATS_CHUNK(const LaunchArgs& args, const Row& row, const Dimension* dimensions, const float* stats,
                    uint32_t step, int64_t begin, int64_t end) {
-  return of_storage(args)(args, row, dimensions, stats, step, begin, end);
+  return of_storage(args, row.stats != nullptr)(args, row, dimensions, stats, step, begin, end);
 }
 
 }  // namespace pats

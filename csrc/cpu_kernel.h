@@ -11,6 +11,7 @@ enum class Storage { kFloat32, kBfloat16, kFloat16, kFloat64 };
 // What a launch's tensors have in common.
 struct LaunchArgs {
   Storage param, state;
+  Form form;
   Uncertainty uncertainty;
   Phase phase;
   bool stochastic_rounding;
@@ -24,7 +25,7 @@ struct Partial {
 };
 
 // Elements [begin, end) of one tensor; begin is a multiple of 4 and the range is not empty. `stats` are the
-// means that the normalization asks for, `step` is t.
+// means that the normalization asks for, `step` is t. A row without statistics gets AdamW's step alone.
 using ChunkFunction = Partial (*)(const LaunchArgs&, const Row&, const Dimension*, const float* stats,
                                   uint32_t step, int64_t begin, int64_t end);
 

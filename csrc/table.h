@@ -7,11 +7,14 @@ namespace pats {
 struct Row {
   void* param;
   const void* grad;
-  void* sens;
-  void* unc;            // null where uncertainty is "none"
-  float* stats;         // mean(S), mean(U)
-  float* step_count;    // null, or the steps taken so far, which the launch advances
-  int64_t* nonfinite;   // null, or where to count the elements whose sensitivity is not finite
+  void* sens;           // these and those that follow are null where a tensor has none
+  void* unc;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* stats;         // mean(S), mean(U); null: a tensor without noise, which only AdamW updates
+  float* step_count;    // the steps taken so far, which the launch advances
+  int64_t* nonfinite;   // where to count the elements whose sensitivity is not finite
+  const float* lr_tensor;
   int64_t numel;
   int64_t ndim;         // 0: contiguous in every operand; else how many rows of the layout table
   int64_t layout;       // the first of them
@@ -21,16 +24,31 @@ struct Row {
   uint64_t seed;
   double noise_scale;
   double gamma;
-  double sens_beta;
+  double sens_beta;     // b_s, and 1 - b_s as a rate
+  double sens_rate;
   double unc_beta;
+  double unc_rate;
+  double lr;            // where there is no lr_tensor
+  double weight_decay;
+  double eps;
+  double rate1;         // 1 - b_1
+  double beta2;
+  double rate2;
+  double log_beta1;
+  double log_beta2;
+  double grad_sign;     // -1: maximize
 };
 
 // A dimension of a tensor that is not contiguous, outermost first: strides in elements.
 struct Dimension {
-  int64_t size, param, grad, sens, unc;
+  int64_t size, param, grad, sens, unc, exp_avg, exp_avg_sq;
 };
 
 enum class Uncertainty { kProduct, kUcb, kNone };
+
+// PATS alone; followed by AdamW; the same with the sensitivity out of AdamW's moments; AdamW alone, which is
+// what becomes of a tensor without noise.
+enum class Form { kPats, kPatsAdamW, kMomentsAdamW, kAdamW };
 
 // Delayed normalization is one phase. Exact normalization needs the means of what it has just written,
 // hence two: averages, then noise.

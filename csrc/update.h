@@ -1,5 +1,5 @@
-// The PATS step for one element: the formula, once for the CPU and for CUDA. pats_kernels/reference.py is
-// its specification, and names the sources.
+// The PATS step and AdamW's for one element: the formula, once for the CPU and for CUDA.
+// pats_kernels/reference.py is its specification, and names the sources.
 #pragma once
 #include "arithmetic.h"
 #include "table.h"
@@ -9,7 +9,7 @@ namespace pats {
 // What is the same for all elements of a tensor. T is the arithmetic's type: float, or double for float64.
 template <class T>
 struct Constants {
-  T grad_scale;            // 1 / the GradScaler's scale
+  T grad_scale;            // 1 / the GradScaler's scale, negative to maximize
   T sens_beta, unc_beta;   // b_s, b_u
   T sens_rate, unc_rate;   // 1 - b_s, 1 - b_u
   T sens_factor, unc_factor;  // q' = k q out of S and U: the reciprocal means and k are in here
@@ -34,8 +34,8 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
   return {grad_scale,
           static_cast<T>(row.sens_beta),
           static_cast<T>(row.unc_beta),
-          static_cast<T>(1.0 - row.sens_beta),
-          static_cast<T>(1.0 - row.unc_beta),
+          static_cast<T>(row.sens_rate),
+          static_cast<T>(row.unc_rate),
           reciprocal_mean(importance) * k,
           kIsProduct ? reciprocal_mean(mean_u) : T(1),
           gamma,
@@ -43,10 +43,11 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
           known ? static_cast<T>(row.noise_scale) : T(0)};
 }
 
-// Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. A sensitivity that is not finite leaves both averages as they were.
+// Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. `g` is unscaled. A
+// sensitivity that is not finite leaves both averages as they were.
 template <Uncertainty kUncertainty, class T>
 PATS_INLINE bool update_averages(const Constants<T>& c, T w, T g, T& S, T& U) {
-  const T s = magnitude(w * (g * c.grad_scale));
+  const T s = magnitude(w * g);
   const bool finite = is_finite(s);
   const T S_new = c.sens_beta * S + c.sens_rate * s;
   if (kUncertainty != Uncertainty::kNone) {
@@ -64,6 +65,60 @@ PATS_INLINE T gate(const Constants<T>& c, T S, T U) {
   if (kUncertainty == Uncertainty::kProduct) q *= U * c.unc_factor;
   if (kUncertainty == Uncertainty::kUcb) q = (S + U) * c.sens_factor;
   return tanh_ratio(c.k - c.gamma * q, q);
+}
+
+// torch.optim.AdamW's constants, for moments without their bias corrections:
+// lr m^ / (sqrt(v^) + eps) = step_size m / (sqrt(v) + eps).
+template <class T>
+struct AdamW {
+  T rate1, beta2, rate2;         // 1 - b_1, b_2, 1 - b_2
+  T decay;                       // lr weight_decay
+  T step_size, eps;              // lr sqrt(1 - b_2^t) / (1 - b_1^t), eps sqrt(1 - b_2^t)
+  T m_correction, v_correction;  // 1 / (1 - b_1^t), 1 / (1 - b_2^t), the first a few roundings larger
+};
+
+template <class T>
+PATS_INLINE AdamW<T> adamw_constants(const Row& row, uint32_t step) {
+  const double lr = row.lr_tensor ? *row.lr_tensor : row.lr;
+  const double correction1 = -expm1(step * row.log_beta1), correction2 = -expm1(step * row.log_beta2);
+  const double root2 = sqrt(correction2);
+  return {static_cast<T>(row.rate1),
+          static_cast<T>(row.beta2),
+          static_cast<T>(row.rate2),
+          static_cast<T>(lr * row.weight_decay),
+          static_cast<T>(lr * root2 / correction1),
+          static_cast<T>(row.eps * root2),
+          static_cast<T>((1.0 + (sizeof(T) == sizeof(double) ? 0x1p-49 : 0x1p-20)) / correction1),
+          static_cast<T>(1.0 / correction2)};
+}
+
+// Row 7.
+template <class T>
+PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
+  m = m + c.rate1 * (g - m);
+  v = c.beta2 * v + c.rate2 * (g * g);
+}
+
+// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few roundings:
+// m_correction puts it below 0, so that these do not decide who gets noise.
+template <Uncertainty kUncertainty, class T>
+PATS_INLINE bool moments_sensitivity(const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
+  const T m_hat = m * c.m_correction, v_hat = v * c.v_correction;
+  const T s = magnitude(w) * square_root(v_hat);
+  const bool finite = is_finite(s);
+  S = finite ? s : T(0);
+  U = 0;
+  if (kUncertainty != Uncertainty::kNone) {
+    const T u = magnitude(w) * square_root(larger(v_hat - m_hat * m_hat, T(0)));
+    U = finite ? u : T(0);
+  }
+  return finite;
+}
+
+// Row 8. Not (1 - lr weight_decay) w: near 1 a float is too coarse for that factor.
+template <class T>
+PATS_INLINE T adamw(const AdamW<T>& c, T w, T m, T v) {
+  return w - c.decay * w - c.step_size * m / (square_root(v) + c.eps);
 }
 
 }  // namespace pats

@@ -3,20 +3,29 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from functools import cache, lru_cache
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
+from torch import Tensor
 
 Uncertainty = Literal["product", "ucb", "none"]
 Normalization = Literal["delayed", "exact"]
+Sensitivity = Literal["ema", "moments"]
+Form = Literal["pats", "pats_adamw", "moments_adamw"]
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 class Variant(NamedTuple):
-    """What a kernel is specialized for; the rest are values in a table."""
+    """What a kernel is specialized for; the rest are values in a table.
 
+    Attributes:
+        form: "pats": the PATS step alone; "pats_adamw": followed by AdamW's; "moments_adamw": the same with
+            the sensitivity out of AdamW's moments.
+    """
+
+    form: Form
     uncertainty: Uncertainty
     normalization: Normalization
     stochastic_rounding: bool
@@ -54,41 +63,130 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         _require_real("noise_scale", self.noise_scale)
         _require_real("gamma", self.gamma)
-        betas = self.sens_betas
-        if not (isinstance(betas, tuple) and len(betas) == 2 and all(_in_range(b, 0, 1) for b in betas)):
-            raise ValueError(f"Invalid sens_betas: {betas!r} (must be a pair, each in [0, 1))")
+        _require_decay_rates("sens_betas", self.sens_betas)
         _require_one_of("uncertainty", self.uncertainty, get_args(Uncertainty))
         _require_one_of("normalization", self.normalization, get_args(Normalization))
         _require_one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         _require_one_of("stochastic_rounding", self.stochastic_rounding, (True, False))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"Invalid seed: {self.seed!r} (must be an integer in [0, 2^64))")
-        variant = Variant(self.uncertainty, self.normalization, self.stochastic_rounding)
+        self._set_variant("pats")
+
+    def _set_variant(self, form: Form) -> None:
+        variant = Variant(form, self.uncertainty, self.normalization, self.stochastic_rounding)
         object.__setattr__(self, "variant", variant)
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values of a table's row from `Column.NOISE_SCALE` on."""
+        return _pats_numbers(self)
 
-NAMES = tuple(field.name for field in fields(Hyperparameters) if field.init)
+    @property
+    def lr_tensor(self) -> Tensor | None:
+        """A learning rate that the kernel reads, since the host would have to wait for it."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWHyperparameters(Hyperparameters):
+    """The same for `PATSAdamW`, with those of `torch.optim.AdamW`.
+
+    Attributes:
+        lr: learning rate, >= 0; or a float32 tensor of one element on the parameters' GPU, which is not
+            read on the host, so its range goes unchecked.
+        betas: decay rates of AdamW's moments, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled, >= 0.
+        maximize: climb instead of descend.
+        sensitivity: "ema" (a moving average of |w * g|) or "moments" (out of AdamW's moments).
+    """
+
+    lr: float | Tensor = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    maximize: bool = False
+    sensitivity: Sensitivity = "ema"
+
+    def __post_init__(self) -> None:
+        Hyperparameters.__post_init__(self)
+        if isinstance(self.lr, Tensor):
+            if self.lr.numel() != 1 or self.lr.dtype != torch.float32:
+                described = f"{self.lr.dtype} of shape {tuple(self.lr.shape)}"
+                raise ValueError(f"Invalid lr: {described} (a tensor lr must be float32 with one element)")
+        else:
+            _require_real("lr", self.lr)
+        _require_decay_rates("betas", self.betas)
+        _require_real("eps", self.eps)
+        _require_real("weight_decay", self.weight_decay)
+        _require_one_of("maximize", self.maximize, (True, False))
+        _require_one_of("sensitivity", self.sensitivity, get_args(Sensitivity))
+        self._set_variant("pats_adamw" if self.sensitivity == "ema" else "moments_adamw")
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        lr = 0.0 if isinstance(self.lr, Tensor) else self.lr
+        beta1, beta2 = self.betas
+        logs = (math.log(beta) if beta > 0 else -math.inf for beta in self.betas)
+        sign = -1.0 if self.maximize else 1.0
+        pats = _pats_numbers(self)
+        return (*pats, lr, self.weight_decay, self.eps, 1 - beta1, beta2, 1 - beta2, *logs, sign)
+
+    @property
+    def lr_tensor(self) -> Tensor | None:
+        return self.lr if isinstance(self.lr, Tensor) else None
+
+
+def _pats_numbers(h: Hyperparameters) -> tuple[float, ...]:
+    b_s, b_u = h.sens_betas
+    return (h.noise_scale, h.gamma, b_s, 1 - b_s, b_u, 1 - b_u)
+
+
+H = TypeVar("H", bound=Hyperparameters)
+
+
+@cache
+def defaults_of(kind: type[Hyperparameters]) -> Mapping[str, Any]:
+    """The hyperparameters' names, as a param group has them, and their default values."""
+    return {field.name: field.default for field in fields(kind) if field.init}
+
 
 # A schedule may change a group's values at every step, so they are read and checked at every step;
 # the cache makes that a lookup while they stay the same.
-_cached = lru_cache(maxsize=1024, typed=True)(Hyperparameters)
+@lru_cache(maxsize=1024, typed=True)
+def _cached(kind: type[H], *values: Any) -> H:
+    return kind(*values)
 
 
-def hyperparameters(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Hyperparameters:
+def hyperparameters(
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    kind: type[H] = Hyperparameters,
+) -> H:
     """The valid hyperparameters of a mapping, a param group say, that may also hold other things.
+
+    What `values` does not say is taken from `defaults`, or else from `kind`.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its range.
     """
-    chosen: list[Any] = [values.get(name, defaults[name]) for name in NAMES]
-    chosen = [value.item() if isinstance(value, torch.Tensor) else value for value in chosen]
-    betas = NAMES.index("sens_betas")
-    if isinstance(chosen[betas], list):  # as JSON and YAML give it
-        chosen[betas] = tuple(chosen[betas])
+    own = defaults_of(kind)
+    defaults = own if defaults is None else defaults
+    chosen = [_plain(name, values.get(name, defaults.get(name, default))) for name, default in own.items()]
     try:
-        return _cached(*chosen)
+        return _cached(kind, *chosen)
     except TypeError:  # not hashable, so not valid either: let the check name it
-        return Hyperparameters(*chosen)
+        return kind(*chosen)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A tensor as its number, but for an lr on a GPU, which the host does not wait for; a list, as JSON and
+    YAML give it, as a tuple."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, Tensor) and (name != "lr" or value.device.type == "cpu"):
+        return value.item()
+    return value
 
 
 def _in_range(value: Any, low: float, high: float) -> bool:
@@ -102,6 +200,11 @@ def _in_range(value: Any, low: float, high: float) -> bool:
 def _require_real(name: str, value: Any) -> None:
     if not _in_range(value, 0, math.inf):
         raise ValueError(f"Invalid {name}: {value!r} (must be a finite number >= 0)")
+
+
+def _require_decay_rates(name: str, betas: Any) -> None:
+    if not (isinstance(betas, tuple) and len(betas) == 2 and all(_in_range(b, 0, 1) for b in betas)):
+        raise ValueError(f"Invalid {name}: {betas!r} (must be a pair, each in [0, 1))")
 
 
 def _require_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -8,8 +8,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels import backends
-from pats_kernels.hyperparameters import NAMES, Hyperparameters, Normalization, Uncertainty, hyperparameters
-from pats_kernels.plan import STATE_DTYPES, Batch, Planner, check_param
+from pats_kernels.hyperparameters import (
+    Hyperparameters,
+    Normalization,
+    Uncertainty,
+    defaults_of,
+    hyperparameters,
+)
+from pats_kernels.plan import Batch, Planner
+from pats_kernels.state import State, checked_entry, complete, keys_of, name_finder, parameter_names
 from pats_kernels.step import launch
 
 VERSION = 1  # of the state_dict
@@ -89,7 +96,7 @@ class PATS:
             for param in group["params"]:
                 backends.resolve(backend, param.device)
 
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.state: dict[Tensor, State] = {}
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._planner = Planner(owned=True)
         self._loaded: dict[str, Any] | None = None
@@ -108,7 +115,8 @@ class PATS:
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
-        counts = {name: int(self._nonfinite.get(id(param), 0)) for param, name in self._names().items()}
+        names = parameter_names(self.optimizer.param_groups)
+        counts = {name: int(self._nonfinite.get(id(param), 0)) for param, name in names.items()}
         return {name: count for name, count in counts.items() if count > 0}
 
     def __repr__(self) -> str:
@@ -118,62 +126,41 @@ class PATS:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rows: list[tuple[Any, ...]] = []
-        names: dict[Tensor, str] = {}  # made where one is asked for
-
-        def name_of(param: Tensor) -> str:
-            if not names:
-                names.update(self._names())
-            return names[param]
-
+        name_of = name_finder(optimizer.param_groups)
         tensor_id = -1
         for group in optimizer.param_groups:
             values = hyperparameters(group, self.defaults)
+            needed = keys_of(values)
+            has_unc = "exp_avg_unc" in needed
             for param in group["params"]:
                 tensor_id += 1
                 grad = param.grad
                 if grad is None or values.noise_scale == 0:
                     continue
                 state = self.state.get(param)
-                if state is None:
+                if state is None or not needed <= state.keys():
                     if param.numel() == 0:
                         continue
-                    state = self._initialize(name_of(param), param, values)
+                    state = self._complete(name_of(param), param, values)
                 sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
-                unc = state.get("exp_avg_unc") if values.uncertainty != "none" else None
-                if unc is None and values.uncertainty != "none":  # it was "none" until now
-                    unc = state["exp_avg_unc"] = torch.zeros_like(sens)
+                unc = state["exp_avg_unc"] if has_unc else None
                 count = self._nonfinite[id(param)]
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
-        if rows:
-            columns = map(list, zip(*rows, strict=True))
-            batch = Batch(lambda i: name_of(rows[i][0]), *columns)
-            grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-            launch(batch, self._planner, self.backend, grad_scale, found_inf)
+        columns = map(list, zip(*rows, strict=True))
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        launch(batch, self._planner, self.backend, grad_scale, found_inf)
 
-    def _initialize(self, name: str, param: Tensor, values: Hyperparameters) -> dict[str, Tensor]:
-        check_param(name, param)
-        default = torch.float32 if param.dtype == torch.float16 else param.dtype
-        averages = {"exp_avg_sens"} if values.uncertainty == "none" else {"exp_avg_sens", "exp_avg_unc"}
-        state = {
-            key: torch.zeros_like(param, dtype=values.state_dtype or default) for key in sorted(averages)
-        }
-        state["sens_stats"] = torch.zeros(2, dtype=torch.float32, device=param.device)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        self._nonfinite[id(param)] = torch.zeros((), dtype=torch.int64, device=param.device)
+    def _complete(self, name: str, param: Tensor, values: Hyperparameters) -> State:
+        state = self.state.get(param, {})
+        complete(state, name, param, values)
+        self._nonfinite.setdefault(id(param), torch.zeros((), dtype=torch.int64, device=param.device))
         self.state[param] = state
         return state
 
-    def _names(self) -> dict[Tensor, str]:
-        """Each parameter's name as the optimizer has it, else its place in the param groups."""
-        names: dict[Tensor, str] = {}
-        for number, group in enumerate(self.optimizer.param_groups):
-            places = [f"param_groups[{number}]['params'][{i}]" for i in range(len(group["params"]))]
-            names |= zip(group["params"], group.get("param_names", places), strict=True)
-        return names
-
     def state_dict(self) -> dict[str, Any]:
         """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
-        ids = {param: i for i, param in enumerate(self._names())}
+        ids = {param: i for i, param in enumerate(parameter_names(self.optimizer.param_groups))}
         return {
             "version": VERSION,
             "num_params": len(ids),
@@ -199,21 +186,21 @@ class PATS:
             )
         defaults = self.defaults | dict(state_dict.get("defaults", {}))
         hyperparameters(defaults, defaults)
-        names = self._names()
+        names = parameter_names(self.optimizer.param_groups)
         count = state_dict.get("num_params", len(names))
         if count != len(names):
             raise ValueError(f"state_dict has {count} parameters, the optimizer {len(names)}")
         params = list(names)
-        state: dict[Tensor, dict[str, Tensor]] = {}
+        state: dict[Tensor, State] = {}
         for key, entry in state_dict["state"].items():
             if not 0 <= int(key) < len(params):
                 raise ValueError(f"state_dict has state of parameter {key}, the optimizer has {len(params)}")
             param = params[int(key)]
-            state[param] = _checked_entry(names[param], param, entry)
+            state[param] = checked_entry(names[param], param, entry, _REQUIRED, _OPTIONAL)
         return {"defaults": defaults, "state": state}
 
     def _commit(self, checked: dict[str, Any]) -> None:
-        self.defaults = {name: checked["defaults"][name] for name in NAMES}
+        self.defaults = {name: checked["defaults"][name] for name in defaults_of(Hyperparameters)}
         self.state = checked["state"]
         self._planner = Planner(owned=True)  # the old one keeps the old state alive
         self._nonfinite = {
@@ -235,23 +222,5 @@ class PATS:
             self._loaded = None
 
 
-def _checked_entry(name: str, param: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A copy of one parameter's state on its device, or a ValueError that names what does not fit."""
-    shapes = {"exp_avg_sens": param.shape, "exp_avg_unc": param.shape, "sens_stats": (2,), "step": ()}
-    copied: dict[str, Tensor] = {}
-    for key, shape in shapes.items():
-        if key not in entry:
-            if key == "exp_avg_unc":  # uncertainty="none" keeps none
-                continue
-            raise ValueError(f"{name}: the state_dict has no {key}")
-        value = torch.as_tensor(entry[key])
-        if value.shape != torch.Size(shape):
-            raise ValueError(
-                f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, "
-                f"{tuple(shape)} is expected"
-            )
-        dtype = value.dtype if key.startswith("exp_avg") else torch.float32
-        if dtype not in STATE_DTYPES:
-            raise ValueError(f"{name}: {key} is {dtype} in the state_dict, which PATS does not keep")
-        copied[key] = value.to(param.device, dtype, copy=True)
-    return copied
+_REQUIRED = ("exp_avg_sens", "sens_stats", "step")
+_OPTIONAL = ("exp_avg_unc",)  # uncertainty="none" keeps none

@@ -24,30 +24,44 @@ T = TypeVar("T")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 VECTOR_BYTES = 16
-OPERANDS = 4  # param, grad, exp_avg_sens, exp_avg_unc: the first columns, and a layout row's strides
+OPERANDS = 6  # tensors of the parameter's shape: the first columns, and a layout row's strides
 
 
 class Column(IntEnum):
     """A tensor's row. The kernels read the same names: csrc/table.h and backends/triton.py."""
 
-    PARAM = 0  # addresses
+    PARAM = 0  # addresses; 0 where a tensor has none
     GRAD = 1
     SENS = 2
-    UNC = 3  # 0 where uncertainty is "none"
-    STATS = 4
-    STEP_COUNT = 5  # 0, or a counter on the device that the kernel advances
-    NONFINITE = 6  # 0, or where to count the elements whose sensitivity is not finite
-    NUMEL = 7
-    NDIM = 8  # 0: contiguous in every operand; else how many rows of the layout table
-    LAYOUT = 9  # the first of them
-    VECTOR = 10  # 1: contiguous, and every address a multiple of 16 bytes
-    TENSOR_ID = 11
-    STEP = 12  # t, where there is no counter
-    SEED = 13
-    NOISE_SCALE = 14  # from here on float64
-    GAMMA = 15
-    SENS_BETA = 16
-    UNC_BETA = 17
+    UNC = 3
+    EXP_AVG = 4
+    EXP_AVG_SQ = 5
+    STATS = 6  # 0: a tensor without noise, which only AdamW updates
+    STEP_COUNT = 7  # 0, or a counter on the device that the kernel advances
+    NONFINITE = 8  # 0, or where to count the elements whose sensitivity is not finite
+    LR_TENSOR = 9  # 0, or where a learning rate lies on the device
+    NUMEL = 10
+    NDIM = 11  # 0: contiguous in every operand; else how many rows of the layout table
+    LAYOUT = 12  # the first of them
+    VECTOR = 13  # 1: contiguous, and every address a multiple of 16 bytes
+    TENSOR_ID = 14
+    STEP = 15  # t, where there is no counter
+    SEED = 16
+    NOISE_SCALE = 17  # from here on float64: `Hyperparameters.numbers`
+    GAMMA = 18
+    SENS_BETA = 19  # b_s, and 1 - b_s as a rate
+    SENS_RATE = 20
+    UNC_BETA = 21
+    UNC_RATE = 22
+    LR = 23  # from here on AdamW's
+    WEIGHT_DECAY = 24
+    EPS = 25
+    RATE1 = 26  # 1 - b_1
+    BETA2 = 27
+    RATE2 = 28
+    LOG_BETA1 = 29
+    LOG_BETA2 = 30
+    GRAD_SIGN = 31  # -1: maximize
 
 
 @dataclass(slots=True)
@@ -56,19 +70,33 @@ class Batch:
 
     `steps` holds either t itself, or 0-d float32 tensors that count the steps taken so far, on their
     parameters' devices, and that the step advances. `nonfinite` holds 0-d int64 tensors that the step
-    adds to. `name` gives a tensor's name for an error message.
+    adds to. `name` gives a tensor's name for an error message. Where a form keeps no such state there is
+    None; a tensor without `sens_stats` gets no noise, only AdamW's step. `exp_avg` and `exp_avg_sq` are
+    empty where no AdamW is asked for.
     """
 
     name: Callable[[int], str]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    exp_avg_sens: list[Tensor] = field(default_factory=list)
-    exp_avg_unc: list[Tensor | None] = field(default_factory=list)
-    sens_stats: list[Tensor] = field(default_factory=list)
+    exp_avg_sens: Sequence[Tensor | None] = field(default_factory=list)
+    exp_avg_unc: Sequence[Tensor | None] = field(default_factory=list)
+    sens_stats: Sequence[Tensor | None] = field(default_factory=list)
     steps: list[Tensor] | list[int] = field(default_factory=list)
-    nonfinite: list[Tensor] = field(default_factory=list)
+    nonfinite: Sequence[Tensor | None] = field(default_factory=list)
     tensor_ids: list[int] = field(default_factory=list)
-    hyperparameters: list[Hyperparameters] = field(default_factory=list)
+    hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
+    exp_avg: list[Tensor] = field(default_factory=list)
+    exp_avg_sq: list[Tensor] = field(default_factory=list)
+
+    @property
+    def averages(self) -> dict[str, Sequence[Tensor | None]]:
+        """The state of the parameters' shape, by name, in the order of the columns that hold it."""
+        return {
+            "exp_avg_sens": self.exp_avg_sens,
+            "exp_avg_unc": self.exp_avg_unc,
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+        }
 
 
 class LaunchKey(NamedTuple):
@@ -94,17 +122,17 @@ class Launch:
     layout: np.ndarray
     cache: dict[Any, Any] = field(default_factory=dict)
 
-    def of(self, column: list[T]) -> list[T]:
-        """The launch's part of one of the batch's lists."""
-        whole = len(self.index) == len(column)
-        return column if whole or not column else [column[i] for i in self.index]
+    def of(self, column: Sequence[T | None]) -> list[T]:
+        """The launch's part of one of the batch's lists, without the entries that are None."""
+        part = column if len(self.index) == len(column) or not column else [column[i] for i in self.index]
+        return [entry for entry in part if entry is not None]
 
 
 @dataclass(slots=True)
 class Plan:
     signature: list[Any]
     launches: list[Launch]
-    hyperparameters: list[Hyperparameters] = field(default_factory=list)
+    hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
     alive: list[Any] = field(default_factory=list)
 
 
@@ -137,10 +165,8 @@ class Planner:
             check(batch)
             plan = Plan(signature, _launches(batch))
             if self._owned:  # an object's identity is its own only while it lives
-                plan.alive = [
-                    *(batch.params, batch.exp_avg_sens, batch.exp_avg_unc),
-                    *(batch.sens_stats, batch.steps, batch.nonfinite),
-                ]
+                plan.alive = [batch.params, *batch.averages.values()]
+                plan.alive += [batch.sens_stats, batch.steps, batch.nonfinite]
             del self._plans[self._capacity - 1 :]
             self._plans.insert(0, plan)
         elif plan is not self._plans[0]:
@@ -156,14 +182,11 @@ class Planner:
 
 def _identities(batch: Batch) -> list[Any]:
     """For tensors that are kept: which they are, and where, as `.data` may be assigned anew."""
-    moved = zip(batch.params, batch.exp_avg_sens, batch.exp_avg_unc, strict=True)
+    moved = (batch.params, *batch.averages.values())
     return [
-        [
-            (id(p), p.data_ptr(), id(s), s.data_ptr(), id(u), u.data_ptr() if u is not None else 0)
-            for p, s, u in moved
-        ],
+        [list(map(id, tensors)) for tensors in (*moved, batch.sens_stats, batch.steps, batch.nonfinite)],
+        [_addresses(tensors) for tensors in moved],
         [(g.dtype, g.device, g.shape, g.stride()) for g in batch.grads],
-        [list(map(id, tensors)) for tensors in (batch.sens_stats, batch.steps, batch.nonfinite)],
         batch.tensor_ids,
         [h.variant for h in batch.hyperparameters],
     ]
@@ -172,16 +195,20 @@ def _identities(batch: Batch) -> list[Any]:
 def _descriptions(batch: Batch) -> list[Any]:
     """For tensors of which nothing is known: all that matters about each, and no reference to it."""
     counters = batch.steps if are_counters(batch.steps) else []
-    kept = [batch.params, batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats, counters, batch.nonfinite]
+    kept = (batch.params, *batch.averages.values(), batch.sens_stats, counters, batch.nonfinite)
     return [
         [
             [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
             for tensors in (*kept, batch.grads)
         ],
-        [[None if t is None else t.data_ptr() for t in tensors] for tensors in kept],
+        [_addresses(tensors) for tensors in kept],
         batch.tensor_ids,
         [h.variant for h in batch.hyperparameters],
     ]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
@@ -191,25 +218,45 @@ def are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
 def check(batch: Batch) -> None:
     """Raises the error that names the first tensor that a kernel could not update."""
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
-        name, variant = batch.name(i), batch.hyperparameters[i].variant
-        sens, unc, stats = batch.exp_avg_sens[i], batch.exp_avg_unc[i], batch.sens_stats[i]
+        name, variant, stats = batch.name(i), batch.hyperparameters[i].variant, batch.sens_stats[i]
         check_param(name, param)
         _check_grad(name, param, grad)
-        _check_state(name, "exp_avg_sens", sens, param, STATE_DTYPES)
-        if variant.uncertainty == "none":
-            if unc is not None:
-                raise ValueError(f"{name}: uncertainty='none' keeps no exp_avg_unc, but one was given")
-        elif unc is None:
-            raise ValueError(f"{name}: uncertainty={variant.uncertainty!r} needs exp_avg_unc, but it is None")
-        else:
-            _check_state(name, "exp_avg_unc", unc, param, (sens.dtype,))
-        if stats.shape != (2,) or stats.dtype != torch.float32 or not stats.is_contiguous():
-            raise ValueError(
-                f"{name}: sens_stats must be contiguous float32 of shape (2,), "
-                f"but is {stats.dtype} of shape {tuple(stats.shape)}"
-            )
-        _require_same(name, "device", param.device, "sens_stats", stats.device)
+        needed = averages_of(variant, noisy=stats is not None)
+        dtypes = STATE_DTYPES
+        for key, column in batch.averages.items():
+            average = column[i] if column else None
+            if average is not None and key not in needed:
+                raise ValueError(f"{name}: {_described(variant)} keeps no {key}, but one was given")
+            if key in needed:
+                if average is None:
+                    raise ValueError(f"{name}: {_described(variant)} needs {key}, but it is None")
+                _check_state(name, key, average, param, dtypes)
+                dtypes = (average.dtype,)  # all of a parameter's
+        if stats is not None:
+            _check_stats(name, param, stats)
     _check_disjoint(batch)
+
+
+def averages_of(variant: Variant, noisy: bool = True) -> tuple[str, ...]:
+    """The names of the state of a parameter's shape that it has, with noise or without."""
+    sensitivity = () if not noisy or variant.form == "moments_adamw" else ("exp_avg_sens", "exp_avg_unc")
+    if variant.uncertainty == "none":
+        sensitivity = sensitivity[:1]
+    return sensitivity + (() if variant.form == "pats" else ("exp_avg", "exp_avg_sq"))
+
+
+def _described(variant: Variant) -> str:
+    sensitivity = "sensitivity='moments', " if variant.form == "moments_adamw" else ""
+    return f"{sensitivity}uncertainty={variant.uncertainty!r}"
+
+
+def _check_stats(name: str, param: Tensor, stats: Tensor) -> None:
+    if stats.shape != (2,) or stats.dtype != torch.float32 or not stats.is_contiguous():
+        raise ValueError(
+            f"{name}: sens_stats must be contiguous float32 of shape (2,), "
+            f"but is {stats.dtype} of shape {tuple(stats.shape)}"
+        )
+    _require_same(name, "device", param.device, "sens_stats", stats.device)
 
 
 def _check_disjoint(batch: Batch) -> None:
@@ -218,8 +265,9 @@ def _check_disjoint(batch: Batch) -> None:
     Tensors with holes are compared by their first element alone: two of them may well interleave.
     """
     extents: list[tuple[int, int, int, str]] = []
-    columns = {"params": batch.params, "exp_avg_sens": batch.exp_avg_sens, "sens_stats": batch.sens_stats}
-    for key, tensors in (*columns.items(), ("exp_avg_unc", batch.exp_avg_unc), ("grads", batch.grads)):
+    columns: dict[str, Sequence[Tensor | None]] = {"params": batch.params, **batch.averages}
+    columns |= {"sens_stats": batch.sens_stats, "grads": batch.grads}
+    for key, tensors in columns.items():
         for i, tensor in enumerate(tensors):
             if tensor is not None:
                 dense = tensor.numel() * tensor.element_size()
@@ -302,10 +350,10 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 def _launches(batch: Batch) -> list[Launch]:
     """Sorts the tensors into launches and fills the columns that stay."""
     indices: dict[LaunchKey, list[int]] = {}
-    for i, (param, sens, h) in enumerate(
-        zip(batch.params, batch.exp_avg_sens, batch.hyperparameters, strict=True)
-    ):
-        key = LaunchKey(param.device, param.dtype, sens.dtype, h.variant)
+    for i, (param, h) in enumerate(zip(batch.params, batch.hyperparameters, strict=True)):
+        states = (column[i] for column in batch.averages.values() if column)
+        state_dtype = next(state.dtype for state in states if state is not None)
+        key = LaunchKey(param.device, param.dtype, state_dtype, h.variant)
         indices.setdefault(key, []).append(i)
     return [_launch(batch, key, index) for key, index in indices.items()]
 
@@ -313,17 +361,15 @@ def _launches(batch: Batch) -> list[Launch]:
 def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
     table = np.zeros((len(index), len(Column)), dtype=np.int64)
     layout: list[tuple[int, ...]] = []
-    counters = batch.steps if are_counters(batch.steps) else []
+    nothing = [None] * len(batch.params)
+    columns = (batch.params, batch.grads, *(column or nothing for column in batch.averages.values()))
+    counters = batch.steps if are_counters(batch.steps) else nothing
+    others = (batch.sens_stats, counters, batch.nonfinite or nothing)
     for row, i in zip(table, index, strict=True):
-        param, unc = batch.params[i], batch.exp_avg_unc[i]
-        operands = [param, batch.grads[i], batch.exp_avg_sens[i], unc if unc is not None else param]
-        dimensions = collapse(param.shape, [operand.stride() for operand in operands])
-        row[Column.PARAM] = param.data_ptr()
-        row[Column.SENS] = batch.exp_avg_sens[i].data_ptr()
-        row[Column.UNC] = unc.data_ptr() if unc is not None else 0
-        row[Column.STATS] = batch.sens_stats[i].data_ptr()
-        row[Column.STEP_COUNT] = counters[i].data_ptr() if counters else 0
-        row[Column.NONFINITE] = batch.nonfinite[i].data_ptr() if batch.nonfinite else 0
+        param, operands = batch.params[i], [column[i] for column in columns]
+        row[: Column.LR_TENSOR] = _addresses(operands + [column[i] for column in others])
+        strides = [(param if operand is None else operand).stride() for operand in operands]
+        dimensions = collapse(param.shape, strides)
         row[Column.NUMEL] = param.numel()
         row[Column.NDIM] = len(dimensions)
         row[Column.LAYOUT] = len(layout)
@@ -359,7 +405,7 @@ def _refresh(plan: Plan, batch: Batch) -> None:
         table[:, Column.GRAD] = grads[index]
         if steps is not None:
             table[:, Column.STEP] = steps[index]
-        addresses = np.bitwise_or.reduce(table[:, Column.PARAM : Column.UNC + 1], axis=1)
+        addresses = np.bitwise_or.reduce(table[:, :OPERANDS], axis=1)
         table[:, Column.VECTOR] = (addresses % VECTOR_BYTES == 0) & (table[:, Column.NDIM] == 0)
         if changed:
             _write_hyperparameters(launch, [batch.hyperparameters[i] for i in index])
@@ -367,11 +413,21 @@ def _refresh(plan: Plan, batch: Batch) -> None:
 
 
 def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> None:
-    seeds = np.array([h.seed for h in values], dtype=np.uint64)
-    launch.table[:, Column.SEED] = seeds.view(np.int64)
-    launch.table.view(np.float64)[:, Column.NOISE_SCALE : Column.UNC_BETA + 1] = [
-        (h.noise_scale, h.gamma, *h.sens_betas) for h in values
-    ]
+    """Each of the few different ones is put into numbers once: a schedule may come here at every step."""
+    kinds = {id(h): h for h in values}
+    place = {identity: i for i, identity in enumerate(kinds)}
+    rows = [place[id(h)] for h in values]
+    for h in kinds.values():
+        if h.lr_tensor is not None and h.lr_tensor.device != launch.key.device:
+            raise ValueError(
+                f"device mismatch: lr is on {h.lr_tensor.device}, its parameters on {launch.key.device}"
+            )
+    seeds = np.array([h.seed for h in kinds.values()], dtype=np.uint64)
+    launch.table[:, Column.SEED] = seeds.view(np.int64)[rows]
+    launch.table[:, Column.LR_TENSOR] = np.array(_addresses([h.lr_tensor for h in kinds.values()]))[rows]
+    numbers = np.array([h.numbers for h in kinds.values()])
+    last = Column.NOISE_SCALE + numbers.shape[1]
+    launch.table.view(np.float64)[:, Column.NOISE_SCALE : last] = numbers[rows]
 
 
 def chunk_table(numels: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,14 @@
 | 5 | gate           | a = tanh(max(1/q - gamma, 0)), in [0, 1]                       |
 | 6 | noise          | w <- w + noise_scale * a * z, z ~ N(0, 1)                      |
 
+`PATSAdamW` goes on with AdamW (Loshchilov, Hutter, ICLR 2019) in torch's arithmetic, on the noised w:
+
+| 7 | moments        | m <- m + (1 - b_1) (g - m), v <- b_2 v + (1 - b_2) g^2         |
+| 8 | step           | w <- (1 - lr wd) w - lr m^ / (sqrt(v^) + eps)                  |
+
+where m^ = m / (1 - b_1^t), v^ = v / (1 - b_2^t). With sensitivity="moments" rows 1 to 3 are
+S = abs(w) sqrt(v^), U = abs(w) sqrt(max(v^ - m^^2, 0)), and nothing of them is kept.
+
 Sources: rows 1 to 4 as in PLATON (Zhang et al., ICML 2022) and AdaLoRA (Zhang et al., ICLR 2023); noise
 by sensitivity as in PATS (Zhang et al., EMNLP 2022). docs/algorithm.md says what is whose.
 """
@@ -61,38 +69,133 @@ def pats_update_(
     Arithmetic is float32, or float64 for float64 parameters. Both averages are rounded to their storage
     dtype before the means and the gate are computed, so `sens_stats` are the means of what is stored.
     """
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    bits = rounding_bits(param, exp_avg_sens.dtype, seed, step, tensor_id) if stochastic_rounding else None
+    w, g = (x.to(arithmetic_dtype(param)) for x in (param, grad))
+    S, U, finite = update_averages_(w, g, exp_avg_sens, exp_avg_unc, sens_betas, bits)
+    means = update_means_(sens_stats, S, U, normalization)
+    a = torch.where(finite, gate(S, U, *means, gamma=gamma, uncertainty=uncertainty), 0)
+    store_(param, add_noise(w, a, noise_scale, seed, step, tensor_id), bits, WEIGHT)
+    return (~finite).sum()
+
+
+def pats_adamw_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_sens: Tensor | None,
+    exp_avg_unc: Tensor | None,
+    sens_stats: Tensor | None,
+    *,
+    step: int | Tensor,
+    tensor_id: int,
+    seed: int,
+    noise_scale: float,
+    gamma: float,
+    sens_betas: tuple[float, float],
+    uncertainty: str,
+    normalization: str,
+    stochastic_rounding: bool,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> Tensor:
+    """The same, followed by AdamW's step on the noised weights, which are not stored in between.
+
+    Without `sens_stats` there is no noise; without `exp_avg_sens` the moments are the sensitivity. AdamW
+    goes on with its moments as they were computed, before they are rounded to their storage dtype. A
+    gradient that is not finite does to them and to the weight what it does in `torch.optim.AdamW`.
+    """
+    bits = rounding_bits(param, exp_avg.dtype, seed, step, tensor_id) if stochastic_rounding else None
+    dtype = arithmetic_dtype(param)
+    w, g, m, v = (x.to(dtype) for x in (param, -grad if maximize else grad, exp_avg, exp_avg_sq))
+    t = step.to(torch.float64) if isinstance(step, Tensor) else step
+    correction1, correction2 = (1 - beta**t for beta in betas)
+    m = m + (1 - betas[0]) * (g - m)
+    v = betas[1] * v + (1 - betas[1]) * g * g
+
+    nonfinite = torch.zeros((), dtype=torch.int64, device=param.device)
+    if sens_stats is not None:
+        if exp_avg_sens is not None:
+            S, U, finite = update_averages_(w, g, exp_avg_sens, exp_avg_unc, sens_betas, bits)
+        else:
+            S, U, finite = moments_sensitivity(w, m / correction1, v / correction2, uncertainty)
+        means = update_means_(sens_stats, S, U, normalization)
+        a = torch.where(finite, gate(S, U, *means, gamma=gamma, uncertainty=uncertainty), 0)
+        w = add_noise(w, a, noise_scale, seed, step, tensor_id)
+        nonfinite = (~finite).sum()
+
+    denominator = v.sqrt() / correction2**0.5 + eps
+    w = w - lr * weight_decay * w - (lr / correction1) * m / denominator
+    store_(exp_avg, m, bits, STATE)
+    store_(exp_avg_sq, v, bits, STATE)
+    store_(param, w, bits, WEIGHT)
+    return nonfinite
+
+
+def arithmetic_dtype(param: Tensor) -> torch.dtype:
+    """What a parameter's step is computed in, whatever it is stored in."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def update_averages_(
+    w: Tensor,
+    g: Tensor,
+    exp_avg_sens: Tensor,
+    exp_avg_unc: Tensor | None,
+    sens_betas: tuple[float, float],
+    bits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows 1 to 3. Returns S and U (0 where none is kept) as they are stored, and where s is finite."""
     beta_s, beta_u = sens_betas
-    rounding_words = None
-    if stochastic_rounding and torch.bfloat16 in (param.dtype, exp_avg_sens.dtype):
-        words = random_words(seed, step, tensor_id, param.numel(), rounding=True, device=param.device)
-        rounding_words = words.flatten()[: param.numel()].view(param.shape)
-
-    def store(target: Tensor, value: Tensor, shift: int) -> Tensor:
-        """Writes `value` as `target`'s dtype (bfloat16 with the random bits from `shift`); reads it back."""
-        if target.dtype == torch.bfloat16 and rounding_words is not None:
-            value = round_stochastically(value.to(torch.float32), (rounding_words >> shift) & 0xFFFF)
-        return target.copy_(value).to(dtype)
-
-    w, S = param.to(dtype), exp_avg_sens.to(dtype)
-    s = (w * grad.to(dtype)).abs()
+    S = exp_avg_sens.to(w.dtype)
+    s = (w * g).abs()
     finite = s.isfinite()
-
     # The averages in the form in which b = 0 gives S = s to the last bit, and U = 0 with it.
     S_new = torch.where(finite, beta_s * S + (1 - beta_s) * s, S)
-    if exp_avg_unc is not None:
-        U = exp_avg_unc.to(dtype)
-        U_new = torch.where(finite, beta_u * U + (1 - beta_u) * (s - S_new).abs(), U)
-        U = store(exp_avg_unc, U_new, shift=16)
-    else:
+    if exp_avg_unc is None:
         U = torch.zeros_like(S)
-    S = store(exp_avg_sens, S_new, shift=16)
+    else:
+        U = exp_avg_unc.to(w.dtype)
+        U_new = torch.where(finite, beta_u * U + (1 - beta_u) * (s - S_new).abs(), U)
+        U = store_(exp_avg_unc, U_new, bits, STATE).to(w.dtype)
+    S = store_(exp_avg_sens, S_new, bits, STATE).to(w.dtype)
+    return S, U, finite
 
+
+def moments_sensitivity(
+    w: Tensor, m_hat: Tensor, v_hat: Tensor, uncertainty: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S and U out of AdamW's bias-corrected moments, 0 where they are not finite, and where they are.
+
+    v^ - m^^2 is 0 in the first step, and computed it is a few roundings: so that these do not decide who
+    gets noise, what is below them counts as 0.
+    """
+    S = w.abs() * v_hat.sqrt()
+    finite = S.isfinite()
+    roundings = 2.0**-49 if w.dtype == torch.float64 else 2.0**-20
+    U = w.abs() * (v_hat - ((1 + roundings) * m_hat).square()).clamp(min=0).sqrt()
+    U = torch.zeros_like(S) if uncertainty == "none" else U
+    return torch.where(finite, S, 0), torch.where(finite, U, 0), finite
+
+
+def update_means_(sens_stats: Tensor, S: Tensor, U: Tensor, normalization: str) -> Tensor:
+    """Stores mean(S) and mean(U). Returns those that the normalization asks for, [2]."""
     updated = torch.stack((S.mean(dtype=torch.float64), U.mean(dtype=torch.float64))).to(torch.float32)
     means = updated if normalization == "exact" else sens_stats.clone()
     sens_stats.copy_(updated)
-    mean_S, mean_U = means.to(dtype)
+    return means.to(S.dtype)
 
+
+def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, uncertainty: str) -> Tensor:
+    """Rows 4 and 5: the gate a of every element, in [0, 1]; 0 for a tensor without statistics.
+
+    Args:
+        S, U: the averages, of one shape; "none" does not read U.
+        mean_S, mean_U: their means, 0-d.
+    """
     if uncertainty == "product":
         q = (S / mean_S) * (U / mean_U)
     elif uncertainty == "ucb":
@@ -100,12 +203,36 @@ def pats_update_(
     else:
         q = S / mean_S
     a = torch.tanh((1 / q - gamma).clamp(min=0))
-    a = torch.where(finite & q.isfinite(), a, 0)  # q is not finite where its mean is 0: no statistics yet
+    return torch.where(q.isfinite(), a, 0)  # it is not where its mean is 0
 
-    z = normals(random_words(seed, step, tensor_id, param.numel(), device=param.device))
-    z = z.flatten()[: param.numel()].view(param.shape).to(dtype)
-    store(param, torch.where(a > 0, w + noise_scale * a * z, w), shift=0)
-    return (~finite).sum()
+
+def add_noise(
+    w: Tensor, a: Tensor, noise_scale: float, seed: int, step: int | Tensor, tensor_id: int
+) -> Tensor:
+    """Row 6. Where the gate is closed, w is what it was to the last bit."""
+    z = normals(random_words(seed, step, tensor_id, w.numel(), device=w.device))
+    z = z.flatten()[: w.numel()].view(w.shape).to(w.dtype)
+    return torch.where(a > 0, w + noise_scale * a * z, w)
+
+
+WEIGHT, STATE = 0, 16  # from which bit on a word of `rounding_bits` rounds
+
+
+def rounding_bits(
+    param: Tensor, state_dtype: torch.dtype, seed: int, step: int | Tensor, tensor_id: int
+) -> Tensor | None:
+    """The random words, int64 of the parameter's shape, that round what is stored as bfloat16, if any is."""
+    if torch.bfloat16 not in (param.dtype, state_dtype):
+        return None
+    words = random_words(seed, step, tensor_id, param.numel(), rounding=True, device=param.device)
+    return words.flatten()[: param.numel()].view(param.shape)
+
+
+def store_(target: Tensor, value: Tensor, bits: Tensor | None, shift: int) -> Tensor:
+    """Writes `value` as `target`'s dtype: bfloat16 with 16 of the random bits, if there are any."""
+    if target.dtype == torch.bfloat16 and bits is not None:
+        value = round_stochastically(value.to(torch.float32), (bits >> shift) & 0xFFFF)
+    return target.copy_(value)
 
 
 def per_tensor(value: Any, count: int) -> list[Any]:

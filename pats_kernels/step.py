@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pats_kernels import backends
-from pats_kernels.hyperparameters import NAMES, Hyperparameters, hyperparameters
+from pats_kernels.hyperparameters import Hyperparameters, defaults_of, hyperparameters
 from pats_kernels.plan import Batch, Planner
 from pats_kernels.reference import betas_per_tensor, per_tensor
 
@@ -101,28 +101,29 @@ def pats_step_(
             raise ValueError(f"Invalid {name}: {len(column)} values for {count} params")
 
     chosen: list[int] = []
-    batch = Batch(name=lambda i: f"params[{chosen[i]}]")
-    steps: list[int] = []
+    values: list[Hyperparameters] = []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        values = hyperparameters({name: columns[name][i] for name in NAMES if name in columns}, _DEFAULTS)
+        h = hyperparameters({name: columns[name][i] for name in _NAMES & columns.keys()})
         t = columns["step"][i]
         if not 1 <= t < 2**32:
             raise ValueError(f"Invalid step: {t!r} (must be in [1, 2^32))")
         if not 0 <= tensor_ids[i] < 2**32:
             raise ValueError(f"Invalid tensor_ids[{i}]: {tensor_ids[i]!r} (must be in [0, 2^32))")
-        if grad is None or param.numel() == 0 or values.noise_scale == 0:
-            continue
-        chosen.append(i)
-        batch.params.append(param)
-        batch.grads.append(grad)
-        batch.exp_avg_sens.append(exp_avg_sens[i])
-        batch.exp_avg_unc.append(exp_avg_unc[i])
-        batch.sens_stats.append(sens_stats[i])
-        batch.tensor_ids.append(tensor_ids[i])
-        batch.hyperparameters.append(values)
-        steps.append(int(t))
-    batch.steps = steps
+        if grad is not None and param.numel() > 0 and h.noise_scale > 0:
+            chosen.append(i)
+            values.append(h)
+    batch = Batch(
+        name=lambda i: f"params[{chosen[i]}]",
+        params=[params[i] for i in chosen],
+        grads=[grad for i in chosen if (grad := grads[i]) is not None],
+        exp_avg_sens=[exp_avg_sens[i] for i in chosen],
+        exp_avg_unc=[exp_avg_unc[i] for i in chosen],
+        sens_stats=[sens_stats[i] for i in chosen],
+        steps=[int(columns["step"][i]) for i in chosen],
+        tensor_ids=[tensor_ids[i] for i in chosen],
+        hyperparameters=values,
+    )
     launch(batch, _planner, backend)
 
 
-_DEFAULTS = {name: Hyperparameters.__dataclass_fields__[name].default for name in NAMES}
+_NAMES = defaults_of(Hyperparameters).keys()

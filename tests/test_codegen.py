@@ -24,7 +24,7 @@ def report(
     state: torch.dtype = torch.float32,
     uncertainty: Uncertainty = "product",
 ) -> codegen.Report:
-    variant = Variant(uncertainty, "delayed", stochastic_rounding=True)
+    variant = Variant("pats", uncertainty, "delayed", stochastic_rounding=True)
     return codegen.report(LaunchKey(torch.device("cuda"), param, state, variant), phase, arch)
 
 
@@ -79,7 +79,9 @@ def test_other_uncertainties_cost_no_more(uncertainty: Uncertainty) -> None:
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
 def test_with_a_grad_scaler(arch: str) -> None:
     """Its two pointers, which are None otherwise, cost neither stack nor spills."""
-    key = LaunchKey(torch.device("cuda"), torch.float32, torch.float32, Variant("product", "delayed", True))
+    key = LaunchKey(
+        torch.device("cuda"), torch.float32, torch.float32, Variant("pats", "product", "delayed", True)
+    )
     constants = backend.specialization(key) | {"PHASE": kernels.ONE_PASS, "APPROX": True}
     options = backend.compiler_options(key)
     sass = codegen.compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": False}, arch, options)

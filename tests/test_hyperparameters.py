@@ -8,9 +8,9 @@ import pytest
 import torch
 from bad_input import BAD_HYPERPARAMETERS, assert_names
 
-from pats_kernels.hyperparameters import NAMES, Hyperparameters, Variant, hyperparameters
+from pats_kernels.hyperparameters import Hyperparameters, Variant, defaults_of, hyperparameters
 
-DEFAULTS = {name: Hyperparameters.__dataclass_fields__[name].default for name in NAMES}
+DEFAULTS = defaults_of(Hyperparameters)
 
 GOOD = [
     ("noise_scale", 0),
@@ -110,4 +110,4 @@ def test_a_cached_equal_does_not_let_a_wrong_type_through(values: dict[str, Any]
 
 
 def test_variant() -> None:
-    assert Hyperparameters(uncertainty="ucb").variant == Variant("ucb", "delayed", True)
+    assert Hyperparameters(uncertainty="ucb").variant == Variant("pats", "ucb", "delayed", True)

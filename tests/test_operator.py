@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pats_kernels import available_backends
+from pats_kernels.hyperparameters import Hyperparameters, Variant
 from pats_kernels.plan import OPERANDS, Column
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -20,15 +21,22 @@ def arguments() -> list[Any]:
     param, sens, unc = torch.ones(100), torch.rand(100), torch.rand(100)
     grad, stats = torch.rand(100), torch.ones(2)
     table = torch.zeros((1, len(Column)), dtype=torch.int64)
-    for column, tensor in zip(Column, (param, grad, sens, unc, stats), strict=False):
+    addresses = {
+        Column.PARAM: param,
+        Column.GRAD: grad,
+        Column.SENS: sens,
+        Column.UNC: unc,
+        Column.STATS: stats,
+    }
+    for column, tensor in addresses.items():
         table[0, column] = tensor.data_ptr()
     table[0, Column.NUMEL], table[0, Column.STEP] = 100, 1
-    table.view(torch.float64)[0, Column.NOISE_SCALE :] = torch.tensor(
-        [0.1, 1.0, 0.85, 0.95], dtype=torch.float64
-    )
+    numbers = torch.tensor(Hyperparameters(noise_scale=0.1).numbers, dtype=torch.float64)
+    table.view(torch.float64)[0, Column.NOISE_SCALE :][: len(numbers)] = numbers
     layout = torch.zeros((0, 1 + OPERANDS), dtype=torch.int64)
     dtypes = (torch.float32, torch.float32)
-    return [[param, sens, unc, stats], [grad], table, layout, *dtypes, "product", "delayed", True, None, None]
+    variant = Variant("pats", "product", "delayed", True)
+    return [[param, sens, unc, stats], [grad], table, layout, *dtypes, *variant, None, None]
 
 
 def test_schema_and_fake_kernel(arguments: list[Any]) -> None:

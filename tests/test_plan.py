@@ -154,14 +154,15 @@ def test_table() -> None:
     for i in range(2):
         row = table[i]
         tensors = (work.params[i], work.grads[i], work.sens[i], work.unc[i], work.stats[i])
-        assert [int(p) for p in row[:5]] == [t.data_ptr() for t in tensors if t is not None]
-        assert real[i, Column.NOISE_SCALE : Column.UNC_BETA + 1].tolist() == [0.1, 2.5, 0.25, 0.75]
+        columns = (Column.PARAM, Column.GRAD, Column.SENS, Column.UNC, Column.STATS)
+        assert [int(row[c]) for c in columns] == [t.data_ptr() for t in tensors if t is not None]
+        assert real[i, Column.NOISE_SCALE : Column.LR].tolist() == [0.1, 2.5, 0.25, 0.75, 0.75, 0.25]
         assert int(row[Column.SEED]) % 2**64 == 2**64 - 2
     assert table[:, Column.NUMEL].tolist() == [6, 20]
     assert table[:, Column.NDIM].tolist() == [0, 2]
     assert table[:, Column.TENSOR_ID].tolist() == [9, 2**32 - 1]
     assert table[:, Column.STEP].tolist() == [1, 1]
-    assert launch.layout.tolist() == [[4, 1, 5, 1, 1], [5, 4, 1, 4, 4]]
+    assert launch.layout.tolist() == [[4, 1, 5, 1, 1, 1, 1], [5, 4, 1, 4, 4, 4, 4]]
 
 
 def test_launches() -> None:

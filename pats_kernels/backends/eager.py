@@ -1,10 +1,13 @@
 """The reference as a backend: plain PyTorch operations, on any device, for when nothing else can run."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters
 from pats_kernels.plan import Batch, Launch
-from pats_kernels.reference import pats_update_
+from pats_kernels.reference import pats_adamw_update_, pats_update_
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -14,29 +17,46 @@ def unavailable(device: torch.device) -> str | None:
 def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """The reference's update, one tensor after another, without a sync."""
     for i in launch.index:
-        grad, count, h = batch.grads[i], batch.steps[i], batch.hyperparameters[i]
+        param, grad, count, h = batch.params[i], batch.grads[i], batch.steps[i], batch.hyperparameters[i]
+        columns = (batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats)
+        if isinstance(h, AdamWHyperparameters):
+            columns = (batch.exp_avg, batch.exp_avg_sq, *columns)
+        states = [column[i] for column in columns]
         if grad_scale is not None:
             grad = (grad / grad_scale).to(grad.dtype)
-        if found_inf is not None:  # a gradient that is nowhere finite changes nothing
-            grad = torch.where(found_inf != 0, torch.nan, grad)
-        taken = 1 if found_inf is None else 1 - found_inf.squeeze().ne(0).to(torch.int64)
-        nonfinite = pats_update_(
-            batch.params[i],
-            grad,
-            batch.exp_avg_sens[i],
-            batch.exp_avg_unc[i],
-            batch.sens_stats[i],
-            step=count if isinstance(count, int) else count.to(torch.int64) + 1,
-            tensor_id=batch.tensor_ids[i],
-            seed=h.seed,
-            noise_scale=h.noise_scale,
-            gamma=h.gamma,
-            sens_betas=h.sens_betas,
-            uncertainty=h.uncertainty,
-            normalization=h.normalization,
-            stochastic_rounding=h.stochastic_rounding,
-        )
-        if isinstance(count, Tensor):
-            count.add_(taken)
-        if batch.nonfinite:
-            batch.nonfinite[i].add_(nonfinite * taken)
+        counters = [count] if isinstance(count, Tensor) else []
+        nonfinite = batch.nonfinite[i] if batch.nonfinite else None
+        written = [t for t in (param, *states, *counters, nonfinite) if t is not None]
+        before = [t.clone() for t in written] if found_inf is not None else []
+
+        update_: Any = pats_adamw_update_ if isinstance(h, AdamWHyperparameters) else pats_update_
+        t = count if isinstance(count, int) else count.to(torch.int64) + 1
+        not_finite = update_(param, grad, *states, step=t, tensor_id=batch.tensor_ids[i], **_arguments(h))
+        for counter in counters:
+            counter.add_(1)
+        if nonfinite is not None:
+            nonfinite.add_(not_finite)
+        if found_inf is not None:
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(torch.where(found_inf.squeeze() != 0, old, tensor))
+
+
+def _arguments(h: Hyperparameters) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "seed": h.seed,
+        "noise_scale": h.noise_scale,
+        "gamma": h.gamma,
+        "sens_betas": h.sens_betas,
+        "uncertainty": h.uncertainty,
+        "normalization": h.normalization,
+        "stochastic_rounding": h.stochastic_rounding,
+    }
+    if isinstance(h, AdamWHyperparameters):
+        arguments |= {
+            "lr": h.lr,
+            "betas": h.betas,
+            "eps": h.eps,
+            "weight_decay": h.weight_decay,
+            "maximize": h.maximize,
+        }
+    return arguments

@@ -1,7 +1,7 @@
 """The compiled extension (csrc/): one operator, `torch.ops.pats_kernels.step_`, over the plan's tables."""
 
 import importlib
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ def cuda_unavailable(device: torch.device) -> str | None:
 def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """One call for all of a launch's tensors."""
     key = launch.key
-    written: list[list[Any]] = [batch.params, batch.exp_avg_sens, batch.sens_stats, batch.nonfinite]
-    written += [batch.exp_avg_unc] if key.variant.uncertainty != "none" else []
+    written: list[Sequence[Tensor | None]] = [batch.params, *batch.averages.values()]
+    written += [batch.sens_stats, batch.nonfinite]
     written += [batch.steps] if are_counters(batch.steps) else []
     torch.ops.pats_kernels.step_(
         [tensor for column in written for tensor in launch.of(column)],

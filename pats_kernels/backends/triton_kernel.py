@@ -18,9 +18,12 @@ C_PARAM = tl.constexpr(int(Column.PARAM))
 C_GRAD = tl.constexpr(int(Column.GRAD))
 C_SENS = tl.constexpr(int(Column.SENS))
 C_UNC = tl.constexpr(int(Column.UNC))
+C_EXP_AVG = tl.constexpr(int(Column.EXP_AVG))
+C_EXP_AVG_SQ = tl.constexpr(int(Column.EXP_AVG_SQ))
 C_STATS = tl.constexpr(int(Column.STATS))
 C_STEP_COUNT = tl.constexpr(int(Column.STEP_COUNT))
 C_NONFINITE = tl.constexpr(int(Column.NONFINITE))
+C_LR_TENSOR = tl.constexpr(int(Column.LR_TENSOR))
 C_NUMEL = tl.constexpr(int(Column.NUMEL))
 C_NDIM = tl.constexpr(int(Column.NDIM))
 C_LAYOUT = tl.constexpr(int(Column.LAYOUT))
@@ -31,7 +34,18 @@ C_SEED = tl.constexpr(int(Column.SEED))
 C_NOISE_SCALE = tl.constexpr(int(Column.NOISE_SCALE))
 C_GAMMA = tl.constexpr(int(Column.GAMMA))
 C_SENS_BETA = tl.constexpr(int(Column.SENS_BETA))
+C_SENS_RATE = tl.constexpr(int(Column.SENS_RATE))
 C_UNC_BETA = tl.constexpr(int(Column.UNC_BETA))
+C_UNC_RATE = tl.constexpr(int(Column.UNC_RATE))
+C_LR = tl.constexpr(int(Column.LR))
+C_WEIGHT_DECAY = tl.constexpr(int(Column.WEIGHT_DECAY))
+C_EPS = tl.constexpr(int(Column.EPS))
+C_RATE1 = tl.constexpr(int(Column.RATE1))
+C_BETA2 = tl.constexpr(int(Column.BETA2))
+C_RATE2 = tl.constexpr(int(Column.RATE2))
+C_LOG_BETA1 = tl.constexpr(int(Column.LOG_BETA1))
+C_LOG_BETA2 = tl.constexpr(int(Column.LOG_BETA2))
+C_GRAD_SIGN = tl.constexpr(int(Column.GRAD_SIGN))
 LAYOUT_COLUMNS = tl.constexpr(1 + OPERANDS)
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
@@ -40,6 +54,7 @@ WEYL_0, WEYL_1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
 ROUNDING = tl.constexpr(ROUNDING_BIT)
 
 # What kernels are specialized for.
+PATS, PATS_ADAMW, MOMENTS_ADAMW, ADAMW = (tl.constexpr(i) for i in range(4))  # the forms: csrc/table.h
 PRODUCT, UCB, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ONE_PASS, AVERAGES, NOISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the phases: csrc/table.h
 FULL, MASKED, STRIDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -179,14 +194,17 @@ def _draw(
 
 
 @triton.jit
-def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """`x`, which is not NaN, as STORAGE: to bfloat16 stochastically (16 random bits are added, then it is
-    truncated) or to nearest."""
+def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, MAYBE_NAN: tl.constexpr = False):
+    """`x` as STORAGE: to bfloat16 stochastically (16 random bits are added, then it is truncated) or to
+    nearest. Adding could make a number of a NaN, which costs an instruction or two where there may be one."""
     if STORAGE == tl.bfloat16:
         # The conversion would do to round to nearest, but for Triton's interpreter, which truncates.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         increment = random & 0xFFFF if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
-        return ((bits + increment) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        rounded = bits + increment
+        if MAYBE_NAN:
+            rounded = tl.where(x == x, rounded, bits | 0x400000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(STORAGE)
 
@@ -195,16 +213,17 @@ def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _float64(entry, COLUMN: tl.constexpr):
-    return tl.load(entry + COLUMN).to(tl.float64, bitcast=True)
+def _number(entry, COLUMN: tl.constexpr, FLOAT: tl.constexpr):
+    """A hyperparameter: a column of FLOAT, which the host has narrowed where that is float32."""
+    return tl.load((entry + COLUMN).to(tl.pointer_type(FLOAT)))
 
 
 @triton.jit
 def _offsets(entry, layout, index):
-    """Where the elements of row-major number `index` lie in the four operands: innermost dimension first."""
+    """Where the elements of row-major number `index` lie in the operands: innermost dimension first."""
     ndim = tl.load(entry + C_NDIM).to(tl.int32)
     last = layout + (tl.load(entry + C_LAYOUT) + ndim - 1) * LAYOUT_COLUMNS
-    w_at, g_at, s_at, u_at = index * 0, index * 0, index * 0, index * 0
+    w_at, g_at, s_at, u_at, m_at, v_at = index * 0, index * 0, index * 0, index * 0, index * 0, index * 0
     for i in range(ndim):
         dimension = last - i * LAYOUT_COLUMNS
         size = tl.load(dimension)
@@ -213,8 +232,10 @@ def _offsets(entry, layout, index):
         g_at += position * tl.load(dimension + 2)
         s_at += position * tl.load(dimension + 3)
         u_at += position * tl.load(dimension + 4)
+        m_at += position * tl.load(dimension + 5)
+        v_at += position * tl.load(dimension + 6)
         index = index // size
-    return w_at, g_at, s_at, u_at
+    return w_at, g_at, s_at, u_at, m_at, v_at
 
 
 @triton.jit
@@ -244,6 +265,44 @@ def _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY: tl.constexpr, APPRO
 
 
 @triton.jit
+def _bias_correction(entry, LOG_BETA: tl.constexpr, step, FLOAT: tl.constexpr):
+    """1 - beta^t, to a few roundings: where t log(beta) is small, by the series of the exponential."""
+    y = step.to(FLOAT) * _number(entry, LOG_BETA, FLOAT)
+    series = 1 + y * (1 / 8)
+    for i in tl.static_range(6):
+        series = 1 + y * series * (1 / (7 - i))
+    return tl.where(y > -0.5, -y * series, 1 - tl.exp(y)) if FLOAT == tl.float32 else 1 - tl.exp(y)
+
+
+@triton.jit
+def _moments(g, m, v, rate1, beta2, rate2):
+    """Row 7."""
+    return m + rate1 * (g - m), beta2 * v + rate2 * (g * g)
+
+
+@triton.jit
+def _moments_sensitivity(
+    w, m, v, m_correction, v_correction, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr
+):
+    """Rows 1 to 3 with sensitivity="moments"; m_correction is a few roundings too large, so that v^ - m^^2 is
+    not above 0 where it is 0."""
+    m_hat, v_hat = m * m_correction, v * v_correction
+    S = tl.abs(w) * _sqrt(v_hat, APPROX)
+    finite = S < float("inf")
+    U = S * 0.0
+    if UNCERTAINTY != NONE:
+        U = tl.abs(w) * _sqrt(tl.maximum(v_hat - m_hat * m_hat, 0.0), APPROX)
+    return tl.where(finite, S, 0.0), tl.where(finite, U, 0.0), finite
+
+
+@triton.jit
+def _adamw(w, m, v, decay, step_size, eps, APPROX: tl.constexpr):
+    """Row 8, for moments without their bias corrections. Not (1 - lr weight_decay) w: near 1 a float is too
+    coarse for that factor."""
+    return w - decay * w - step_size * (m * _reciprocal(_sqrt(v, APPROX) + eps, APPROX))
+
+
+@triton.jit
 def _load(at, mask):
     if mask is None:
         return tl.load(at)
@@ -261,6 +320,7 @@ def _chunk(
     PATH: tl.constexpr,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
+    FORM: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -272,14 +332,24 @@ def _chunk(
     FLOAT: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     ROUNDS: tl.constexpr = STOCHASTIC and (PARAM == tl.bfloat16 or STATE == tl.bfloat16)
     VECTOR: tl.constexpr = 8 if PARAM.primitive_bitwidth == 16 or STATE.primitive_bitwidth == 16 else 4
+    # What this phase of this form does: csrc/cpu_kernel.cpp, Does.
+    READS_AVERAGES: tl.constexpr = FORM == PATS or FORM == PATS_ADAMW
+    AVERAGING: tl.constexpr = READS_AVERAGES and PHASE != NOISE
+    MOMENTS: tl.constexpr = FORM == MOMENTS_ADAMW or (FORM != PATS and PHASE != AVERAGES)
+    NOISY: tl.constexpr = FORM != ADAMW and PHASE != AVERAGES
+    STEPS: tl.constexpr = FORM != PATS and PHASE != AVERAGES
+    SUMS: tl.constexpr = FORM != ADAMW and PHASE != NOISE
 
     param = tl.load(entry + C_PARAM).to(tl.pointer_type(PARAM))
     grad = tl.load(entry + C_GRAD).to(tl.pointer_type(PARAM))
     sens = tl.load(entry + C_SENS).to(tl.pointer_type(STATE))
     unc = tl.load(entry + C_UNC).to(tl.pointer_type(STATE))
+    exp_avg = tl.load(entry + C_EXP_AVG).to(tl.pointer_type(STATE))
+    exp_avg_sq = tl.load(entry + C_EXP_AVG_SQ).to(tl.pointer_type(STATE))
     if PATH == FULL:
         param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
         sens, unc = tl.multiple_of(sens, 16), tl.multiple_of(unc, 16)
+        exp_avg, exp_avg_sq = tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16)
 
     seed, tensor_id = tl.load(entry + C_SEED), tl.load(entry + C_TENSOR_ID).to(tl.uint32)
     step = tl.load(entry + C_STEP)
@@ -288,20 +358,33 @@ def _chunk(
         step = tl.load(counter.to(tl.pointer_type(tl.float32))).to(tl.int64)
         if PHASE != NOISE:  # before which the counter has been advanced
             step += 1
-    step = step.to(tl.uint32)
 
-    sens_beta, unc_beta = _float64(entry, C_SENS_BETA), _float64(entry, C_UNC_BETA)
-    sens_rate, unc_rate = (1 - sens_beta).to(FLOAT), (1 - unc_beta).to(FLOAT)
-    sens_beta, unc_beta = sens_beta.to(FLOAT), unc_beta.to(FLOAT)
-    gamma, noise_scale = _float64(entry, C_GAMMA).to(FLOAT), _float64(entry, C_NOISE_SCALE).to(FLOAT)
-    stats = tl.load(entry + C_STATS).to(tl.pointer_type(tl.float32))
-    sens_mean, unc_mean = tl.load(stats).to(FLOAT), tl.load(stats + 1).to(FLOAT)
-    if UNCERTAINTY == UCB:
-        sens_mean += unc_mean
-    if UNCERTAINTY != PRODUCT:
-        unc_mean = sens_mean
-    sens_factor, unc_factor = _reciprocal_mean(sens_mean), _reciprocal_mean(unc_mean)
-    noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
+    if FORM != ADAMW:
+        sens_beta, sens_rate = _number(entry, C_SENS_BETA, FLOAT), _number(entry, C_SENS_RATE, FLOAT)
+        unc_beta, unc_rate = _number(entry, C_UNC_BETA, FLOAT), _number(entry, C_UNC_RATE, FLOAT)
+        gamma, noise_scale = _number(entry, C_GAMMA, FLOAT), _number(entry, C_NOISE_SCALE, FLOAT)
+        stats = tl.load(entry + C_STATS).to(tl.pointer_type(tl.float32))
+        sens_mean, unc_mean = tl.load(stats).to(FLOAT), tl.load(stats + 1).to(FLOAT)
+        if UNCERTAINTY == UCB:
+            sens_mean += unc_mean
+        if UNCERTAINTY != PRODUCT:
+            unc_mean = sens_mean
+        sens_factor, unc_factor = _reciprocal_mean(sens_mean), _reciprocal_mean(unc_mean)
+        noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
+    if MOMENTS:
+        sign, beta2 = _number(entry, C_GRAD_SIGN, FLOAT), _number(entry, C_BETA2, FLOAT)
+        rate1, rate2 = _number(entry, C_RATE1, FLOAT), _number(entry, C_RATE2, FLOAT)
+        correction1 = _bias_correction(entry, C_LOG_BETA1, step, FLOAT)
+        correction2 = _bias_correction(entry, C_LOG_BETA2, step, FLOAT)
+        m_correction = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) / correction1
+        v_correction, root2 = 1 / correction2, tl.sqrt(correction2)
+        lr = _number(entry, C_LR, FLOAT)
+        lr_tensor = tl.load(entry + C_LR_TENSOR)
+        if lr_tensor != 0:
+            lr = tl.load(lr_tensor.to(tl.pointer_type(tl.float32))).to(FLOAT)
+        decay, step_size = lr * _number(entry, C_WEIGHT_DECAY, FLOAT), lr * root2 / correction1
+        eps = _number(entry, C_EPS, FLOAT) * root2
+    step = step.to(tl.uint32)
 
     lanes = tl.arange(0, BLOCK)
     sum_s, sum_u = tl.zeros((BLOCK // 4,), FLOAT), tl.zeros((BLOCK // 4,), FLOAT)
@@ -309,50 +392,71 @@ def _chunk(
     for first in tl.range(0, length, BLOCK, loop_unroll_factor=1):
         begin = start + first
         mask = None if PATH == FULL else first + lanes < length
+        at = begin + lanes
+        w_at, g_at, s_at, u_at, m_at, v_at = at, at, at, at, at, at
         if PATH == STRIDED:
-            w_at, g_at, s_at, u_at = _offsets(entry, layout, begin + lanes)
-        else:
-            w_at, g_at, s_at, u_at = begin + lanes, begin + lanes, begin + lanes, begin + lanes
+            w_at, g_at, s_at, u_at, m_at, v_at = _offsets(entry, layout, at)
         w_at, g_at, s_at, u_at = param + w_at, grad + g_at, sens + s_at, unc + u_at
+        m_at, v_at = exp_avg + m_at, exp_avg_sq + v_at
 
         random = 0
         if ROUNDS:
             random = _draw(begin, ROUNDING, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK)
 
         w_stored = _load(w_at, mask)
-        w, S = w_stored.to(FLOAT), _load(s_at, mask).to(FLOAT)
-        U = S
-        if UNCERTAINTY != NONE:
-            U = _load(u_at, mask).to(FLOAT)
-
-        if PHASE == NOISE:
-            # The phase before marked, by the sign of S, the elements that get no noise.
-            finite = S.to(tl.int64 if FLOAT == tl.float64 else tl.int32, bitcast=True) >= 0
-            S = tl.abs(S)
-            tl.store(s_at, S.to(STATE), mask=(finite == 0) if mask is None else mask & (finite == 0))
-        else:
+        w = w_stored.to(FLOAT)
+        if AVERAGING or MOMENTS:
             g = _load(g_at, mask).to(FLOAT)
             if grad_scale is not None:
                 g = g / tl.load(grad_scale)
-            S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
-            S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
-            S = S_stored.to(FLOAT)
-            if PHASE == AVERAGES:
-                S_stored = tl.where(finite, S_stored, _marked(S_stored))
-            tl.store(s_at, S_stored, mask=mask)
+        if MOMENTS:
+            m, v = _load(m_at, mask).to(FLOAT), _load(v_at, mask).to(FLOAT)
+            m, v = _moments(g * sign, m, v, rate1, beta2, rate2)
+
+        if READS_AVERAGES:
+            S = _load(s_at, mask).to(FLOAT)
+            U = S
+            if UNCERTAINTY != NONE:
+                U = _load(u_at, mask).to(FLOAT)
+            if AVERAGING:
+                S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
+                S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
+                S = S_stored.to(FLOAT)
+                if PHASE == AVERAGES:
+                    S_stored = tl.where(finite, S_stored, _marked(S_stored))
+                tl.store(s_at, S_stored, mask=mask)
+                if UNCERTAINTY != NONE:
+                    U_stored = _round(U, random >> 16, STATE, STOCHASTIC)
+                    U = U_stored.to(FLOAT)
+                    tl.store(u_at, U_stored, mask=mask)
+            else:
+                # The phase before marked, by the sign of S, the elements that get no noise.
+                finite = S.to(tl.int64 if FLOAT == tl.float64 else tl.int32, bitcast=True) >= 0
+                S = tl.abs(S)
+                tl.store(s_at, S.to(STATE), mask=(finite == 0) if mask is None else mask & (finite == 0))
+        elif FORM == MOMENTS_ADAMW:
+            S, U, finite = _moments_sensitivity(w, m, v, m_correction, v_correction, UNCERTAINTY, APPROX)
+
+        if SUMS:
             sum_s += _sum_groups(S, BLOCK)
             if UNCERTAINTY != NONE:
-                U_stored = _round(U, random >> 16, STATE, STOCHASTIC)
-                U = U_stored.to(FLOAT)
-                tl.store(u_at, U_stored, mask=mask)
                 sum_u += _sum_groups(U, BLOCK)
             nonfinite += _sum_groups(tl.where(finite, 0, 1), BLOCK)
 
-        if PHASE != AVERAGES:
+        if NOISY:
             z = _draw(begin, 0, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
             a = _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY, APPROX)
-            noised = _round(w + noise_scale * (a * z), random, PARAM, STOCHASTIC)
-            tl.store(w_at, tl.where(finite, noised, w_stored), mask=mask)
+            noised = w + noise_scale * (a * z)
+            if FORM == PATS:
+                noised = _round(noised, random, PARAM, STOCHASTIC)
+                tl.store(w_at, tl.where(finite, noised, w_stored), mask=mask)
+            else:
+                w = tl.where(finite, noised, w)
+        if STEPS:
+            w = _adamw(w, m, v, decay, step_size, eps, APPROX)
+            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, True), mask=mask)
+            tl.store(m_at, _round(m, random >> 16, STATE, STOCHASTIC, True), mask=mask)
+            tl.store(v_at, _round(v, random >> 16, STATE, STOCHASTIC, True), mask=mask)
 
     return tl.sum(sum_s), tl.sum(sum_u), tl.sum(nonfinite)
 
@@ -369,6 +473,43 @@ def _marked(S):
 
 
 @triton.jit
+def _path(
+    entry,
+    layout,
+    grad_scale,
+    start,
+    left,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    FORM: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    PHASE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    APPROX: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONLY_FULL: tl.constexpr,
+):
+    """`_chunk` for the `left` elements from `start`, by the shortest path that their tensor allows."""
+    if ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
+        sum_s, sum_u, nonfinite = _chunk(
+            entry, layout, grad_scale, start, CHUNK, FULL,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+        )  # fmt: skip
+    elif tl.load(entry + C_NDIM) == 0:
+        sum_s, sum_u, nonfinite = _chunk(
+            entry, layout, grad_scale, start, left, MASKED,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 4,
+        )  # fmt: skip
+    else:
+        sum_s, sum_u, nonfinite = _chunk(
+            entry, layout, grad_scale, start, left, STRIDED,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 8,
+        )  # fmt: skip
+    return sum_s, sum_u, nonfinite
+
+
+@triton.jit
 def pats_kernel(
     table,
     layout,
@@ -378,6 +519,7 @@ def pats_kernel(
     found_inf,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
+    FORM: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -386,14 +528,14 @@ def pats_kernel(
     BLOCK: tl.constexpr,
     ONLY_FULL: tl.constexpr = False,
 ):
-    """One program for each chunk.
+    """One program for each chunk. A tensor without statistics gets AdamW's step alone.
 
     Args:
         table, layout: int64, see `pats_kernels.plan.Column` and `Launch`.
         chunks: int32 [chunks, 2], the table's row and the number of the piece.
         partials: float64 [3, chunks], a chunk's sums of S and U and its count of what was not finite.
         grad_scale, found_inf: a GradScaler's float32 [1], or None.
-        ONLY_FULL: leaves the other two paths out, to study the compiler's work on the one that counts.
+        ONLY_FULL: leaves all but one path out, to study the compiler's work on the one that counts.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -402,26 +544,21 @@ def pats_kernel(
     entry = table + tl.load(chunks + 2 * pid).to(tl.int64) * COLUMNS
     start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
     left = tl.minimum(tl.load(entry + C_NUMEL) - start, CHUNK).to(tl.int32)
-    if ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
-        sum_s, sum_u, nonfinite = _chunk(
-            entry, layout, grad_scale, start, CHUNK, FULL,
-            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+    if ONLY_FULL or FORM == PATS or tl.load(entry + C_STATS) != 0:
+        sum_s, sum_u, nonfinite = _path(
+            entry, layout, grad_scale, start, left,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, CHUNK, BLOCK, ONLY_FULL,
         )  # fmt: skip
-    elif tl.load(entry + C_NDIM) == 0:
-        sum_s, sum_u, nonfinite = _chunk(
-            entry, layout, grad_scale, start, left, MASKED,
-            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 4,
+        if PHASE != NOISE:
+            num_chunks = tl.num_programs(0)
+            tl.store(partials + pid, sum_s.to(tl.float64))
+            tl.store(partials + num_chunks + pid, sum_u.to(tl.float64))
+            tl.store(partials + 2 * num_chunks + pid, nonfinite.to(tl.float64))
+    elif PHASE != AVERAGES:
+        _path(
+            entry, layout, grad_scale, start, left,
+            PARAM, STATE, ADAMW, NONE, PHASE, STOCHASTIC, APPROX, CHUNK, BLOCK, ONLY_FULL,
         )  # fmt: skip
-    else:
-        sum_s, sum_u, nonfinite = _chunk(
-            entry, layout, grad_scale, start, left, STRIDED,
-            PARAM, STATE, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 8,
-        )  # fmt: skip
-    if PHASE != NOISE:
-        num_chunks = tl.num_programs(0)
-        tl.store(partials + pid, sum_s.to(tl.float64))
-        tl.store(partials + num_chunks + pid, sum_u.to(tl.float64))
-        tl.store(partials + 2 * num_chunks + pid, nonfinite.to(tl.float64))
 
 
 @triton.jit
@@ -447,9 +584,11 @@ def statistics_kernel(table, starts, partials, num_chunks, found_inf, BLOCK: tl.
         count += tl.load(partials + 2 * num_chunks + lanes, mask=mask, other=0.0)
 
     numel = tl.load(entry + C_NUMEL).to(tl.float64)
-    stats = tl.load(entry + C_STATS).to(tl.pointer_type(tl.float32))
-    tl.store(stats, (tl.sum(sum_s) / numel).to(tl.float32))
-    tl.store(stats + 1, (tl.sum(sum_u) / numel).to(tl.float32))
+    stats = tl.load(entry + C_STATS)
+    if stats != 0:
+        means = stats.to(tl.pointer_type(tl.float32))
+        tl.store(means, (tl.sum(sum_s) / numel).to(tl.float32))
+        tl.store(means + 1, (tl.sum(sum_u) / numel).to(tl.float32))
     nonfinite = tl.load(entry + C_NONFINITE)
     if nonfinite != 0:
         total = nonfinite.to(tl.pointer_type(tl.int64))

@@ -1,0 +1,88 @@
+"""What `PATS` and `PATSAdamW` share: the state they keep for a parameter, and how it is loaded."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pats_kernels.hyperparameters import Hyperparameters
+from pats_kernels.plan import STATE_DTYPES, averages_of, check_param
+
+State = dict[str, Tensor]
+
+
+def parameter_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
+    """Each parameter's name as its optimizer has it, else its place in the param groups, in their order."""
+    names: dict[Tensor, str] = {}
+    for number, group in enumerate(param_groups):
+        places = [f"param_groups[{number}]['params'][{i}]" for i in range(len(group["params"]))]
+        names |= zip(group["params"], group.get("param_names", places), strict=True)
+    return names
+
+
+def name_finder(param_groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], str]:
+    """Gives parameters' names, which it makes when it is first asked for one."""
+    names: dict[Tensor, str] = {}
+
+    def name_of(param: Tensor) -> str:
+        if not names:
+            names.update(parameter_names(param_groups))
+        return names[param]
+
+    return name_of
+
+
+def keys_of(values: Hyperparameters) -> frozenset[str]:
+    """What a parameter with these hyperparameters keeps."""
+    noisy = values.noise_scale > 0
+    return frozenset({"step", *averages_of(values.variant, noisy), *(["sens_stats"] if noisy else [])})
+
+
+def complete(state: State, name: str, param: Tensor, values: Hyperparameters) -> None:
+    """Allocates what `state` lacks of `keys_of(values)`, all zero; what it has decides the averages' dtype.
+
+    Raises:
+        TypeError, ValueError: naming the parameter, where no kernel could update it.
+    """
+    check_param(name, param)
+    present = [state[key] for key in ("exp_avg", "exp_avg_sens") if key in state]
+    default = torch.float32 if param.dtype == torch.float16 else param.dtype
+    dtype = present[0].dtype if present else values.state_dtype or default
+    for key in sorted(keys_of(values) - state.keys()):
+        if key == "step":
+            state[key] = torch.zeros((), dtype=torch.float32, device=param.device)
+        elif key == "sens_stats":
+            state[key] = torch.zeros(2, dtype=torch.float32, device=param.device)
+        else:
+            state[key] = torch.zeros_like(param, dtype=dtype)
+
+
+def checked_entry(
+    name: str, param: Tensor, entry: Mapping[str, Any], required: Sequence[str], optional: Sequence[str]
+) -> State:
+    """A copy of one parameter's state on its device, or a ValueError that names what does not fit.
+
+    Every average keeps its dtype, but for those that no kernel keeps (float16, or float64 of another
+    parameter than float64): they become float32. Other keys than those asked for are left out.
+    """
+    copied: State = {}
+    for key in sorted((*required, *optional)):
+        if key not in entry:
+            if key in optional:
+                continue
+            raise ValueError(f"{name}: the state_dict has no {key}")
+        value = torch.as_tensor(entry[key])
+        shape = {"step": (), "sens_stats": (2,)}.get(key, tuple(param.shape))
+        if tuple(value.shape) != shape and (key != "step" or value.numel() != 1):
+            raise ValueError(
+                f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, "
+                f"{shape} is expected"
+            )
+        if not value.dtype.is_floating_point and key != "step":
+            raise ValueError(f"{name}: {key} is {value.dtype} in the state_dict, which is not a float")
+        keeps = key.startswith("exp_avg") and value.dtype in STATE_DTYPES
+        keeps &= value.dtype != torch.float64 or param.dtype == torch.float64
+        dtype = value.dtype if keeps else torch.float32
+        copied[key] = value.to(param.device, dtype, copy=True).reshape(shape)
+    return copied
