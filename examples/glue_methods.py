@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pats_kernels import PATS
+from pats_kernels import PATSAdamW
 
 NOT_GIVEN = -1.0  # a number whose default hangs on others
 METHODS = ("adamw", "noise", "noisytune", "pats")
@@ -88,16 +88,6 @@ def optimizer(method: str, noise: MethodArguments, training: TrainingArguments) 
         "state_dtype": STATE_DTYPES[noise.state_dtype] if noise.state_dtype else None,
         "seed": training.seed,
     }
-
-
-class PATSAdamW(AdamW):
-    """Stands in for pats_kernels.PATSAdamW until it lands."""
-
-    def __init__(
-        self, params: Any, *, lr: float, betas: Any, eps: float, sensitivity: str, **pats: Any
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
-        PATS(self, **pats)
 
 
 def callbacks(method: str, noise: MethodArguments, training: TrainingArguments) -> list[TrainerCallback]:

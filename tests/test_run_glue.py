@@ -259,10 +259,10 @@ def test_without_noise_every_method_is_adamw(tmp_path: Path) -> None:
     """The methods differ by their noise alone: the same weights, data and order."""
     arguments = ("--noise_scale", "0", "--noisytune_lambda", "0", "--seeds", "1")
     finetune(tmp_path, "--method", "adamw,noise,noisytune,pats", *arguments)
-    models = [
-        run_glue_model(tmp_path / f"{name}-1").state_dict()
-        for name in ("adamw", "noise", "noisytune", "pats")
-    ]
+    models = [run_glue_model(tmp_path / f"{name}-1").state_dict() for name in methods]
+    for model in models:
+        # Softmax does not see it: its gradient is rounding alone, and AdamW makes steps of lr out of that.
+        del model["bert.encoder.layer.0.attention.self.key.bias"]
     for other in models[1:]:
         # PATSAdamW's arithmetic may round otherwise than torch's: three steps of at most lr = 1e-3 each.
         torch.testing.assert_close(other, models[0], rtol=0, atol=1e-5)
