@@ -258,7 +258,8 @@ def run_glue_model(folder: Path) -> nn.Module:
 def test_without_noise_every_method_is_adamw(tmp_path: Path) -> None:
     """The methods differ by their noise alone: the same weights, data and order."""
     arguments = ("--noise_scale", "0", "--noisytune_lambda", "0", "--seeds", "1")
-    finetune(tmp_path, "--method", "adamw,noise,noisytune,pats", *arguments)
+    methods = ("adamw", "noise", "noisytune", "pats")
+    finetune(tmp_path, "--method", ",".join(methods), *arguments)
     models = [run_glue_model(tmp_path / f"{name}-1").state_dict() for name in methods]
     for model in models:
         # Softmax does not see it: its gradient is rounding alone, and AdamW makes steps of lr out of that.
