@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup bench test lint clean
+.PHONY: setup bench test finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,10 @@ bench: setup
 test: setup
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m backend
+
+# AdamW against PATS with the Hugging Face Trainer, offline: a small BERT learns a grammar's sentences.
+finetune: setup
+	$(BIN)/python examples/run_glue.py
 
 lint: setup
 	$(BIN)/ruff check .

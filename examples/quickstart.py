@@ -34,6 +34,7 @@ def train(noise_scale: float) -> float:
         loss.backward()
         optimizer.step()
 
+    loss = nn.functional.cross_entropy(model(points), label)
     stats = [pats.state[param]["sens_stats"][0].item() for param in model.parameters() if param in pats.state]
     print(f"noise_scale {noise_scale:g}: loss {loss.item():.4f}, mean sensitivity of each tensor: ", end="")
     print(", ".join(f"{mean:.1e}" for mean in stats) or "not kept")

@@ -1,0 +1,204 @@
+"""The tasks of GLUE: from the hub, from local TSV files, or, in miniature, from a grammar.
+
+Whatever the source, `load` gives the same: a `datasets.DatasetDict` with the hub's own column names (the
+task's texts and `label`) and its splits, `train` and one or two `validation...`.
+"""
+
+import csv
+import gzip
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+import grammar
+
+HUB = "nyu-mll/glue"
+GRAMMAR = "grammar"  # the name of the corpus generated here
+GRAMMAR_SEED = 0  # not the run's: every seed is evaluated on the same sentences
+GRAMMAR_SENTENCES = (12000, 1000)  # to train on, to evaluate on
+
+logger = logging.getLogger(__name__)
+
+
+# Metrics, by their names in results: labels and predictions to a number
+
+
+def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return _correlation(pearsonr, labels, predictions)
+
+
+def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return _correlation(spearmanr, labels, predictions)
+
+
+def _correlation(of: Callable[..., Any], labels: np.ndarray, predictions: np.ndarray) -> float:
+    constant = np.ptp(predictions) == 0  # then it is not defined; such a model has learned nothing
+    return 0.0 if constant else float(of(labels, predictions).statistic)
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy_score,
+    "f1": f1_score,
+    "matthews": matthews_corrcoef,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and how its files are written."""
+
+    texts: tuple[str, ...]  # one column or two, as the hub calls them
+    metrics: tuple[str, ...]  # the first is the one to quote
+    labels: tuple[str, ...] = ("0", "1")  # as the files write them, in the hub's order; none: regression
+    folder: str = ""  # in GLUE's own archive
+    columns: dict[str, str] = field(default_factory=dict)  # the file's name of a column, where it differs
+    header: tuple[str, ...] | None = None  # of files that have none
+    validation: dict[str, str] = field(default_factory=lambda: {"validation": "dev"})  # split: file
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {"train": "train", **self.validation}
+
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+        """Every metric of the task, from the model's raw outputs."""
+        answers = predictions.argmax(axis=-1) if self.labels else predictions.reshape(-1)
+        return {name: float(METRICS[name](labels, answers)) for name in self.metrics}
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+PAIR = ("sentence1", "sentence2")
+TASKS: dict[str, Task] = {
+    "cola": Task(
+        ("sentence",), ("matthews", "accuracy"), folder="CoLA", header=("source", "label", "mark", "sentence")
+    ),
+    "sst2": Task(("sentence",), ("accuracy",), folder="SST-2"),
+    "mrpc": Task(
+        PAIR,
+        ("f1", "accuracy"),
+        folder="MRPC",
+        columns={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+    ),
+    "stsb": Task(PAIR, ("pearson", "spearman"), (), folder="STS-B", columns={"label": "score"}),
+    "qqp": Task(
+        ("question1", "question2"), ("f1", "accuracy"), folder="QQP", columns={"label": "is_duplicate"}
+    ),
+    "mnli": Task(
+        ("premise", "hypothesis"),
+        ("accuracy",),
+        ("entailment", "neutral", "contradiction"),
+        folder="MNLI",
+        columns={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
+        validation={"validation_matched": "dev_matched", "validation_mismatched": "dev_mismatched"},
+    ),
+    "qnli": Task(("question", "sentence"), ("accuracy",), ENTAILMENT, folder="QNLI"),
+    "rte": Task(PAIR, ("accuracy",), ENTAILMENT, folder="RTE"),
+    "wnli": Task(PAIR, ("accuracy",), folder="WNLI"),
+}
+GRAMMAR_TASK = Task(("sentence",), ("matthews", "accuracy"))
+
+
+def load(name: str | None, folder: str | None, cache_dir: str | None = None) -> tuple[Task, DatasetDict]:
+    """The task and its data: from `folder` if one is given, else from the hub; without a name, the grammar's.
+
+    Raises:
+        ValueError: no such task, a folder without a task, or a file that is not the task's.
+        FileNotFoundError: the folder does not hold the task; says where it was looked for.
+        ConnectionError: the hub cannot be reached.
+    """
+    if name is None or name == GRAMMAR:
+        if folder is not None:
+            raise ValueError(f"--data_dir {folder} needs a --task_name: one of {', '.join(TASKS)}")
+        return GRAMMAR_TASK, generated()
+    if name not in TASKS:
+        raise ValueError(f"Unknown task: {name!r} (known: {', '.join(TASKS)})")
+    task = TASKS[name]
+    return task, from_hub(name, task, cache_dir) if folder is None else from_folder(name, task, Path(folder))
+
+
+def generated(seed: int = GRAMMAR_SEED, counts: tuple[int, int] = GRAMMAR_SENTENCES) -> DatasetDict:
+    """The grammar's sentences, label 1 acceptable, 0 not."""
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(dict(zip(("sentence", "label"), zip(*rows, strict=True), strict=True)))
+            for split, rows in zip(("train", "validation"), grammar.sentences(seed, counts), strict=True)
+        }
+    )
+
+
+def from_hub(name: str, task: Task, cache_dir: str | None = None) -> DatasetDict:
+    """The task as the Hugging Face hub has it, or as it was cached before."""
+    try:
+        data = load_dataset(HUB, name, cache_dir=cache_dir)
+    except OSError as error:
+        raise ConnectionError(
+            f"{HUB}, {name}, could not be loaded from the hub: {error}. --data_dir reads local files."
+        ) from error
+    return DatasetDict({split: data[split] for split in task.files})
+
+
+def from_folder(name: str, task: Task, folder: Path) -> DatasetDict:
+    """The task's TSV files (plain or .gz) in `folder` or in its subfolder of GLUE's name for the task."""
+    places = [folder / task.folder, folder]
+    for place in places:
+        paths = {split: _file(place, stem) for split, stem in task.files.items()}
+        found = {split: path for split, path in paths.items() if path is not None}
+        if len(found) == len(paths):
+            return DatasetDict({split: _dataset(path, task) for split, path in found.items()})
+    files = ", ".join(f"{stem}.tsv[.gz]" for stem in task.files.values())
+    where = " nor ".join(str(place) for place in places)
+    raise FileNotFoundError(f"{name}: not all of {files} found in {where}")
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    paths = (folder / f"{stem}{ending}" for ending in (".tsv", ".tsv.gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _dataset(path: Path, task: Task) -> Dataset:
+    """A file's rows under the hub's names. Rows that lack a field (QQP has some) are left out and counted."""
+    names = {column: task.columns.get(column, column) for column in (*task.texts, "label")}
+    columns: dict[str, list[Any]] = {column: [] for column in names}
+    dropped = 0
+    for line, row in _rows(path, task):
+        values: dict[str, Any] = {column: row.get(name) for column, name in names.items()}
+        if not all(values.values()):
+            dropped += 1
+            continue
+        values["label"] = _label(values["label"], task, f"{path}:{line}")
+        for column, value in values.items():
+            columns[column].append(value)
+    if not columns["label"]:
+        raise ValueError(f"{path}: no rows")
+    if dropped:
+        logger.warning("%s: %d rows with fields missing were left out", path, dropped)
+    return Dataset.from_dict(columns)
+
+
+def _rows(path: Path, task: Task) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Line numbers and rows. Quotes are ordinary characters in GLUE's files; some begin with a BOM."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, fieldnames=task.header, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = reader.fieldnames or ()
+        for column in (*task.texts, "label"):
+            if (name := task.columns.get(column, column)) not in header:
+                raise ValueError(f"{path}: no column {name!r} (it has {', '.join(map(repr, header))})")
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _label(value: str, task: Task, place: str) -> int | float:
+    try:
+        return task.labels.index(value) if task.labels else float(value)
+    except ValueError:
+        expected = f"one of {', '.join(task.labels)}" if task.labels else "a number"
+        raise ValueError(f"{place}: label {value!r} is not {expected}") from None

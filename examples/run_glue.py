@@ -1,0 +1,388 @@
+"""Fine-tunes a model on a task of GLUE with and without PATS, through transformers' own Trainer.
+
+python examples/run_glue.py                                               # offline: grammar, small BERT
+python examples/run_glue.py --task_name rte --model_name_or_path bert-base-uncased
+python examples/run_glue.py --task_name cola --data_dir glue_data --seeds 1,2,3 --method adamw,noise,pats
+python examples/run_glue.py configuration.json                            # the same arguments from a file
+
+Beside its own, it takes every argument of `transformers.TrainingArguments`. Where the data come from is in
+glue_data.py, what the methods do in glue_methods.py.
+"""
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from datasets import Dataset, DatasetDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+import glue_data
+import glue_methods
+from glue_data import Task
+from glue_methods import NOT_GIVEN, MethodArguments
+
+SAMPLING_SEED = 0  # of --max_..._samples: every run sees the same ones
+LAST = ("true", "True")  # --resume_from_checkpoint: each run's last checkpoint
+PACKAGES = ("pats_kernels", "torch", "transformers", "accelerate", "datasets")
+
+
+@dataclass
+class ModelArguments:
+    """A pretrained model, or the sizes of a BERT to build on the spot."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "On the hub or in a folder; without one, a small BERT is built"}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's files are kept"})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model"})
+    vocab_size: int = field(default=8000, metadata={"help": "Small BERT: tokens at most"})
+    hidden_size: int = field(default=64, metadata={"help": "Small BERT: width"})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Small BERT: layers"})
+    num_attention_heads: int = field(default=4, metadata={"help": "Small BERT: heads"})
+    dropout: float = field(default=0.0, metadata={"help": "Small BERT: of hidden states and attention"})
+
+
+@dataclass
+class DataArguments:
+    """Which task, from where, and how much of it."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={"help": f"{', '.join(glue_data.TASKS)}; without one, sentences from a grammar"},
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "The task's TSV files or the folder above; without it, the hub"}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens; what is longer is cut"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on a random part of this size"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on a random part of this size"}
+    )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' own, with defaults for a small run, and several seeds."""
+
+    output_dir: str | None = field(
+        default="runs/glue", metadata={"help": "results.json, and each run's folder: model and checkpoints"}
+    )
+    learning_rate: float = field(
+        default=NOT_GIVEN,
+        metadata={"help": "If not given: 2e-5 pretrained, 1e-3 from scratch"},
+    )
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences a device and step"})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sequences a device and step"})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps; below 1, a share of all of them"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch"})
+    save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint: no, steps, epoch"})
+    logging_steps: float = field(default=50, metadata={"help": "Steps; below 1, a share of all of them"})
+    seed: int = field(default=int(NOT_GIVEN), metadata={"help": "If it is one alone; else see seeds"})
+    threads: int | None = field(
+        default=None,
+        metadata={"help": "Of the CPU. If not given: 1 for the small BERT, else torch's own"},
+    )
+    seeds: str | None = field(
+        default=None,
+        metadata={
+            "help": "Several, separated by commas. If not given: --seed; without that 1,2 or, of GLUE, 42"
+        },
+    )
+
+    @property
+    def all_seeds(self) -> list[int]:
+        try:
+            return [int(seed) for seed in str(self.seeds).split(",")]
+        except ValueError:
+            raise ValueError(f"Invalid seeds: {self.seeds!r} (integers, separated by commas)") from None
+
+    def of_run(self, method: str, seed: int) -> "RunArguments":
+        """These arguments for one of the runs, which has a folder of its own."""
+        return replace(self, seed=seed, output_dir=str(Path(str(self.output_dir)) / f"{method}-{seed}"))
+
+
+class Arguments(NamedTuple):
+    model: ModelArguments
+    data: DataArguments
+    noise: MethodArguments
+    training: RunArguments
+
+
+class Corpus(NamedTuple):
+    """Everything that the runs share."""
+
+    task: Task
+    data: DatasetDict  # tokenized
+    tokenizer: PreTrainedTokenizerBase
+    build: Callable[[], PreTrainedModel]  # with fresh random weights where they are not pretrained
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The command line, or the one JSON file that it names."""
+    parser = HfArgumentParser(Arguments.__annotations__.values())  # pyright: ignore[reportArgumentType]
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        parsed = parser.parse_json_file(json_file=argv[0])
+    else:
+        parsed = parser.parse_args_into_dataclasses(args=list(argv))
+    arguments = Arguments(*parsed)
+    fill_in(arguments)
+    several = len(arguments.training.all_seeds) * len(arguments.noise.methods) > 1
+    if several and arguments.training.resume_from_checkpoint not in (None, *LAST):
+        raise ValueError(
+            "--resume_from_checkpoint PATH is for one run; of several, `true` finds each one's last"
+        )
+    return arguments
+
+
+def fill_in(arguments: Arguments) -> None:
+    """What was not given and hangs on whether the model is pretrained, and on its size."""
+    training = arguments.training
+    pretrained = arguments.model.model_name_or_path is not None
+    if training.learning_rate == NOT_GIVEN:
+        training.learning_rate = 2e-5 if pretrained else 1e-3
+    if arguments.noise.noise_scale == NOT_GIVEN:
+        arguments.noise.noise_scale = 1e-5 if pretrained else 1e-3
+    if training.seeds is None:
+        without = 42 if arguments.data.task_name else "1,2"
+        training.seeds = str(without if training.seed == NOT_GIVEN else training.seed)
+    if training.threads is None and not pretrained:
+        training.threads = 1  # so small a model gains nothing by a second one, and waits for it
+
+
+# Model and data
+
+
+def prepare(model: ModelArguments, data: DataArguments) -> Corpus:
+    """Loads the data and the tokenizer, tokenizes, and says how to build the model."""
+    task, texts = glue_data.load(data.task_name, data.data_dir, model.cache_dir)
+    for split, rows in texts.items():
+        count = data.max_train_samples if split == "train" else data.max_eval_samples
+        if count is not None and count < len(rows):
+            texts[split] = rows.shuffle(seed=SAMPLING_SEED).select(range(count))
+    if model.model_name_or_path is None:
+        tokenizer = train_tokenizer(task, texts["train"], model.vocab_size)
+        build = small_bert(model, data, task, tokenizer)
+    else:
+        options = {"cache_dir": model.cache_dir, "revision": model.model_revision}
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options)
+        build = pretrained(model.model_name_or_path, task, options)
+
+    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        texts, pairs = (*(rows[name] for name in task.texts), None)[:2]
+        return dict(tokenizer(texts, pairs, truncation=True, max_length=data.max_seq_length))
+
+    unused = set(texts["train"].column_names) - {"label"}
+    return Corpus(task, texts.map(tokenize, batched=True, remove_columns=sorted(unused)), tokenizer, build)
+
+
+def train_tokenizer(task: Task, rows: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
+    """WordPiece, as BERT has it, with the pieces of this text."""
+    texts = [text for name in task.texts for text in rows[name]]
+    untrained = BertTokenizer()
+    # The trainer numbers the pieces in the order in which a hash table gives it the words, another one each
+    # time, and breaks ties by these numbers. Given beforehand, they and the vocabulary are always the same.
+    normalize = untrained.backend_tokenizer.normalizer.normalize_str
+    pieces = sorted({f"##{character}" for text in texts for character in normalize(text)})
+    trained = untrained.train_new_from_iterator(
+        texts, vocab_size, new_special_tokens=pieces, show_progress=False
+    )
+    return BertTokenizer(vocab=trained.get_vocab())
+
+
+def number_of_outputs(task: Task) -> dict[str, Any]:
+    """One output and the squared error where there are no labels, else one for each."""
+    problem = "single_label_classification" if task.labels else "regression"
+    return {"num_labels": len(task.labels) or 1, "problem_type": problem}
+
+
+def small_bert(
+    model: ModelArguments, data: DataArguments, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], PreTrainedModel]:
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=4 * model.hidden_size,
+        max_position_embeddings=data.max_seq_length,
+        pad_token_id=tokenizer.get_vocab()[str(tokenizer.pad_token)],
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout,
+        # BERT's 0.02 is for a width of 768; a narrow model would sit where it began for hundreds of steps.
+        initializer_range=model.hidden_size**-0.5,
+        **number_of_outputs(task),
+    )
+    return lambda: BertForSequenceClassification(config)
+
+
+def pretrained(name: str, task: Task, options: dict[str, Any]) -> Callable[[], PreTrainedModel]:
+    config = AutoConfig.from_pretrained(name, **options, **number_of_outputs(task))
+    return lambda: AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+
+
+# Runs
+
+
+def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Corpus) -> dict[str, Any]:
+    """One method with one seed: trains, evaluates, saves the model, and returns what there is to know."""
+    set_seed(training.seed)
+    model = corpus.build()
+    if method == "noisytune":
+        glue_methods.noisytune_(model, noise.noisytune_lambda, training.seed)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return corpus.task.score(prediction.label_ids, prediction.predictions)  # pyright: ignore
+
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=corpus.data["train"],
+        eval_dataset=corpus.data[next(iter(corpus.task.validation))],
+        processing_class=corpus.tokenizer,
+        compute_metrics=compute_metrics,
+        optimizer_cls_and_kwargs=glue_methods.optimizer(method, noise, training),
+        callbacks=glue_methods.callbacks(method, noise, training),
+    )
+    trained = trainer.train(resume_from_checkpoint=checkpoint(training))
+    evaluated = {
+        split: trainer.evaluate(cast(Any, corpus.data[split]), metric_key_prefix=split)
+        for split in corpus.task.validation
+    }
+    trainer.save_model()
+    return {
+        "method": method,
+        "seed": training.seed,
+        "metrics": {
+            split: {name: values[f"{split}_{name}"] for name in corpus.task.metrics}
+            for split, values in evaluated.items()
+        },
+        "train": trained.metrics,
+        "evaluation": evaluated,
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "log_history": trainer.state.log_history,
+    }
+
+
+def checkpoint(training: RunArguments) -> str | None:
+    """Where to resume: the path given, or for "true" this run's last checkpoint, if it has one."""
+    given = training.resume_from_checkpoint
+    if given not in LAST:
+        return given
+    folder = str(training.output_dir)
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+# Results
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By method, split and metric: every seed's value, their mean and sample standard deviation."""
+    summary: dict[str, Any] = {}
+    for method in dict.fromkeys(run["method"] for run in runs):
+        of_method = [run["metrics"] for run in runs if run["method"] == method]
+        summary[method] = {
+            split: {metric: _spread([metrics[split][metric] for metrics in of_method]) for metric in first}
+            for split, first in of_method[0].items()
+        }
+    return summary
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
+
+
+def results(arguments: Arguments, corpus: Corpus, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "task": arguments.data.task_name or glue_data.GRAMMAR,
+        "arguments": {
+            "model": asdict(arguments.model),
+            "data": asdict(arguments.data),
+            "method": asdict(arguments.noise),
+            "training": arguments.training.to_sanitized_dict(),
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "samples": {split: len(rows) for split, rows in corpus.data.items()},
+        "parameters": runs[0]["parameters"],
+        "summary": summarize(runs),
+        "runs": list(runs),
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A row a method: each metric's mean, with its spread over the seeds, and the time of a run."""
+    samples = ", ".join(f"{split} {count}" for split, count in result["samples"].items())
+    seeds = list(dict.fromkeys(run["seed"] for run in result["runs"]))
+    title = f"{result['task']} ({samples}), {result['parameters'] / 1e6:.1f} M parameters, seeds {seeds}"
+    grid = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD)
+    first = next(iter(result["summary"].values()))
+    columns = [(split, metric) for split, metrics in first.items() for metric in metrics]
+    grid.add_column("method")
+    for split, metric in columns:
+        name = metric if len(first) == 1 else f"{metric}, {split.removeprefix('validation_')}"
+        grid.add_column(name, justify="right")
+    grid.add_column("train s", justify="right")
+    for method, metrics in result["summary"].items():
+        cells = [_cell(metrics[split][metric]) for split, metric in columns]
+        seconds = [run["train"]["train_runtime"] for run in result["runs"] if run["method"] == method]
+        grid.add_row(method, *cells, f"{statistics.fmean(seconds):.1f}")
+    return grid
+
+
+def _cell(spread: dict[str, Any]) -> str:
+    mean = f"{spread['mean']:.4f}"
+    return mean if spread["std"] is None else f"{mean} ± {spread['std']:.4f}"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        corpus = prepare(arguments.model, arguments.data)
+    except (ValueError, OSError) as error:  # of the arguments; what fails later is shown in full
+        raise SystemExit(f"run_glue.py: {error}") from error
+    if arguments.training.threads is not None:
+        torch.set_num_threads(arguments.training.threads)
+    runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    file = Path(str(arguments.training.output_dir)) / "results.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.training.all_seeds:
+        for method in arguments.noise.methods:
+            runs.append(run(method, arguments.noise, arguments.training.of_run(method, seed), corpus))
+            # After each run: whoever stops early keeps what there is.
+            result = results(arguments, corpus, runs)
+            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(table(result))
+    console.print(f"Everything: {file}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
