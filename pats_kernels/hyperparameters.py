@@ -113,7 +113,7 @@ class AdamWHyperparameters(Hyperparameters):
         if isinstance(self.lr, Tensor):
             if self.lr.numel() != 1 or self.lr.dtype != torch.float32:
                 described = f"{self.lr.dtype} of shape {tuple(self.lr.shape)}"
-                raise ValueError(f"Invalid lr: {described} (a tensor lr must be float32 with one element)")
+                raise ValueError(f"Invalid lr: {described} (must be one element, and float32 on a GPU)")
         else:
             _require_real("lr", self.lr)
         _require_decay_rates("betas", self.betas)
@@ -185,7 +185,7 @@ def _plain(name: str, value: Any) -> Any:
     YAML give it, as a tuple."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, Tensor) and (name != "lr" or value.device.type == "cpu"):
+    if isinstance(value, Tensor) and value.numel() == 1 and (name != "lr" or value.device.type == "cpu"):
         return value.item()
     return value
 
@@ -194,7 +194,7 @@ def _in_range(value: Any, low: float, high: float) -> bool:
     """low <= value < high for a real number; False for NaN and for anything else."""
     try:
         return low <= float(value) < high and not isinstance(value, (str, bool))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several elements
         return False
 
 

@@ -283,19 +283,29 @@ def check_step(
     param_dtype, state_dtype = dtypes
     u = ROUNDOFF.get(param_dtype, ROUNDOFF_32)
     low_bits, high_bits = random_halves(h, old.w.size)
-    finite = np.isfinite(old.g)
+    check_averages(old, new, h, state_dtype, high_bits, u, where)
+    value, error = noised(old, h, tolerance, u, gates_of_averages(old, new, h, u))
+    assert_between(new.w, *stored_bounds(value, error, param_dtype, low_bits), f"{where}: w")
 
+
+def check_averages(
+    old: Values,
+    new: Values,
+    h: Hyper,
+    dtype: torch.dtype,
+    random: oracle.Words | None,
+    u: float,
+    where: str,
+) -> None:
+    finite = np.isfinite(old.g)
     S, U = oracle.averages(old.w, old.g, old.S, old.U, h)
     error_S, error_U = averages_error(old, S, h, u)
-    low, high = stored_bounds(S, np.where(finite, error_S, 0), state_dtype, high_bits)
+    low, high = stored_bounds(S, np.where(finite, error_S, 0), dtype, random)
     assert_between(new.S, np.maximum(low, 0), high, f"{where}: S")
     if U is not None and new.U is not None:
-        low, high = stored_bounds(U, np.where(finite, error_U, 0), state_dtype, high_bits)
+        low, high = stored_bounds(U, np.where(finite, error_U, 0), dtype, random)
         assert_between(new.U, np.maximum(low, 0), high, f"{where}: U")
     check_stats(new, f"{where}: sens_stats")
-
-    value, error = noised(old, new, h, tolerance, u)
-    assert_between(new.w, *stored_bounds(value, error, param_dtype, low_bits), f"{where}: w")
 
 
 def random_halves(h: Hyper, numel: int) -> tuple[oracle.Words | None, oracle.Words | None]:
@@ -312,16 +322,23 @@ def stored_bounds(
     return stored(value - error, dtype, random), stored(value + error, dtype, random)
 
 
-def noised(old: Values, new: Values, h: Hyper, tolerance: Tolerance, u: float) -> tuple[Array, Array]:
-    """The weight with the noise that the new averages call for, and how far off it may be.
+Gates = tuple[Array, Array, Array]  # the least that each may be, what it is, and the most
+
+
+def gates_of_averages(old: Values, new: Values, h: Hyper, u: float) -> Gates:
+    used = new.stats if h.normalization == "exact" else old.stats
+    low, exact, high = (np.where(np.isfinite(old.g), a, 0) for a in gate_bounds(new.S, new.U, used, h, u))
+    return low, exact, high
+
+
+def noised(old: Values, h: Hyper, tolerance: Tolerance, u: float, gates: Gates) -> tuple[Array, Array]:
+    """The weight with the noise that its gate lets through, and how far off it may be.
 
     tolerance.z off in z; tolerance.gate and `gate_bounds` in the gate; five roundings in the product
     noise_scale * a * z (float32's noise_scale is one); one in the sum. Where the gate is closed, nothing:
     not one bit gets through.
     """
-    used = new.stats if h.normalization == "exact" else old.stats
-    bounds = gate_bounds(new.S, new.U, used, h, u)
-    low, exact, high = (np.where(np.isfinite(old.g), a, 0) for a in bounds)
+    low, exact, high = gates
     z = oracle.normal(h, np.arange(old.w.size))
     moved = h.noise_scale * exact * z
     gate_error = np.maximum(high - exact, exact - low) + tolerance.gate
@@ -356,7 +373,7 @@ def check_stats(new: Values, what: str) -> None:
     assert_between(new.stats, expected - slack, expected + slack, what)
 
 
-def gate_bounds(S: Array, U: Array | None, stats: Array, h: Hyper, u: float) -> tuple[Array, Array, Array]:
+def gate_bounds(S: Array, U: Array | None, stats: Array, h: Hyper, u: float) -> Gates:
     """The least the gate may be, what it is, and the most: 1/q is right to 16 roundings, so is gamma."""
     q = oracle.score(S, U, stats, h.uncertainty)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -369,7 +386,7 @@ def gate_bounds(S: Array, U: Array | None, stats: Array, h: Hyper, u: float) -> 
 
 def decided(old: Values, new: Values, h: Hyper, tolerance: Tolerance) -> float:
     """The share of bfloat16 weights for which `check_step` allows one value only."""
-    value, error = noised(old, new, h, tolerance, ROUNDOFF_32)
+    value, error = noised(old, h, tolerance, ROUNDOFF_32, gates_of_averages(old, new, h, ROUNDOFF_32))
     low, high = stored_bounds(value, error, torch.bfloat16, random_halves(h, old.w.size)[0])
     return float(np.mean(low == high))
 
@@ -377,9 +394,8 @@ def decided(old: Values, new: Values, h: Hyper, tolerance: Tolerance) -> float:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    if a.numel() == 0:
-        return True
-    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+    flat = (torch.empty(t.numel(), dtype=t.dtype).copy_(t.detach().reshape(-1)) for t in (a, b))
+    return torch.equal(*(t.view(torch.uint8) for t in flat))
 
 
 def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:

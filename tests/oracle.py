@@ -132,3 +132,31 @@ def step(state: State, g: Array, h: Hyper) -> tuple[State, int]:
     a = np.where(finite, gate(q, h.gamma), 0)
     w = state.w + h.noise_scale * a * normal(h, np.arange(state.w.size))
     return State(w, S, U, stats), int((~finite).sum())
+
+
+# ---- AdamW (Loshchilov, Hutter, ICLR 2019), as torch.optim.AdamW documents it
+
+
+class AdamW(NamedTuple):
+    """One tensor's hyperparameters of AdamW, and where its sensitivity comes from."""
+
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    maximize: bool = False
+    sensitivity: str = "ema"
+
+
+def moments(g: Array, m: Array, v: Array, a: AdamW) -> tuple[Array, Array]:
+    g = -g if a.maximize else g
+    return a.betas[0] * m + (1 - a.betas[0]) * g, a.betas[1] * v + (1 - a.betas[1]) * g**2
+
+
+def corrected(m: Array, v: Array, a: AdamW, t: int) -> tuple[Array, Array]:
+    """Without their bias towards 0."""
+    return m / (1 - a.betas[0] ** t), v / (1 - a.betas[1] ** t)
+
+
+def adamw(w: Array, m_hat: Array, v_hat: Array, a: AdamW) -> Array:
+    return w - a.lr * a.weight_decay * w - a.lr * m_hat / (np.sqrt(v_hat) + a.eps)
