@@ -112,8 +112,7 @@ class AdamWHyperparameters(Hyperparameters):
         Hyperparameters.__post_init__(self)
         if isinstance(self.lr, Tensor):
             if self.lr.numel() != 1 or self.lr.dtype != torch.float32:
-                described = f"{self.lr.dtype} of shape {tuple(self.lr.shape)}"
-                raise ValueError(f"Invalid lr: {described} (must be one element, and float32 on a GPU)")
+                raise ValueError(f"Invalid lr: {self.lr!r} (must have one element, and be float32 on a GPU)")
         else:
             _require_real("lr", self.lr)
         _require_decay_rates("betas", self.betas)

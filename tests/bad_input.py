@@ -38,6 +38,24 @@ BAD_HYPERPARAMETERS: list[tuple[str, Any, str]] = [
     ("seed", "1", "[0, 2^64)"),
 ]
 
+BAD_ADAMW_HYPERPARAMETERS: list[tuple[str, Any, str]] = [
+    ("lr", -1.0, ">= 0"),
+    ("lr", math.nan, ">= 0"),
+    ("lr", torch.tensor(-1.0), ">= 0"),
+    ("lr", torch.zeros(2), "one element"),
+    ("lr", "1e-3", ">= 0"),
+    ("betas", (1.0, 0.9), "[0, 1)"),
+    ("betas", (0.9, -0.1), "[0, 1)"),
+    ("betas", (0.9,), "[0, 1)"),
+    ("eps", -1e-8, ">= 0"),
+    ("eps", math.inf, ">= 0"),
+    ("weight_decay", -0.1, ">= 0"),
+    ("maximize", 2, "True, False"),
+    ("sensitivity", "gradient", "'ema', 'moments'"),
+    ("amsgrad", True, "False"),
+    ("differentiable", True, "False"),
+]
+
 
 def assert_names(error: pytest.ExceptionInfo[Exception], *parts: object) -> None:
     missing = [part for part in parts if str(part) not in str(error.value)]
