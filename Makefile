@@ -17,10 +17,12 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Triton decides at import whether it interprets its kernels, so they have a run of their own.
+# Triton decides at import whether it interprets its kernels, so they have a run of their own. A process a core,
+# of one thread each; tests of threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8
 test: setup
-	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m backend
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m backend
 
 # AdamW against PATS with the Hugging Face Trainer, offline: a small BERT learns a grammar's sentences.
 finetune: setup

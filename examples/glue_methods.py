@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pats_kernels import PATSAdamW
+from pats_kernels.hf import PATSCallback
 
 NOT_GIVEN = -1.0  # a number whose default hangs on others
 METHODS = ("adamw", "noise", "noisytune", "pats")
@@ -94,9 +95,7 @@ def callbacks(method: str, noise: MethodArguments, training: TrainingArguments) 
     """What a method needs beside its optimizer, and what it logs."""
     if method == "noise":
         return [NoiseCallback(noise.noise_scale, training.seed)]
-    if method == "pats":
-        return []  # the place of pats_kernels.hf.PATSCallback
-    return []
+    return [PATSCallback()] if method == "pats" else []
 
 
 class NoiseCallback(TrainerCallback):
