@@ -74,7 +74,7 @@ struct AdamW {
   T rate1, beta2, rate2;         // 1 - b_1, b_2, 1 - b_2
   T decay;                       // 1 - lr weight_decay
   T step_size, eps;              // lr sqrt(1 - b_2^t) / (1 - b_1^t), eps sqrt(1 - b_2^t)
-  T m_correction, v_correction;  // 1 / (1 - b_1^t), 1 / (1 - b_2^t), the first a few roundings larger
+  T root_factor, m_factor;       // sqrt(v^) = root_factor sqrt(v), v^ - m^^2 = root_factor^2 (v - (m_factor m)^2)
 };
 
 template <class T>
@@ -88,8 +88,8 @@ PATS_INLINE AdamW<T> adamw_constants(const Row& row, uint32_t step) {
           static_cast<T>(row.lr_tensor ? 1.0 - lr * row.weight_decay : row.decay),
           static_cast<T>(lr * root2 / correction1),
           static_cast<T>(row.eps * root2),
-          static_cast<T>((1.0 + (sizeof(T) == sizeof(double) ? 0x1p-49 : 0x1p-20)) / correction1),
-          static_cast<T>(1.0 / correction2)};
+          static_cast<T>(1.0 / root2),
+          static_cast<T>((1.0 + (sizeof(T) == sizeof(double) ? 0x1p-49 : 0x1p-20)) * root2 / correction1)};
 }
 
 // Row 7.
@@ -100,16 +100,16 @@ PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
 }
 
 // Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few roundings:
-// m_correction puts it below 0, so that these do not decide who gets noise.
+// m_factor, by more than that too large, puts it below 0, so that these do not decide who gets noise.
 template <Uncertainty kUncertainty, class T>
 PATS_INLINE bool moments_sensitivity(const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
-  const T m_hat = m * c.m_correction, v_hat = v * c.v_correction;
-  const T s = magnitude(w) * square_root(v_hat);
+  const T scale = magnitude(w) * c.root_factor, scaled_m = c.m_factor * m;
+  const T s = scale * square_root(v);
   const bool finite = is_finite(s);
   S = finite ? s : T(0);
   U = 0;
   if (kUncertainty != Uncertainty::kNone) {
-    const T u = magnitude(w) * square_root(larger(v_hat - m_hat * m_hat, T(0)));
+    const T u = scale * square_root(larger(v - scaled_m * scaled_m, T(0)));
     U = finite ? u : T(0);
   }
   return finite;

@@ -282,18 +282,16 @@ def _moments(g, m, v, rate1, beta2, rate2):
 
 
 @triton.jit
-def _moments_sensitivity(
-    w, m, v, m_correction, v_correction, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr
-):
-    """Rows 1 to 3 with sensitivity="moments"; m_correction is a few roundings too large, so that v^ - m^^2 is
-    not above 0 where it is 0."""
-    m_hat, v_hat = m * m_correction, v * v_correction
-    S = tl.abs(w) * _sqrt(v_hat, APPROX)
+def _moments_sensitivity(w, m, v, root_factor, m_factor, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr):
+    """Rows 1 to 3 with sensitivity="moments": sqrt(v^) = root_factor sqrt(v), and v^ - m^^2 is root_factor^2
+    (v - (m_factor m)^2). m_factor is a few roundings too large, so that it is not above 0 where it is 0."""
+    scale, scaled_m = tl.abs(w) * root_factor, m_factor * m
+    S = scale * _sqrt(v, APPROX)
     finite = S < float("inf")
-    U = S * 0.0
+    U = S
     if UNCERTAINTY != NONE:
-        U = tl.abs(w) * _sqrt(tl.maximum(v_hat - m_hat * m_hat, 0.0), APPROX)
-    return tl.where(finite, S, 0.0), tl.where(finite, U, 0.0), finite
+        U = tl.where(finite, scale * _sqrt(tl.maximum(v - scaled_m * scaled_m, 0.0), APPROX), 0.0)
+    return tl.where(finite, S, 0.0), U, finite
 
 
 @triton.jit
@@ -376,8 +374,9 @@ def _chunk(
         rate1, rate2 = _number(entry, C_RATE1, FLOAT), _number(entry, C_RATE2, FLOAT)
         correction1 = _bias_correction(entry, C_LOG_BETA1, step, FLOAT)
         correction2 = _bias_correction(entry, C_LOG_BETA2, step, FLOAT)
-        m_correction = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) / correction1
-        v_correction, root2 = 1 / correction2, tl.sqrt(correction2)
+        root2 = tl.sqrt(correction2)
+        root_factor = 1 / root2
+        m_factor = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) * root2 / correction1
         lr, decay = _number(entry, C_LR, FLOAT), _number(entry, C_DECAY, FLOAT)
         lr_tensor = tl.load(entry + C_LR_TENSOR)
         if lr_tensor != 0:
@@ -436,7 +435,7 @@ def _chunk(
                 S = tl.abs(S)
                 tl.store(s_at, S.to(STATE), mask=(finite == 0) if mask is None else mask & (finite == 0))
         elif FORM == MOMENTS_ADAMW:
-            S, U, finite = _moments_sensitivity(w, m, v, m_correction, v_correction, UNCERTAINTY, APPROX)
+            S, U, finite = _moments_sensitivity(w, m, v, root_factor, m_factor, UNCERTAINTY, APPROX)
 
         if SUMS:
             sum_s += _sum_groups(S, BLOCK)
