@@ -2,8 +2,8 @@
 
     python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100] [--json FILE]
 
-Every form of the step is compiled offline for the architecture and its machine code is read: registers, stack,
-spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
+Every form of the step is compiled offline for the architecture and its machine code is read: registers,
+stack, spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
 chunk's blocks counts once for each block, the others once for each chunk, so that the figure is what a
 thread really executes on full, aligned chunks, table look-ups and the reduction of the statistics included.
 """
@@ -33,7 +33,7 @@ from pats_kernels.plan import LaunchKey
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PHASES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
 FORMS = get_args(Form)
-# Of parameter and state, beside float32. Each is compiled for seconds: AdamW's forms have the one that matters.
+# Of parameter and state, beside float32. Each takes seconds, so AdamW's forms have the one that matters most.
 OTHER_DTYPES = {
     "pats": (
         (torch.float32, torch.bfloat16),
@@ -59,7 +59,8 @@ POINTERS = {
 @dataclass(frozen=True)
 class Report:
     """One kernel's machine code. Registers, stack and spills are those of the kernel as it runs; widths, in
-    bits with their counts, and instructions an element are those of its path for full, aligned chunks."""
+    bits with their counts, and instructions an element are those of its path for full, aligned chunks, whose
+    own spills are beside them."""
 
     kernel: str
     form: str
@@ -70,6 +71,7 @@ class Report:
     registers: int
     stack_bytes: int
     spills: int
+    full_path_spills: int
     load_bits: dict[int, int]
     store_bits: dict[int, int]
     instructions_per_element: float | None
@@ -151,8 +153,8 @@ def launch_key(
 
 
 def combinations() -> list[tuple[LaunchKey, str]]:
-    """What is reported: every form in float32 with all phases, and in one pass the uncertainties of PATS alone
-    and the other dtypes."""
+    """What is reported: every form in float32 with all phases, and in one pass the other dtypes and the
+    uncertainties of PATS alone."""
     chosen = [
         (launch_key(form, normalization="delayed" if phase == "one pass" else "exact"), phase)
         for form in FORMS
@@ -189,6 +191,7 @@ def report(key: LaunchKey, phase: str, arch: str) -> Report:
         registers=whole.registers,
         stack_bytes=whole.stack_bytes,
         spills=whole.count("LDL", "STL"),
+        full_path_spills=full.count("LDL", "STL"),
         load_bits=full.widths("LDG"),
         store_bits=full.widths("STG"),
         instructions_per_element=round(executed * threads / backend.CHUNK, 1),
@@ -208,6 +211,7 @@ def statistics_report(arch: str) -> Report:
         registers=sass.registers,
         stack_bytes=sass.stack_bytes,
         spills=sass.count("LDL", "STL"),
+        full_path_spills=sass.count("LDL", "STL"),
         load_bits=sass.widths("LDG"),
         store_bits=sass.widths("STG"),
         instructions_per_element=None,  # it reads partial sums, not elements
