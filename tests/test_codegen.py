@@ -16,7 +16,6 @@ from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
 from pats_kernels.hyperparameters import Form, Uncertainty
 
-
 SPILLS_IN_RARE_PATHS = {("moments_adamw", "one pass", "sm_100")}  # tails, strides: 24 at 64 registers
 
 
