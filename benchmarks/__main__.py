@@ -42,18 +42,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=REPEATS, default=device)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and state")
     parser.add_argument(
-        "--optimizer", choices=("none", "adamw"), default="none", help="what follows the PATS step"
+        "--optimizer", choices=variants.OPTIMIZERS, default="none", help="what follows the PATS step"
     )
-    parser.add_argument("--variants", type=variant_names, default=variants.NAMES, help="comma-separated")
+    parser.add_argument(
+        "--variants", type=variant_names, metavar="NAMES", help=f"of {','.join(variants.NAMES)}; default: all"
+    )
     parser.add_argument("--normalization", choices=get_args(Normalization), default="delayed")
-    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="of the fused variant")
+    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="of this package's")
     parser.add_argument("--repeats", type=positive, help="timed steps of each variant")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU")
     parser.add_argument("--text", type=Path, help="what the gradients are of; default: the project's README")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     options = parser.parse_args(arguments)
+    known = variants.names(options.optimizer)
+    options.variants = options.variants or known
     try:
+        for name in options.variants:
+            if name not in known:
+                raise ValueError(f"{name!r} needs --optimizer adamw: it is {variants.MEANINGS[name]}")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"no GPU: torch {torch.__version__} finds no CUDA device")
         models.config(options.model)

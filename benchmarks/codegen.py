@@ -2,8 +2,8 @@
 
     python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100] [--json FILE]
 
-Every kernel is compiled offline for the architecture and its machine code is read: registers, stack,
-spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
+Every form of the step is compiled offline for the architecture and its machine code is read: registers,
+stack, spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
 chunk's blocks counts once for each block, the others once for each chunk, so that the figure is what a
 thread really executes on full, aligned chunks, table look-ups and the reduction of the statistics included.
 """
@@ -14,10 +14,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -28,12 +27,24 @@ from triton.compiler import ASTSource
 
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
-from pats_kernels.hyperparameters import Normalization, Uncertainty, Variant
-from pats_kernels.plan import PARAM_DTYPES, STATE_DTYPES, LaunchKey
+from pats_kernels.hyperparameters import Form, Normalization, Uncertainty, Variant
+from pats_kernels.plan import LaunchKey
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-PHASES: dict[Normalization, tuple[str, ...]] = {"delayed": ("one pass",), "exact": ("averages", "noise")}
-PHASE_VALUES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
+PHASES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
+FORMS = get_args(Form)
+# Of parameter and state, beside float32. Each takes seconds, so AdamW's forms have the one that matters most.
+OTHER_DTYPES = {
+    "pats": (
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ),
+    "pats_adamw": ((torch.bfloat16, torch.bfloat16),),
+    "moments_adamw": ((torch.bfloat16, torch.bfloat16),),
+}
 POINTERS = {
     "table": "*i64",
     "layout": "*i64",
@@ -48,9 +59,11 @@ POINTERS = {
 @dataclass(frozen=True)
 class Report:
     """One kernel's machine code. Registers, stack and spills are those of the kernel as it runs; widths, in
-    bits with their counts, and instructions an element are those of its path for full, aligned chunks."""
+    bits with their counts, and instructions an element are those of its path for full, aligned chunks, whose
+    own spills are beside them."""
 
     kernel: str
+    form: str
     param_dtype: str
     state_dtype: str
     uncertainty: str
@@ -58,6 +71,7 @@ class Report:
     registers: int
     stack_bytes: int
     spills: int
+    full_path_spills: int
     load_bits: dict[int, int]
     store_bits: dict[int, int]
     instructions_per_element: float | None
@@ -127,29 +141,34 @@ def _cuobjdump(option: str, path: str) -> str:
     return result.stdout + result.stderr
 
 
-def variants() -> Iterator[tuple[LaunchKey, str]]:
-    """Every combination of dtypes, and for float32 every form of the uncertainty, in every phase."""
-    dtypes = [
-        (param, state)
-        for param in PARAM_DTYPES
-        for state in STATE_DTYPES
-        if state != torch.float64 or param == torch.float64
+def launch_key(
+    form: Form = "pats",
+    param: torch.dtype = torch.float32,
+    state: torch.dtype = torch.float32,
+    uncertainty: Uncertainty = "product",
+    normalization: Normalization = "delayed",
+) -> LaunchKey:
+    variant = Variant(form, uncertainty, normalization, stochastic_rounding=True)
+    return LaunchKey(torch.device("cuda"), param, state, variant)
+
+
+def combinations() -> list[tuple[LaunchKey, str]]:
+    """What is reported: every form in float32 with all phases, and in one pass the other dtypes and the
+    uncertainties of PATS alone."""
+    chosen = [
+        (launch_key(form, normalization="delayed" if phase == "one pass" else "exact"), phase)
+        for form in FORMS
+        for phase in PHASES
     ]
-    forms: list[tuple[torch.dtype, torch.dtype, Uncertainty]]
-    forms = [(torch.float32, torch.float32, "ucb"), (torch.float32, torch.float32, "none")]
-    for param, state in dtypes:
-        forms.append((param, state, "product"))
-    for param, state, uncertainty in forms:
-        for normalization, phases in PHASES.items():
-            variant = Variant("pats", uncertainty, normalization, stochastic_rounding=True)
-            key = LaunchKey(torch.device("cuda"), param, state, variant)
-            yield from ((key, phase) for phase in phases)
+    chosen += [(launch_key(uncertainty=uncertainty), "one pass") for uncertainty in ("ucb", "none")]
+    dtypes = [(form, *pair) for form in FORMS for pair in OTHER_DTYPES[form]]
+    return chosen + [(launch_key(*one), "one pass") for one in dtypes]
 
 
 def report(key: LaunchKey, phase: str, arch: str) -> Report:
     """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
     constants = backend.specialization(key) | {
-        "PHASE": PHASE_VALUES[phase],
+        "PHASE": PHASES[phase],
         "APPROX": key.param_dtype != torch.float64,
         "grad_scale": None,
         "found_inf": None,
@@ -164,6 +183,7 @@ def report(key: LaunchKey, phase: str, arch: str) -> Report:
     executed = len(full.instructions) - loop + loop * blocks
     return Report(
         kernel=f"pats_kernel, {phase}",
+        form=key.variant.form,
         param_dtype=_name(key.param_dtype),
         state_dtype=_name(key.state_dtype),
         uncertainty=key.variant.uncertainty,
@@ -171,6 +191,7 @@ def report(key: LaunchKey, phase: str, arch: str) -> Report:
         registers=whole.registers,
         stack_bytes=whole.stack_bytes,
         spills=whole.count("LDL", "STL"),
+        full_path_spills=full.count("LDL", "STL"),
         load_bits=full.widths("LDG"),
         store_bits=full.widths("STG"),
         instructions_per_element=round(executed * threads / backend.CHUNK, 1),
@@ -182,6 +203,7 @@ def statistics_report(arch: str) -> Report:
     sass = compile_kernel(kernels.statistics_kernel, constants, arch, {"num_warps": 4})
     return Report(
         kernel="statistics_kernel",
+        form="any",
         param_dtype="any",
         state_dtype="any",
         uncertainty="any",
@@ -189,6 +211,7 @@ def statistics_report(arch: str) -> Report:
         registers=sass.registers,
         stack_bytes=sass.stack_bytes,
         spills=sass.count("LDL", "STL"),
+        full_path_spills=sass.count("LDL", "STL"),
         load_bits=sass.widths("LDG"),
         store_bits=sass.widths("STG"),
         instructions_per_element=None,  # it reads partial sums, not elements
@@ -201,7 +224,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def print_table(reports: list[Report]) -> None:
     table = Table(title=f"Triton {triton.__version__}, {reports[0].arch}")
-    for column in ("kernel", "param", "state", "uncertainty"):
+    for column in ("kernel", "form", "param", "state", "uncertainty"):
         table.add_column(column)
     for column in ("registers", "stack", "spills", "loads", "stores", "SASS / element"):
         table.add_column(column, justify="right")
@@ -212,7 +235,7 @@ def print_table(reports: list[Report]) -> None:
         )
         instructions = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.1f}"
         numbers = (str(r.registers), str(r.stack_bytes), str(r.spills), *accesses, instructions)
-        table.add_row(r.kernel, r.param_dtype, r.state_dtype, r.uncertainty, *numbers)
+        table.add_row(r.kernel, r.form, r.param_dtype, r.state_dtype, r.uncertainty, *numbers)
     Console(width=140).print(table)
 
 
@@ -223,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    reports = [report(key, phase, options.arch) for key, phase in variants()]
+    reports = [report(key, phase, options.arch) for key, phase in combinations()]
     reports.append(statistics_report(options.arch))
     print_table(reports)
     if options.json:

@@ -34,7 +34,6 @@ BENCHMARK_SECONDS = 120.0
 COMPILE_SECONDS = 240.0
 KEPT_OUTPUT = 4000  # characters of a failed part's output
 DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("none", "adamw")
 MODELS = {"cuda": ("bert-base-uncased", "bert-large-uncased"), "cpu": ("tiny",)}
 
 
@@ -108,18 +107,22 @@ def driver() -> str | None:
 def parts(device: str) -> list[Part]:
     """What is to be run; what compiles comes last, as it may take all the time that is left."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "--junitxml")
-    quick = [name for name in variants.NAMES if name != "compile"]
     benchmarks = [
-        benchmark(model, device, dtype, optimizer, quick, BENCHMARK_SECONDS)
-        for optimizer in OPTIMIZERS
+        benchmark(model, device, dtype, optimizer, quick(optimizer), BENCHMARK_SECONDS)
+        for optimizer in variants.OPTIMIZERS
         for model in MODELS[device]
         for dtype in DTYPES
     ]
     compiled = [
-        benchmark(MODELS[device][0], device, dtype, "none", variants.NAMES, COMPILE_SECONDS)
+        benchmark(MODELS[device][0], device, dtype, "none", variants.names("none"), COMPILE_SECONDS)
         for dtype in DTYPES
     ]
     return [Part("tests/gpu", pytest, read_junit, TEST_SECONDS), *benchmarks, *compiled]
+
+
+def quick(optimizer: str) -> list[str]:
+    """The contestants that need not be compiled for minutes."""
+    return [name for name in variants.names(optimizer) if name != "compile"]
 
 
 def benchmark(

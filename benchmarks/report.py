@@ -12,13 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import variants
 from benchmarks.results import Report, Row, gigabytes_per_second
 
-FUSED, COMPETITOR, YARDSTICK = "#0b6e4f", "#9db4c0", "#d8d8d8"
+FUSED, OURS, COMPETITOR, YARDSTICK = "#0b6e4f", "#7fb69f", "#9db4c0", "#d8d8d8"
 ADAMW = "AdamW (fused)"
 BAR = 0.62  # a bar's height, where 1 leaves no gap
 QUIET = 1.0  # the run itself, started before, counts too
-WIDTH = 110  # columns, where there is no terminal to ask
+WIDTH = 120  # columns, where there is no terminal to ask
 
 
 def show(report: Report, console: Console) -> None:
@@ -39,6 +40,8 @@ def show(report: Report, console: Console) -> None:
     for row in report["results"]:
         if row["configuration"] is not None:
             console.print(f"{row['variant']}: the fastest here was {row['configuration']!r}.")
+        if row["optimizer"] == "adamw" and row["variant"] in variants.MEANINGS:
+            console.print(f"{row['variant']}: {variants.MEANINGS[row['variant']]}.", markup=False)
     if report["kept_freed_memory"] and report["device"] == "cpu":
         console.print("malloc keeps freed memory, for all alike: eager torch is much slower without.")
     if report["load_before"] > QUIET:
@@ -51,8 +54,9 @@ def show(report: Report, console: Console) -> None:
 def _table(report: Report) -> Table:
     table = Table(title=_title(report), title_style="bold", caption=_caption(report), box=box.SIMPLE_HEAD)
     table.add_column("variant", no_wrap=True)
-    columns = ("ms", "p10 - p90", "ns/param", "GB/s", "of a copy", "speedup", "x AdamW", "extra MB")
-    for column in columns:
+    attached = _median_of(report, "attached")
+    relative = ("x AdamW", "x attached") if attached is not None else ("x AdamW",)
+    for column in ("ms", "p10 - p90", "ns/param", "GB/s", "of a copy", "speedup", *relative, "extra MB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in report["results"]:
         speedup = row["speedup_vs_eager"]
@@ -64,7 +68,11 @@ def _table(report: Report) -> Table:
             f"{row['gbps']:.1f}",
             f"{row['fraction_of_copy']:.0%}",
             f"{speedup:.1f}" if speedup is not None else "",
-            f"{row['median_ms'] / report['adamw_fused_ms']:.2f}",
+            *(
+                f"{row['median_ms'] / ms:.2f}"
+                for ms in (report["adamw_fused_ms"], attached)
+                if ms is not None
+            ),
             f"{row['peak_extra_bytes'] / 1e6:.1f}",
             style="bold green" if row["variant"] == "fused" else None,
         )
@@ -144,7 +152,14 @@ def _label(row: Row) -> str:
 
 
 def _color(row: Row) -> str:
-    return FUSED if row["variant"] == "fused" else COMPETITOR
+    if row["variant"] == "fused":
+        return FUSED
+    return OURS if row["variant"] in variants.OURS else COMPETITOR
+
+
+def _median_of(report: Report, variant: str) -> float | None:
+    """A contestant's time, if it took part."""
+    return next((row["median_ms"] for row in report["results"] if row["variant"] == variant), None)
 
 
 def _adamw_gbps(report: Report) -> float:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from benchmarks import machine, models, timing, variants
 from benchmarks.results import Report, adamw_bytes, gigabytes_per_second, row
-from benchmarks.timing import Step
-from benchmarks.variants import Contestant, Tensors
-from pats_kernels.hyperparameters import Hyperparameters, Normalization
+from benchmarks.variants import Contestant, Task, Tensors
+from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization
 
 LEARNING_RATE = 1e-6  # small: the parameters shall stay those of the model through hundreds of steps
 COPY, ADAMW = "a copy", "fused AdamW"
@@ -39,13 +37,13 @@ def run(settings: Settings, tell: Progress) -> Report:
         RuntimeError: the fused step cannot run with this backend here.
     """
     described = machine.prepare(settings.device)
-    h = Hyperparameters(normalization=settings.normalization)
+    h = AdamWHyperparameters(normalization=settings.normalization, lr=LEARNING_RATE)
     tell(f"one backward pass of {settings.model}")
     gradients = models.gradients(settings.model, settings.text, settings.device, settings.dtype)
-    tensors = Tensors.fresh(gradients)
-    adamw = torch.optim.AdamW(tensors.params, lr=LEARNING_RATE, fused=True)
-    contestants, errors = _contestants(settings, tensors, h, tell)
-    steps = {c.name: _with_optimizer(c.step, settings.optimizer, adamw) for c in contestants}
+    task = Task(Tensors.fresh(gradients), h, settings.optimizer, settings.backend)
+    adamw = variants.torch_adamw(task, fused=True)
+    contestants, errors = _contestants(settings.variants, task, tell)
+    steps = {c.name: c.step for c in contestants}
     copy, copied = timing.copy_step(settings.device)
     times = timing.interleave(
         {COPY: copy, ADAMW: adamw.step, **steps},
@@ -65,12 +63,13 @@ def run(settings: Settings, tell: Progress) -> Report:
         "copy_gbps": copy_gbps,
         "adamw_fused_ms": times[ADAMW].median,
         "adamw_fused_bytes_per_param": adamw_bytes(settings.dtype),
-        "host_us_per_tensor": _host_us(settings, len(gradients.params), h),
+        "host_us_per_tensor": _host_us(settings.variants, task),
         "errors": errors,
         "results": [
             row(
                 variant=c.name,
                 backend=c.backend,
+                form=c.form,
                 configuration=c.configuration,
                 optimizer=settings.optimizer,
                 dtype=settings.dtype,
@@ -86,40 +85,28 @@ def run(settings: Settings, tell: Progress) -> Report:
     }
 
 
-def _host_us(settings: Settings, tensors: int, h: Hyperparameters) -> float | None:
+def _host_us(names: tuple[str, ...], task: Task) -> float | None:
     """The fused step's, where it takes part."""
-    if "fused" not in settings.variants:
-        return None
-    return variants.host_us_per_tensor(tensors, h, settings.backend, settings.device)
+    return variants.host_us_per_tensor(len(task.tensors.params), task) if "fused" in names else None
 
 
 def _contestants(
-    settings: Settings, tensors: Tensors, h: Hyperparameters, tell: Progress
+    names: tuple[str, ...], task: Task, tell: Progress
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Those that can run, and why the others cannot: a compiler may be missing, the memory too small.
 
-    Only the fused one's failure is raised: the benchmark is about it.
+    Only this package's failures are raised: the benchmark is about it.
     """
     ready: list[Contestant] = []
     errors: dict[str, str] = {}
-    for name in settings.variants:
+    for name in names:
         tell(f"preparing {name}")
         try:
-            contestant = variants.contestant(name, tensors, h, settings.backend)
+            contestant = variants.contestant(name, task)
             contestant.step()
             ready.append(contestant)
         except Exception as error:
-            if name == "fused":
+            if name in variants.OURS:
                 raise
             errors[name] = f"{type(error).__name__}: {error}"
     return ready, errors
-
-
-def _with_optimizer(step: Step, optimizer: str, adamw: torch.optim.AdamW) -> Step:
-    """What is timed: the contestant's step, followed by AdamW's where that is asked for."""
-    return partial(_both, step, adamw.step) if optimizer == "adamw" else step
-
-
-def _both(first: Step, second: Step) -> None:
-    first()
-    second()

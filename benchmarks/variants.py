@@ -1,44 +1,48 @@
 """The contestants: the same step as a first draft, a careful rewrite, a compiled one, and this package's.
 
-All of them move S and U exactly as `pats_kernels.reference` does and draw their noise as is usual for
-them. The first three leave out what costs them extra: the guard against gradients that are not finite,
-and noise that does not depend on the order of the draws.
+The first three are `benchmarks.formulas`. Where AdamW follows, each takes the AdamW that goes with it, and
+this package takes part three times: attached to torch's AdamW, in one pass, and without any state of its own.
+All work on the same parameters and gradients, with state of the same size and dtype.
 """
 
-# pyright: reportPrivateImportUsage=false
-# torch's foreach functions are its optimizers' own, and private.
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks.formulas import bias_corrections, foreach_update_, update_
 from benchmarks.models import Gradients
 from benchmarks.timing import Step, milliseconds
-from pats_kernels import PATS, backends
-from pats_kernels.hyperparameters import Hyperparameters
+from pats_kernels import PATS, PATSAdamW, backends
+from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters, Sensitivity, defaults_of
+from pats_kernels.state import keys_of
 
-SMALLEST = torch.finfo(torch.float32).tiny
 TRIALS = 3  # of each configuration of a contestant that has several
 HOST_STEPS = 50
+GRAPHS = 32  # more than a compiled function has: one for each range of sizes and way to ask
+OPTIMIZERS = ("none", "adamw")  # what may follow the PATS step
 
-Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of `Tensors`: all that one parameter's update needs
+Row = tuple[Tensor, Tensor, list[Tensor], Tensor]  # one parameter's w, g, [S, U] or [S, U, m, v], statistics
 
 
 @dataclass(slots=True)
 class Tensors:
-    """What a step reads and writes, as parallel lists."""
+    """What a step reads and writes, as parallel lists, but for `steps`: as many counters as one keeps."""
 
     params: list[Tensor]
     grads: list[Tensor]
     exp_avg_sens: list[Tensor]
     exp_avg_unc: list[Tensor]
     sens_stats: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    steps: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def fresh(cls, gradients: Gradients) -> "Tensors":
@@ -46,177 +50,201 @@ class Tensors:
         params, grads = gradients
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
-        return cls(
-            params,
-            grads,
-            [torch.zeros_like(param) for param in params],
-            [torch.zeros_like(param) for param in params],
-            [torch.zeros(2, device=param.device) for param in params],
-        )
+        S, U, m, v = ([torch.zeros_like(param) for param in params] for _ in range(4))
+        return cls(params, grads, S, U, [torch.zeros(2, device=param.device) for param in params], m, v)
 
     @property
     def device(self) -> torch.device:
         return self.params[0].device
 
-    def rows(self) -> list[Row]:
-        averages = self.exp_avg_sens, self.exp_avg_unc, self.sens_stats
-        return list(zip(self.params, self.grads, *averages, strict=True))
+    def averages(self, optimizer: str) -> list[list[Tensor]]:
+        """S and U, and where AdamW follows m and v."""
+        moments = [self.exp_avg, self.exp_avg_sq] if optimizer == "adamw" else []
+        return [self.exp_avg_sens, self.exp_avg_unc, *moments]
+
+    def rows(self, optimizer: str) -> list[Row]:
+        state = map(list, zip(*self.averages(optimizer), strict=True))
+        return list(zip(self.params, self.grads, state, self.sens_stats, strict=True))
+
+
+class Task(NamedTuple):
+    """What every contestant has to do.
+
+    Attributes:
+        h: those of AdamW matter only where it follows.
+        optimizer: what follows the PATS step, one of `OPTIMIZERS`.
+        backend: of this package's contestants.
+    """
+
+    tensors: Tensors
+    h: AdamWHyperparameters
+    optimizer: str = "none"
+    backend: str = "auto"
 
 
 class Contestant(NamedTuple):
-    """A step, what runs it, and the tensors it updates; `configuration` where it chose among several."""
+    """A step, what runs it, and the tensors it updates.
+
+    Attributes:
+        form: what it has to move, one of `results.ACCESSES`.
+        configuration: the one it chose, where it has several.
+    """
 
     name: str
     backend: str
+    form: str
     step: Step
     tensors: Tensors
     configuration: str | None = None
 
 
-def contestant(name: str, tensors: Tensors, h: Hyperparameters, backend: str = "auto") -> Contestant:
-    """The contestant called `name`, one of `NAMES`; `backend` is the fused one's."""
-    if name == "fused":
-        return fused(tensors, h, backend)
-    return _BASELINES[name](tensors, h)
+def contestant(name: str, task: Task) -> Contestant:
+    """The contestant called `name`, one of `names(task.optimizer)`."""
+    return _CONTESTANTS[name](task)
 
 
-def eager(tensors: Tensors, h: Hyperparameters) -> Contestant:
-    """What a user would write first: a loop over the parameters, the formula line by line."""
-    rows = tensors.rows()
+def names(optimizer: str) -> tuple[str, ...]:
+    """Who takes part where this optimizer follows the PATS step."""
+    return tuple(name for name in NAMES if optimizer == "adamw" or name not in ADAMW_ONLY)
+
+
+def torch_adamw(task: Task, *, foreach: bool | None = None, fused: bool | None = None) -> torch.optim.AdamW:
+    """torch's AdamW in the form that is asked for, with the task's moments as its own.
+
+    The contestants that use it share them: they see the same gradients, and a big model's would not fit
+    many times.
+    """
+    h, tensors = task.h, task.tensors
+    keywords: dict[str, Any] = {"lr": h.lr, "betas": h.betas, "eps": h.eps, "weight_decay": h.weight_decay}
+    optimizer = torch.optim.AdamW(tensors.params, **keywords, foreach=foreach, fused=fused)
+    counters = tensors.device if fused else torch.device("cpu")  # as torch places them
+    for param, m, v in zip(tensors.params, tensors.exp_avg, tensors.exp_avg_sq, strict=True):
+        optimizer.state[param] = {"step": torch.zeros((), device=counters), "exp_avg": m, "exp_avg_sq": v}
+    return optimizer
+
+
+def _followed(name: str, backend: str, task: Task, step: Step, **form: bool | None) -> Contestant:
+    """A contestant whose PATS step is `step`; torch's AdamW follows in this form, where one does."""
+    if task.optimizer == "none":
+        return Contestant(name, backend, "pats", step, task.tensors)
+    optimizer = torch_adamw(task, **form)
+    counters = [state["step"] for state in optimizer.state.values()]
+    tensors = replace(task.tensors, steps=counters)
+    return Contestant(name, backend, "pats, adamw", partial(_both, step, optimizer.step), tensors)
+
+
+def _both(first: Step, second: Step) -> None:
+    first()
+    second()
+
+
+def eager(task: Task) -> Contestant:
+    """What a user would write first: a loop over the parameters, the formula line by line, AdamW's too."""
+    rows = task.tensors.rows("none")
 
     @torch.no_grad()
     def step() -> None:
         for row in rows:
-            update_(*row, h)
+            update_(*row, task.h)
 
-    return Contestant("eager", "aten", step, tensors)
-
-
-def update_(
-    param: Tensor, grad: Tensor, exp_avg_sens: Tensor, exp_avg_unc: Tensor, stats: Tensor, h: Hyperparameters
-) -> None:
-    """One tensor's step. `float()` is the tensor itself where it is float32 already, else a copy to store."""
-    b_s, b_u = h.sens_betas
-    w, S, U = param.float(), exp_avg_sens.float(), exp_avg_unc.float()
-    s = (w * grad.float()).abs()
-    S.lerp_(s, 1 - b_s)
-    U.lerp_((s - S).abs(), 1 - b_u)
-    updated = torch.stack((S.mean(), U.mean()))
-    mean_S, mean_U = (updated if h.normalization == "exact" else stats).unbind()
-    q = (S / mean_S) * (U / mean_U)
-    a = torch.tanh((1 / q - h.gamma).clamp(min=0)).nan_to_num(nan=0.0)  # nan: no statistics yet
-    w.add_(a * torch.randn_like(w), alpha=h.noise_scale)
-    stats.copy_(updated)
-    if param.dtype != torch.float32:
-        store_((param, exp_avg_sens, exp_avg_unc), (w, S, U))
+    return _followed("eager", "aten", task, step, foreach=False, fused=False)
 
 
-def store_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Writes one tensor's w, S and U to bfloat16, rounding stochastically: 31 random bits an element.
-
-    The low half is for w, the high half for S and U, as in the package; that they share a bit is harmless.
-    """
-    bits = torch.randint(0, 2**31 - 1, targets[0].shape, dtype=torch.int32, device=targets[0].device)
-    for target, value, shift in zip(targets, values, (0, 15, 15), strict=True):
-        target.copy_(round_stochastically(value, (bits >> shift) & 0xFFFF))
-
-
-def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """A float32 that bfloat16 can hold: a random 16-bit integer added to its bits, the low half cut off."""
-    return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32)
-
-
-def foreach(tensors: Tensors, h: Hyperparameters) -> Contestant:
-    """What a careful user would write: few calls over all tensors, the noise drawn in one."""
+def foreach(task: Task) -> Contestant:
+    """What a careful user would write: few calls over all tensors, the noise drawn in one; AdamW the same."""
+    tensors = task.tensors
     sizes = [param.numel() for param in tensors.params]
 
     @torch.no_grad()
     def step() -> None:
         flat = torch.randn(sum(sizes), device=tensors.device)
         pairs = zip(flat.split(sizes), tensors.params, strict=True)
-        foreach_update_(tensors, [z.view_as(param) for z, param in pairs], h)
+        noise = [z.view_as(param) for z, param in pairs]
+        foreach_update_(
+            tensors.params, tensors.grads, tensors.averages("none"), tensors.sens_stats, noise, task.h
+        )
 
-    return Contestant("foreach", "aten", step, tensors)
-
-
-def foreach_update_(tensors: Tensors, noise: list[Tensor], h: Hyperparameters) -> None:
-    """All tensors' step with normals `noise`, in place wherever that spares a temporary."""
-    b_s, b_u = h.sens_betas
-    w, g, S, U = (
-        [x.float() for x in column]  # the tensors themselves where they are float32 already
-        for column in (tensors.params, tensors.grads, tensors.exp_avg_sens, tensors.exp_avg_unc)
-    )
-    s = torch._foreach_mul(w, g)
-    torch._foreach_abs_(s)
-    torch._foreach_lerp_(S, s, 1 - b_s)
-    torch._foreach_sub_(s, S)
-    torch._foreach_abs_(s)
-    torch._foreach_lerp_(U, s, 1 - b_u)
-
-    updated = [torch.stack((x.mean(), y.mean())) for x, y in zip(S, U, strict=True)]
-    means = torch.stack(updated if h.normalization == "exact" else tensors.sens_stats)
-    mean_products = list(means.prod(dim=1).unbind())
-    gate = torch._foreach_mul(S, U)
-    torch._foreach_add_(gate, SMALLEST)  # so that 0 / 0, no statistics yet, gives a closed gate
-    gate = torch._foreach_div(mean_products, gate)  # 1 / q
-    torch._foreach_sub_(gate, h.gamma)
-    torch._foreach_clamp_min_(gate, 0)
-    torch._foreach_tanh_(gate)
-    torch._foreach_mul_(gate, noise)
-    torch._foreach_add_(w, gate, alpha=h.noise_scale)
-
-    torch._foreach_copy_(tensors.sens_stats, updated)
-    if tensors.params[0].dtype != torch.float32:
-        stored = zip(tensors.params, tensors.exp_avg_sens, tensors.exp_avg_unc, strict=True)
-        for targets, values in zip(stored, zip(w, S, U, strict=True), strict=True):
-            store_(targets, values)
+    return _followed("foreach", "aten", task, step, foreach=True)
 
 
-def compiled(tensors: Tensors, h: Hyperparameters) -> Contestant:
+def compiled(task: Task) -> Contestant:
     """`torch.compile` of the above: several ways to ask for it, and the fastest of them here.
 
     On a GPU the foreach form fuses horizontally. On a CPU it compiles for minutes and gains nothing, and
     inductor's own random numbers may be far slower than ATen's, which `fallback_random` keeps.
+
+    Where AdamW follows, each way is tried twice: with AdamW in the same graph, so that the compiler may do
+    both in one pass, and with torch's fused AdamW after it.
     """
-    makers: dict[str, Callable[[], Step]] = {
-        "one tensor at a time": partial(_compiled_update, tensors, h, {}),
-        "one tensor at a time, fallback_random": partial(
-            _compiled_update, tensors, h, {"fallback_random": True}
-        ),
+    makers: dict[str, Callable[[Task], Contestant]] = {
+        "one tensor at a time": partial(_compiled_update, {}),
+        "one tensor at a time, fallback_random": partial(_compiled_update, {"fallback_random": True}),
     }
-    if tensors.device.type == "cuda":
-        makers["foreach"] = partial(_compiled_foreach, tensors, h)
-    steps = {name: make() for name, make in makers.items()}
-    taken = {name: _trial(step, tensors.device) for name, step in steps.items()}
+    if task.tensors.device.type == "cuda":
+        makers["foreach"] = _compiled_foreach
+    if task.optimizer == "adamw":
+        alone = {f"{name}, then fused AdamW": partial(_then_adamw, make) for name, make in makers.items()}
+        makers = {f"{name}, AdamW in the graph": make for name, make in makers.items()} | alone
+    ready = {name: make(task) for name, make in makers.items()}
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):  # of one function: the ways share theirs
+        taken = {name: _trial(made.step, task.tensors.device) for name, made in ready.items()}
     best = min(taken, key=lambda name: taken[name])
-    return Contestant("compile", "inductor", steps[best], tensors, best)
+    return ready[best]._replace(configuration=best)
 
 
-def _compiled_update(tensors: Tensors, h: Hyperparameters, options: dict[str, Any]) -> Step:
+def _then_adamw(make: Callable[[Task], Contestant], task: Task) -> Contestant:
+    """Made for PATS alone, and followed by torch's fused AdamW."""
+    made = make(task._replace(optimizer="none"))
+    return _followed(made.name, made.backend, task, made.step, fused=True)
+
+
+def _compiled_update(options: dict[str, Any], task: Task) -> Contestant:
     """`update_` compiled for flat tensors of any length; the longest first, as it sets the tuning."""
-    rows = sorted(tensors.rows(), key=lambda row: -row[0].numel())
-    flat_rows = [[tensor.view(-1) for tensor in row] for row in rows]
+    rows = sorted(task.tensors.rows(task.optimizer), key=lambda row: -row[0].numel())
+    flat_rows = [
+        (param.view(-1), grad.view(-1), [average.view(-1) for average in state], stats)
+        for param, grad, state, stats in rows
+    ]
 
-    @torch.compile(dynamic=True, options=options)
-    def update(w: Tensor, g: Tensor, S: Tensor, U: Tensor, stats: Tensor) -> None:
-        update_(w, g, S, U, stats, h)
+    @torch.compile(fullgraph=True, dynamic=True, options=options)
+    def update(row: Row, corrections: Tensor | None) -> None:
+        update_(*row, task.h, corrections)
+
+    def step(corrections: Tensor | None) -> None:
+        for row in flat_rows:
+            update(row, corrections)
+
+    return _in_one_graph(task, step)
+
+
+def _compiled_foreach(task: Task) -> Contestant:
+    """`foreach_update_` compiled as a whole, its noise drawn where it is used."""
+    tensors = task.tensors
+    averages = tensors.averages(task.optimizer)
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def update(corrections: Tensor | None) -> None:
+        noise = [torch.randn_like(param, dtype=torch.float32) for param in tensors.params]
+        foreach_update_(
+            tensors.params, tensors.grads, averages, tensors.sens_stats, noise, task.h, corrections
+        )
+
+    return _in_one_graph(task, update)
+
+
+def _in_one_graph(task: Task, update: Callable[[Tensor | None], None]) -> Contestant:
+    """A compiled step out of one that takes AdamW's bias corrections, or None: PATS alone."""
+    if task.optimizer == "none":
+        return Contestant("compile", "inductor", "pats", torch.no_grad()(partial(update, None)), task.tensors)
+    count = torch.zeros((), dtype=torch.float64, device=task.tensors.device)
 
     @torch.no_grad()
     def step() -> None:
-        for row in flat_rows:
-            update(*row)
+        count.add_(1)
+        update(bias_corrections(count, task.h))
 
-    return step
-
-
-def _compiled_foreach(tensors: Tensors, h: Hyperparameters) -> Step:
-    """`foreach_update_` compiled as a whole, its noise drawn where it is used."""
-
-    @torch.compile(dynamic=False)
-    def update() -> None:
-        foreach_update_(tensors, [torch.randn_like(p, dtype=torch.float32) for p in tensors.params], h)
-
-    return torch.no_grad()(update)
+    return Contestant("compile", "inductor", "pats_adamw", step, replace(task.tensors, steps=[count]))
 
 
 def _trial(step: Step, device: torch.device) -> float:
@@ -235,50 +263,84 @@ class NoOptimizer(Optimizer):
         """Does nothing."""
 
 
-def fused(tensors: Tensors, h: Hyperparameters, backend: str) -> Contestant:
-    """This package, by the road that a user takes."""
-    optimizer, pats = _attached(tensors.params, h, backend)
-    zeros = zip(tensors.exp_avg_sens, tensors.exp_avg_unc, tensors.sens_stats, strict=True)
-    pats.load_state_dict(
-        {
-            "state": {
-                i: {"exp_avg_sens": S, "exp_avg_unc": U, "sens_stats": stats, "step": torch.zeros(())}
-                for i, (S, U, stats) in enumerate(zeros)
-            }
-        }
-    )
-    own = {
-        key: [pats.state[param][key] for param in tensors.params]
-        for key in ("exp_avg_sens", "exp_avg_unc", "sens_stats")
-    }
-    chosen = backends.choose(backend, tensors.device)
-    return Contestant("fused", chosen, optimizer.step, replace(tensors, **own))
+def fused(task: Task) -> Contestant:
+    """This package, by the road that a user takes: PATS alone, or with AdamW in one pass."""
+    optimizer, keeper = _fused_optimizer(task.tensors.params, task)
+    form = "pats" if task.optimizer == "none" else "pats_adamw"
+    return _ours("fused", form, task, optimizer, keeper, _values(task))
 
 
-def _attached(params: list[Tensor], h: Hyperparameters, backend: str) -> tuple[NoOptimizer, PATS]:
-    optimizer = NoOptimizer(params)
-    pats = PATS(
-        optimizer,
-        noise_scale=h.noise_scale,
-        gamma=h.gamma,
-        sens_betas=h.sens_betas,
-        normalization=h.normalization,
-        backend=backend,
-    )
-    return optimizer, pats
+def attached(task: Task) -> Contestant:
+    """PATS attached to torch.optim.AdamW(fused=True): two passes."""
+    optimizer = torch_adamw(task, fused=True)
+    values = _values(task._replace(optimizer="none"))
+    pats = PATS(optimizer, **_keywords(values), backend=task.backend)
+    made = _ours("attached", "pats, adamw", task, optimizer, pats, values)
+    counters = [state["step"] for state in optimizer.state.values()]
+    return made._replace(tensors=replace(made.tensors, steps=made.tensors.steps + counters))
 
 
-def host_us_per_tensor(count: int, h: Hyperparameters, backend: str, device: torch.device) -> float:
-    """Microseconds of the host's time per tensor and step: a step over `count` one-element tensors.
+def moments(task: Task) -> Contestant:
+    """PATSAdamW(sensitivity="moments"): one pass, and no state but AdamW's."""
+    values = _values(task, "moments")
+    optimizer = PATSAdamW(task.tensors.params, **_keywords(values), backend=task.backend)
+    return _ours("moments", "moments_adamw", task, optimizer, optimizer, values)
+
+
+def _fused_optimizer(params: list[Tensor], task: Task) -> tuple[Optimizer, PATS | PATSAdamW]:
+    """The optimizer to step, and who keeps the state."""
+    keywords = _keywords(_values(task))
+    if task.optimizer == "none":
+        optimizer = NoOptimizer(params)
+        return optimizer, PATS(optimizer, **keywords, backend=task.backend)
+    optimizer = PATSAdamW(params, **keywords, backend=task.backend)
+    return optimizer, optimizer
+
+
+def _values(task: Task, sensitivity: Sensitivity = "ema") -> Hyperparameters:
+    """The task's hyperparameters for PATS alone, or for PATSAdamW."""
+    if task.optimizer == "adamw":
+        return replace(task.h, sensitivity=sensitivity)
+    return Hyperparameters(**{name: getattr(task.h, name) for name in defaults_of(Hyperparameters)})
+
+
+def _keywords(values: Hyperparameters) -> dict[str, Any]:
+    return {name: getattr(values, name) for name in defaults_of(type(values))}
+
+
+def _ours(
+    name: str,
+    form: str,
+    task: Task,
+    optimizer: Optimizer,
+    keeper: PATS | PATSAdamW,
+    values: Hyperparameters,
+) -> Contestant:
+    """A contestant of this package. `keeper` loads its state, which would else come with the first step."""
+    tensors = task.tensors
+    columns = {key: getattr(tensors, key) for key in keys_of(values) - {"step"}}
+    columns["step"] = [torch.zeros(())] * len(tensors.params)
+    state = {i: {key: column[i] for key, column in columns.items()} for i in range(len(tensors.params))}
+    keeper.load_state_dict({**keeper.state_dict(), "state": state})
+    own = {key: [keeper.state[param][key] for param in tensors.params] for key in columns}
+    own["steps"] = own.pop("step")
+    backend = backends.choose(task.backend, tensors.device)
+    return Contestant(name, backend, form, optimizer.step, replace(tensors, **own))
+
+
+def host_us_per_tensor(count: int, task: Task) -> float:
+    """Microseconds of the host's time per tensor and step of the fused contestant: a step over `count`
+    one-element tensors.
 
     They leave a kernel nothing to do, and neither a GPU nor a second thread is waited for. Gradients move
     from step to step, as `zero_grad` makes them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    device = task.tensors.device
     params = [torch.ones(1, device=device) for _ in range(count)]
     gradients = [[torch.ones_like(param) for param in params] for _ in range(2)]
-    optimizer, _ = _attached(params, h, backend)
+    optimizer, _ = _fused_optimizer(params, task)
     host = torch.device("cpu")
     taken = []
     for turn in range(HOST_STEPS):
@@ -291,9 +353,19 @@ def host_us_per_tensor(count: int, h: Hyperparameters, backend: str, device: tor
     return 1e3 * median(taken) / count
 
 
-_BASELINES: dict[str, Callable[[Tensors, Hyperparameters], Contestant]] = {
+_CONTESTANTS: dict[str, Callable[[Task], Contestant]] = {
     "eager": eager,
     "foreach": foreach,
     "compile": compiled,
+    "attached": attached,
+    "fused": fused,
+    "moments": moments,
 }
-NAMES = (*_BASELINES, "fused")
+NAMES = tuple(_CONTESTANTS)
+OURS = ("attached", "fused", "moments")
+ADAMW_ONLY = ("attached", "moments")
+MEANINGS = {  # of this package's, where AdamW follows
+    "attached": "PATS attached to torch.optim.AdamW(fused=True), two passes",
+    "fused": "PATSAdamW, one pass",
+    "moments": "PATSAdamW(sensitivity='moments'), one pass and no state but AdamW's",
+}

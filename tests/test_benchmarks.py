@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_check, models, timing, variants
+from benchmarks import formulas, gpu_check, models, timing, variants
 from benchmarks.__main__ import parse
 from benchmarks.models import Gradients
 from benchmarks.results import adamw_bytes, bytes_per_param
-from benchmarks.variants import Contestant, Tensors
-from pats_kernels.hyperparameters import Hyperparameters
+from benchmarks.variants import Contestant, Task, Tensors
+from pats_kernels import reference
+from pats_kernels.hyperparameters import AdamWHyperparameters
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -39,6 +41,7 @@ ROW_KEYS = {
     "speedup_vs_eager",
     "peak_extra_bytes",
 }
+STATE_KEYS = ("exp_avg_sens", "exp_avg_unc", "sens_stats", "exp_avg", "exp_avg_sq")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TINY_NOISE = 1e-30  # below float32's resolution of any weight but 0: w stays as it is
 STEPS = 3
@@ -56,7 +59,7 @@ def contest(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
     done = command(
         "benchmarks",
         *("--model", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--optimizer", "adamw"),
-        *("--variants", "eager,foreach,fused", "--normalization", "exact", "--repeats", "3"),
+        *("--variants", "eager,foreach,attached,fused,moments", "--normalization", "exact", "--repeats", "3"),
         *("--threads", "1", "--json", str(folder / "out.json"), "--plot", str(folder / "out.png")),
     )
     assert done.returncode == 0, done.stderr
@@ -67,7 +70,8 @@ def test_json_has_the_keys_of_the_contract(contest: tuple[dict[str, Any], str, b
     result, _, _ = contest
     assert set(result) >= TOP_KEYS
     assert all(set(row) >= ROW_KEYS for row in result["results"])
-    assert [row["variant"] for row in result["results"]] == ["eager", "foreach", "fused"]
+    names = ["eager", "foreach", "attached", "fused", "moments"]
+    assert [row["variant"] for row in result["results"]] == names
     assert (result["device"], result["model"], result["threads"]) == ("cpu", "tiny", 1)
     assert result["torch"] == torch.__version__
     for row in result["results"]:
@@ -79,13 +83,14 @@ def test_json_figures_follow_from_the_measured_ones(contest: tuple[dict[str, Any
     result, _, _ = contest
     eager = result["results"][0]
     assert result["params"] == sum(param.numel() for param in models.build("tiny", "meta").parameters())
+    moved = {"eager": 34, "foreach": 34, "attached": 34, "fused": 30, "moments": 22}
+    assert {row["variant"]: row["bytes_per_param"] for row in result["results"]} == moved
     assert min(result["adamw_fused_ms"], result["copy_gbps"], result["host_us_per_tensor"]) > 0
     for row in result["results"]:
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
         assert row["ns_per_param"] == pytest.approx(1e6 * row["median_ms"] / result["params"])
-        assert row["bytes_per_param"] == 20 + 14
-        moved = row["bytes_per_param"] * result["params"]
-        assert row["gbps"] == pytest.approx(moved / (1e-3 * row["median_ms"]) / 1e9)
+        nbytes = row["bytes_per_param"] * result["params"]
+        assert row["gbps"] == pytest.approx(nbytes / (1e-3 * row["median_ms"]) / 1e9)
         assert row["fraction_of_copy"] == pytest.approx(row["gbps"] / result["copy_gbps"])
         assert row["speedup_vs_eager"] == pytest.approx(eager["median_ms"] / row["median_ms"])
         assert row["peak_extra_bytes"] >= 0
@@ -97,7 +102,14 @@ def test_the_screen_and_the_picture_show_every_contestant(
 ) -> None:
     result, screen, picture = contest
     assert all(f"{row['variant']} ({row['backend']})" in screen for row in result["results"])
+    assert all(f"{name}: {meaning}" in screen for name, meaning in variants.MEANINGS.items())
     assert "Host time" in screen
+    (fused, attached), (shown,) = (
+        [row["median_ms"] for row in result["results"] if row["variant"] in ("fused", "attached")][::-1],
+        [line.split() for line in screen.splitlines() if line.strip().startswith("fused (")],
+    )
+    assert "x attached" in screen
+    assert shown[-2] == f"{fused / attached:.2f}"
     assert picture.startswith(PNG_SIGNATURE)
     width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
     assert width > height > 300
@@ -107,7 +119,15 @@ def test_the_screen_and_the_picture_show_every_contestant(
     ("arguments", "message"),
     [
         (["--model", "no-such-model"], "Unknown model: 'no-such-model' (known offline: bert-base-uncased,"),
-        (["--variants", "eager,magic"], "'magic' is none of eager, foreach, compile, fused"),
+        (
+            ["--variants", "eager,magic"],
+            "'magic' is none of eager, foreach, compile, attached, fused, moments",
+        ),
+        (
+            ["--variants", "eager,attached"],
+            "'attached' needs --optimizer adamw: it is PATS attached to torch",
+        ),
+        (["--variants", "moments"], "'moments' needs --optimizer adamw: it is PATSAdamW(sensitivity='mom"),
         (["--repeats", "0"], "0 is not positive"),
         (["--device", "cpu", "--backend", "cuda"], "backend='cuda' cannot run on cpu"),
     ],
@@ -120,18 +140,19 @@ def test_a_bad_command_line_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_by_default_all_take_part_that_can() -> None:
+    assert parse([]).variants == ("eager", "foreach", "compile", "fused")
+    assert parse(["--optimizer", "adamw"]).variants == variants.NAMES
+
+
 @pytest.mark.parametrize(
-    ("dtype", "normalization", "optimizer", "expected"),
-    [
-        (torch.float32, "delayed", "none", 28),
-        (torch.float32, "exact", "none", 40),
-        (torch.bfloat16, "delayed", "none", 14),
-        (torch.bfloat16, "exact", "none", 20),
-        (torch.float32, "delayed", "adamw", 56),
-    ],
+    ("form", "delayed", "exact"),
+    [("pats", 28, 40), ("pats, adamw", 56, 68), ("pats_adamw", 44, 60), ("moments_adamw", 28, 44)],
 )
-def test_bytes_per_param(dtype: torch.dtype, normalization: str, optimizer: str, expected: int) -> None:
-    assert bytes_per_param(dtype, normalization, optimizer) == expected
+def test_bytes_per_param(form: str, delayed: int, exact: int) -> None:
+    assert bytes_per_param(torch.float32, "delayed", form) == delayed
+    assert bytes_per_param(torch.float32, "exact", form) == exact
+    assert bytes_per_param(torch.bfloat16, "exact", form) == exact // 2
     assert adamw_bytes(torch.float32) == 28
 
 
@@ -150,21 +171,35 @@ def gradients() -> Callable[[torch.dtype], Gradients]:
     return copy
 
 
-def from_the_start(name: str, gradients: Gradients, h: Hyperparameters) -> Contestant:
-    """The contestant as if its trials had not been."""
+Make = Callable[[Task], Contestant]
+
+
+def from_the_start(
+    make: str | Make, gradients: Gradients, h: AdamWHyperparameters, optimizer: str = "none"
+) -> Contestant:
+    """The contestant, by name or as it is made, as if its trials had not been."""
     original = [param.clone() for param in gradients.params]
-    contestant = variants.contestant(name, Tensors.fresh(gradients), h)
-    for param, value in zip(contestant.tensors.params, original, strict=True):
+    task = Task(Tensors.fresh(gradients), h, optimizer)
+    contestant = variants.contestant(make, task) if isinstance(make, str) else make(task)
+    tensors = contestant.tensors
+    for param, value in zip(tensors.params, original, strict=True):
         param.copy_(value)
-    for averages in contestant.tensors.rows():
-        for tensor in averages[2:]:
+    for column in (*(getattr(tensors, key) for key in STATE_KEYS), tensors.steps):
+        for tensor in column:
             tensor.zero_()
     return contestant
+
+
+def turn(grads: list[Tensor]) -> None:
+    """Another gradient for the next step: with the same one AdamW's moments would know no uncertainty."""
+    for grad in grads:
+        grad.mul_(-0.5)
 
 
 def after_steps(contestant: Contestant) -> Tensors:
     for _ in range(STEPS):
         contestant.step()
+        turn(contestant.tensors.grads)
     return contestant.tensors
 
 
@@ -189,7 +224,7 @@ def assert_same_averages(actual: Tensors, expected: Tensors) -> None:
 def test_contestants_move_the_same_averages(
     gradients: Callable[[torch.dtype], Gradients], name: str, normalization: Any
 ) -> None:
-    h = Hyperparameters(noise_scale=TINY_NOISE, normalization=normalization)
+    h = AdamWHyperparameters(noise_scale=TINY_NOISE, normalization=normalization)
     expected = after_steps(from_the_start("eager", gradients(torch.float32), h))
     actual = after_steps(from_the_start(name, gradients(torch.float32), h))
     assert_same_averages(actual, expected)
@@ -197,7 +232,7 @@ def test_contestants_move_the_same_averages(
 
 @pytest.mark.parametrize("name", ["eager", "foreach", "fused"])
 def test_contestants_agree_in_bfloat16(gradients: Callable[[torch.dtype], Gradients], name: str) -> None:
-    h = Hyperparameters(noise_scale=TINY_NOISE)
+    h = AdamWHyperparameters(noise_scale=TINY_NOISE)
     wide = after_steps(from_the_start("eager", gradients(torch.float32), h))
     narrow = after_steps(from_the_start(name, gradients(torch.bfloat16), h))
     # w and g are rounded to 2^-9, then each step rounds S stochastically, by less than 2^-7 of it.
@@ -207,7 +242,7 @@ def test_contestants_agree_in_bfloat16(gradients: Callable[[torch.dtype], Gradie
 def test_the_compiled_contestant_moves_the_same_averages(
     gradients: Callable[[torch.dtype], Gradients],
 ) -> None:
-    h = Hyperparameters(noise_scale=TINY_NOISE)
+    h = AdamWHyperparameters(noise_scale=TINY_NOISE)
     expected = after_steps(from_the_start("eager", gradients(torch.float32), h))
     compiled = from_the_start("compile", gradients(torch.float32), h)
     assert_same_averages(after_steps(compiled), expected)
@@ -221,16 +256,145 @@ def test_foreach_has_eagers_gate(
     """With every normal 1, the change of w shows the gates, also of tensors without statistics."""
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     monkeypatch.setattr(torch, "randn", torch.ones)
-    h = Hyperparameters(noise_scale=1e-3, normalization=normalization)
+    h = AdamWHyperparameters(noise_scale=1e-3, normalization=normalization)
     expected = after_steps(from_the_start("eager", gradients(torch.float32), h))
     actual = after_steps(from_the_start("foreach", gradients(torch.float32), h))
     torch.testing.assert_close(flat(actual.params), flat(expected.params), rtol=0, atol=1e-6)
     assert not flat(actual.params).equal(flat(gradients(torch.float32).params))
 
 
+# The same with AdamW
+
+
+def of_the_reference(gradients: Gradients, h: AdamWHyperparameters) -> Tensors:
+    """What `pats_kernels.reference` makes of them in as many steps."""
+    tensors = Tensors.fresh(gradients)
+    ema = h.sensitivity == "ema"
+    left_out = ("state_dtype", "sensitivity")
+    values = {key: value for key, value in variants._keywords(h).items() if key not in left_out}
+    for t in range(1, STEPS + 1):
+        for i, (param, grad) in enumerate(zip(*gradients, strict=True)):
+            S, U, stats, m, v = (getattr(tensors, key)[i] for key in STATE_KEYS)
+            S, U = (S, U) if ema else (None, None)
+            reference.pats_adamw_update_(param, grad, m, v, S, U, stats, step=t, tensor_id=i, **values)
+        turn(tensors.grads)
+    return tensors
+
+
+def of_torch(gradients: Gradients, h: AdamWHyperparameters) -> Tensors:
+    """torch.optim.AdamW's steps, no noise."""
+    tensors = Tensors.fresh(gradients)
+    optimizer = variants.torch_adamw(Task(tensors, h))
+    for _ in range(STEPS):
+        optimizer.step()
+        turn(tensors.grads)
+    return tensors
+
+
+def assert_within(
+    key: str, actual: Tensors, expected: Tensors, rtol: float, tolerances: Iterable[Tensor | float]
+) -> None:
+    """Every tensor to its own absolute tolerance beside the relative one."""
+    for a, b, atol in zip(getattr(actual, key), getattr(expected, key), tolerances, strict=True):
+        assert ((a - b).abs() <= rtol * b.abs() + atol).all(), key
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("name", variants.OURS)
+def test_ours_with_adamw_are_the_reference(
+    gradients: Callable[[torch.dtype], Gradients], name: str, normalization: Any
+) -> None:
+    """So the one pass is the two: attached and fused have the same noise.
+
+    A step's noise is off by the contract's 2e-3 on z, and by the gate's share beside it; through w that moves
+    S and U by as much times the gradient, of which the first step's is the largest. The rest is roundings.
+    """
+    h = AdamWHyperparameters(noise_scale=1e-3, lr=1e-3, normalization=normalization)
+    sensitivity = "moments" if name == "moments" else "ema"
+    expected = of_the_reference(gradients(torch.float32), replace(h, sensitivity=sensitivity))
+    actual = after_steps(from_the_start(name, gradients(torch.float32), h, "adamw"))
+    off = STEPS * 3e-3 * h.noise_scale
+    assert_within("params", actual, expected, 1e-6, [off] * len(actual.params))
+    assert_within("exp_avg", actual, expected, 1e-5, [1e-6 * m.abs().max() for m in expected.exp_avg])
+    assert_within("exp_avg_sq", actual, expected, 1e-5, [0.0] * len(actual.params))
+    moved = [2 * off * grad.abs() for grad in gradients(torch.float32).grads]
+    assert_within("sens_stats", actual, expected, 1e-5, [change.mean() for change in moved])
+    if name != "moments":
+        assert_within("exp_avg_sens", actual, expected, 1e-5, moved)
+        roundings = [1e-6 * S for S in expected.exp_avg_sens]
+        assert_within("exp_avg_unc", actual, expected, 1e-5, map(torch.add, moved, roundings))
+    assert {int(step) for step in actual.steps} == {STEPS}
+    still = of_torch(gradients(torch.float32), h)
+    assert (flat(expected.params) - flat(still.params)).abs().max() > 100 * off
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        "eager",
+        "foreach",
+        "compile",
+        partial(variants._compiled_update, {}),
+        partial(variants._then_adamw, partial(variants._compiled_update, {})),
+        variants._compiled_foreach,  # which takes part on a GPU alone
+    ],
+    ids=["eager", "foreach", "compile", "AdamW in the graph", "then AdamW", "compiled foreach"],
+)
+def test_baselines_without_noise_are_torchs_adamw(
+    gradients: Callable[[torch.dtype], Gradients], make: str | Make
+) -> None:
+    h = AdamWHyperparameters(noise_scale=0.0, lr=1e-2)
+    ours, torchs = ((x.params[-4:], x.grads[-4:]) for x in (gradients(torch.float32) for _ in range(2)))
+    expected = of_torch(Gradients(*torchs), h)
+    actual = after_steps(from_the_start(make, Gradients(*ours), h, "adamw"))
+    for key in ("params", "exp_avg", "exp_avg_sq"):
+        a, b = flat(getattr(actual, key)), flat(getattr(expected, key))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().mean().item())
+    averages = flat(actual.exp_avg_sens), flat(actual.exp_avg_unc)
+    assert all(average.max() > 0 for average in averages)  # PATS took part all the same
+
+
+def test_the_compiled_contestant_counts_what_its_configuration_moves(
+    gradients: Callable[[torch.dtype], Gradients], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With trials that find each of the configurations the fastest in turn."""
+    params, grads = (column[-1:] for column in gradients(torch.float32))
+    forms = {}
+    for best in range(4):
+        ranks = iter(range(4))
+        monkeypatch.setattr(variants, "_trial", lambda *_, ranks=ranks, best=best: next(ranks) != best)
+        made = variants.compiled(
+            Task(Tensors.fresh(Gradients(params, grads)), AdamWHyperparameters(), "adamw")
+        )
+        forms[made.configuration] = made.form
+    assert forms == {
+        "one tensor at a time, AdamW in the graph": "pats_adamw",
+        "one tensor at a time, fallback_random, AdamW in the graph": "pats_adamw",
+        "one tensor at a time, then fused AdamW": "pats, adamw",
+        "one tensor at a time, fallback_random, then fused AdamW": "pats, adamw",
+    }
+
+
+def test_with_adamw_in_bfloat16(gradients: Callable[[torch.dtype], Gradients]) -> None:
+    """A compiled graph with AdamW stores its moments as the package does: to bfloat16, stochastically."""
+    h = AdamWHyperparameters(noise_scale=0.0, lr=1e-3)
+    wide = of_torch(gradients(torch.float32), h)
+    narrow = Tensors.fresh(gradients(torch.bfloat16))
+    for t in range(1, STEPS + 1):
+        corrections = formulas.bias_corrections(torch.tensor(t, dtype=torch.float64), h)
+        for row in narrow.rows("adamw"):
+            formulas.update_(*row, h, corrections)
+        turn(narrow.grads)
+    # As for S above, but that m may cancel: to a share of the largest.
+    for a, b in zip(narrow.exp_avg, wide.exp_avg, strict=True):
+        tolerance = (2**-9 + STEPS * 2**-7) * b.abs().max().item()
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=tolerance)
+    assert_same("exp_avg_sq", narrow, wide, rtol=2 * 2**-9 + STEPS * 2**-7)
+
+
 def test_bfloat16_rounding_is_unbiased() -> None:
     x = torch.full((1 << 16,), 1.0 + 2**-9)
-    rounded = variants.round_stochastically(x, torch.arange(1 << 16, dtype=torch.int32))
+    rounded = formulas.round_stochastically(x, torch.arange(1 << 16, dtype=torch.int32))
     assert rounded.equal(rounded.to(torch.bfloat16).float())
     assert rounded.double().mean().item() == 1.0 + 2**-9
 
@@ -374,8 +538,10 @@ def test_gpu_check_runs_the_tests_then_every_benchmark() -> None:
         for optimizer in ("none", "adamw")
     }
     for part in benchmarks:
+        with_adamw = " adamw" in part.name
         options = parse([argument.replace("cuda", "cpu") for argument in part.command[3:-1]])
         assert {"eager", "fused"} < set(options.variants)
+        assert ({"attached", "moments"} < set(options.variants)) == with_adamw
 
 
 def test_gpu_check_counts_tests(tmp_path: Path) -> None:

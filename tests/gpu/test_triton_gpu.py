@@ -4,17 +4,19 @@ Collected only where there is a GPU (tests/conftest.py). Here nothing is interpr
 approximate instructions, the vector accesses and the real launches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pats_kernels import PATS, pats_step_, reference
+from pats_kernels import PATS, PATSAdamW, pats_step_, reference
 from pats_kernels.backends import triton as backend
+from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization, Sensitivity, defaults_of
 from pats_kernels.philox import normals, random_words
 
+DEVICE = "cuda"
 NOISE_SCALE = 1e-2
 # Of one step from the same state. S and U: five roundings, in another order than torch's (6e-8 each).
 # w: the contract's 2e-3 on z, and tanh.approx's 2^-11 on a gate of at most 1 times the largest |z|, 6.7.
@@ -205,16 +207,39 @@ def test_more_elements_than_32_bits_count() -> None:
     assert tensors[4][0][0].item() == pytest.approx(0.85 / numel, rel=2e-2)  # bfloat16 holds 0.85 to 2^-8
 
 
-def attached(count: int, size: int) -> tuple[list[Tensor], torch.optim.Optimizer, PATS]:
+Run = tuple[list[Tensor], torch.optim.Optimizer, PATS | PATSAdamW]  # and who keeps the state
+Make = Callable[[int, int], Run]
+
+
+def parameters(count: int, size: int) -> list[Tensor]:
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for _ in range(count)]
+    return [torch.nn.Parameter(torch.randn(size, device=DEVICE)) for _ in range(count)]
+
+
+def attached(count: int, size: int) -> Run:
+    params = parameters(count, size)
     optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)  # leaves them alone
-    return list(params), optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
+    return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
 
 
-def test_4000_tiny_tensors_without_sync_or_allocation() -> None:
+def one_pass(count: int, size: int, sensitivity: Sensitivity = "ema", **keywords: Any) -> Run:
+    params = parameters(count, size)
+    settings = {"lr": 0.0, "weight_decay": 0.0, "noise_scale": NOISE_SCALE, "sensitivity": sensitivity}
+    optimizer = PATSAdamW(params, **settings | keywords)
+    return params, optimizer, optimizer
+
+
+def moments(count: int, size: int) -> Run:
+    return one_pass(count, size, "moments")
+
+
+MAKERS = pytest.mark.parametrize("make", [attached, one_pass, moments])
+
+
+@MAKERS
+def test_4000_tiny_tensors_without_sync_or_allocation(make: Make) -> None:
     """After the first step: no synchronization, no new memory of the allocator's, though gradients move."""
-    params, optimizer, pats = attached(4000, 7)
+    params, optimizer, pats = make(4000, 7)
     for t in range(4):
         for param in params:
             param.grad = torch.randn_like(param)
@@ -230,11 +255,12 @@ def test_4000_tiny_tensors_without_sync_or_allocation() -> None:
     assert all(pats.state[param]["step"].item() == 4 for param in params)
 
 
-def test_streams() -> None:
+@MAKERS
+def test_streams(make: Make) -> None:
     """Steps on two streams, each waiting for the other, give the bits of steps on one."""
     results = []
     for streams in ([torch.cuda.current_stream()] * 2, [torch.cuda.Stream(), torch.cuda.Stream()]):
-        params, optimizer, _ = attached(20, 100_000)
+        params, optimizer, _ = make(20, 100_000)
         torch.cuda.synchronize()
         for t in range(6):
             stream = streams[t % 2]
@@ -249,9 +275,10 @@ def test_streams() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_grad_scaler() -> None:
+@MAKERS
+def test_grad_scaler(make: Make) -> None:
     """found_inf leaves every bit as it was, step included; grad_scale divides once."""
-    runs = [attached(3, 5000) for _ in range(2)]
+    runs = [make(3, 5000) for _ in range(2)]
     for (params, optimizer, pats), scale in zip(runs, (1024.0, 1.0), strict=True):
         generator = torch.Generator("cuda").manual_seed(1)
         for _ in range(3):
@@ -267,3 +294,119 @@ def test_grad_scaler() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     for a, b in zip(runs[0][0], runs[1][0], strict=True):
         assert torch.equal(a, b)
+
+
+# PATSAdamW
+
+LR = 1e-2
+ADAMW_KEYS = ("exp_avg_sens", "exp_avg_unc", "sens_stats", "exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
+@pytest.mark.parametrize("sensitivity", ["ema", "moments"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_adamw_against_the_reference(
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    sensitivity: Sensitivity,
+    uncertainty: Any,
+    normalization: Normalization,
+) -> None:
+    """One step from the same state, as it may be in the middle of a run."""
+    params, grads, sens, unc, stats = state(SHAPES, dtype, state_dtype, uncertainty)
+    m = [(0.3 * torch.randn(shape)).to(state_dtype) for shape in SHAPES]
+    v = [(0.002 + 0.02 * torch.rand(shape)).to(state_dtype) for shape in SHAPES]
+    ema = sensitivity == "ema"
+    absent: list[Tensor | None] = [None] * len(SHAPES)
+    columns = (sens if ema else absent, unc if ema else absent, stats, m, v)
+
+    on_device = [torch.nn.Parameter(param.to(DEVICE, copy=True)) for param in params]
+    optimizer = PATSAdamW(
+        on_device,
+        lr=LR,
+        noise_scale=NOISE_SCALE,
+        sensitivity=sensitivity,
+        uncertainty=uncertainty,
+        normalization=normalization,
+    )
+    entries = {}
+    for i, row in enumerate(zip(*columns, strict=True)):
+        kept = {key: x for key, x in zip(ADAMW_KEYS, row, strict=True) if x is not None}
+        entries[i] = {"step": torch.tensor(6.0)} | kept
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+    for param, grad in zip(on_device, grads, strict=True):
+        param.grad = grad.to(DEVICE)
+    optimizer.step()
+
+    for i, param in enumerate(on_device):
+        S, U, means, m_i, v_i = columns[0][i], columns[1][i], stats[i], m[i], v[i]
+        before, m_before = params[i].clone(), m_i.double()
+        names = defaults_of(AdamWHyperparameters).keys() - {"sensitivity", "state_dtype"}
+        settings = {name: optimizer.defaults[name] for name in names} | {"step": 7, "tensor_id": i}
+        reference.pats_adamw_update_(params[i], grads[i], m_i, v_i, S, U, means, **settings)
+        got = {key: optimizer.state[param].get(key) for key in ADAMW_KEYS}
+        stored = ULP[state_dtype] if state_dtype == torch.bfloat16 else RELATIVE
+        roundings = 3e-7 * (m_before.abs() + grads[i].double().abs())
+        assert_within(got["exp_avg"], m_i, stored, roundings)
+        assert_within(got["exp_avg_sq"], v_i, stored, 0)
+        if S is not None:
+            assert_within(got["exp_avg_sens"], S, stored, 1e-30)
+        if U is not None and S is not None:
+            assert_within(got["exp_avg_unc"], U, stored, 1e-7 * S.double())
+        assert_within(got["sens_stats"], means, 1e-5, 0)
+        # As `check` above; AdamW's own change by approximate roots and reciprocals, 2^-22 each.
+        noise = NOISE + (6.7 * 5e-3 * NOISE_SCALE if state_dtype == torch.bfloat16 else 0)
+        change = (params[i].double() - before.double()).abs()
+        assert_within(param, params[i], ULP[dtype], noise + 1e-5 * change)
+
+
+def assert_within(got: Tensor | None, expected: Tensor, rtol: float, atol: Tensor | float) -> None:
+    assert got is not None
+    off = (got.detach().cpu().double() - expected.double()).abs()
+    assert (off <= rtol * expected.double().abs() + atol).all()
+
+
+def steps_with_gradients(run: Run, count: int) -> list[Tensor]:
+    """The parameters after as many steps, each with gradients of its own."""
+    params, optimizer, _ = run
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    for _ in range(count):
+        for param in params:
+            param.grad = torch.randn(param.shape, device=DEVICE, generator=generator)
+        optimizer.step()
+    return params
+
+
+def test_one_pass_is_two() -> None:
+    """PATSAdamW is PATS attached to AdamW: the noise is the same, its approximations in both."""
+    params = parameters(3, 10_000)
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+    two = params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
+    one = one_pass(3, 10_000, lr=LR, weight_decay=1e-2)
+    for a, b in zip(steps_with_gradients(one, 4), steps_with_gradients(two, 4), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
+
+
+def test_adamw_without_noise_is_torchs() -> None:
+    params = parameters(3, 10_000)
+    torchs = params, torch.optim.AdamW(params, lr=LR, fused=True), PATS(torch.optim.SGD(params))
+    ours = one_pass(3, 10_000, lr=LR, weight_decay=1e-2, noise_scale=0.0)
+    for a, b in zip(steps_with_gradients(ours, 4), steps_with_gradients(torchs, 4), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_learning_rate_on_the_gpu() -> None:
+    """Is read there, and gives what the number gives, to the roundings of lr and of 1 - lr weight_decay."""
+    runs = [one_pass(3, 10_000, lr=lr, weight_decay=1e-2) for lr in (LR, torch.tensor(LR, device=DEVICE))]
+    for a, b in zip(*(steps_with_gradients(run, 4) for run in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
