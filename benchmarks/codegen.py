@@ -236,7 +236,7 @@ def print_table(reports: list[Report]) -> None:
         instructions = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.1f}"
         numbers = (str(r.registers), str(r.stack_bytes), str(r.spills), *accesses, instructions)
         table.add_row(r.kernel, r.form, r.param_dtype, r.state_dtype, r.uncertainty, *numbers)
-    Console(width=140).print(table)
+    Console(width=170).print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
