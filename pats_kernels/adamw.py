@@ -18,7 +18,15 @@ from pats_kernels.hyperparameters import (
     hyperparameters,
 )
 from pats_kernels.plan import Batch, Planner
-from pats_kernels.state import State, checked_entry, complete, keys_of, name_finder, parameter_names
+from pats_kernels.state import (
+    State,
+    checked_entry,
+    complete,
+    keys_of,
+    name_finder,
+    nonfinite_counts,
+    parameter_names,
+)
 from pats_kernels.step import launch
 
 UNSUPPORTED = ("amsgrad", "differentiable")
@@ -203,9 +211,7 @@ class PATSAdamW(Optimizer):
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
-        names = parameter_names(self.param_groups)
-        counts = {name: int(self._nonfinite.get(id(param), 0)) for param, name in names.items()}
-        return {name: count for name, count in counts.items() if count > 0}
+        return nonfinite_counts(self.param_groups, self._nonfinite)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start

@@ -16,7 +16,15 @@ from pats_kernels.hyperparameters import (
     hyperparameters,
 )
 from pats_kernels.plan import Batch, Planner
-from pats_kernels.state import State, checked_entry, complete, keys_of, name_finder, parameter_names
+from pats_kernels.state import (
+    State,
+    checked_entry,
+    complete,
+    keys_of,
+    name_finder,
+    nonfinite_counts,
+    parameter_names,
+)
 from pats_kernels.step import launch
 
 VERSION = 1  # of the state_dict
@@ -115,9 +123,7 @@ class PATS:
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
-        names = parameter_names(self.optimizer.param_groups)
-        counts = {name: int(self._nonfinite.get(id(param), 0)) for param, name in names.items()}
-        return {name: count for name, count in counts.items() if count > 0}
+        return nonfinite_counts(self.optimizer.param_groups, self._nonfinite)
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())

@@ -33,6 +33,15 @@ def name_finder(param_groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor],
     return name_of
 
 
+def nonfinite_counts(
+    param_groups: Sequence[Mapping[str, Any]], counters: Mapping[int, Tensor]
+) -> dict[str, int]:
+    """What the counters, by their parameter's id, have counted, without zeros. Waits for the device."""
+    names = parameter_names(param_groups)
+    counts = {name: int(counters[id(param)]) for param, name in names.items() if id(param) in counters}
+    return {name: count for name, count in counts.items() if count > 0}
+
+
 def keys_of(values: Hyperparameters) -> frozenset[str]:
     """What a parameter with these hyperparameters keeps."""
     noisy = values.noise_scale > 0
