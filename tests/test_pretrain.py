@@ -1,0 +1,152 @@
+"""The example that pretrains a small BERT, and what is done with its model: fine-tuning, pictures, sweeps."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import disable_progress_bars
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+import grammar
+import noise_sweep
+import pretrain
+import run_glue
+import sensitivity
+
+disable_progress_bars()
+
+WIKI = (
+    '<doc id="1" url="?curid=1" title="Empty">\nEmpty\n\n</doc>\n'
+    '<doc id="2" url="?curid=2" title="Tea">\nTea\n\nTea &amp; milk.\nHistory.\n</doc>\n'
+    '<doc id="3" url="?curid=3" title="Rain">\nRain\n\nIt rains.\n</doc>\n'
+)
+SIZES = (
+    "--hidden_size",
+    "16",
+    "--num_hidden_layers",
+    "1",
+    "--num_attention_heads",
+    "2",
+    "--vocab_size",
+    "300",
+)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were() -> Iterator[None]:
+    """run_glue sets torch's thread count."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[list[tuple[str, int]]]:
+    return [list(rows) for rows in grammar.sentences(0, (400, 40))]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, sentences: list[list[tuple[str, int]]]) -> Path:
+    """A model that saw thirty batches, with its record."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    lines = [text for text, _ in sentences[0]]
+    text = "\n\n".join(" ".join(lines[i : i + 20]) for i in range(0, len(lines), 20))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    files = ("--text", str(folder / "text.txt"), "--heldout_text", str(folder / "text.txt"))
+    quick = ("--max_steps", "30", "--learning_rate", "1e-2", "--disable_tqdm", "true")
+    pretrain.main([*files, *quick, *SIZES, "--max_seq_length", "32", "--output_dir", str(folder / "model")])
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, sentences: list[list[tuple[str, int]]]) -> Path:
+    """The grammar's sentences in SST-2's files."""
+    folder = tmp_path_factory.mktemp("data")
+    for stem, rows in zip(("train", "dev"), sentences, strict=True):
+        lines = [f"{text}\t{label}\n" for text, label in rows]
+        (folder / f"{stem}.tsv").write_text("".join(["sentence\tlabel\n", *lines]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def finetuning(pretrained: Path, data: Path) -> list[str]:
+    model = ["--model_name_or_path", str(pretrained), "--max_seq_length", "32", "--max_steps", "2"]
+    task = ["--task_name", "sst2", "--data_dir", str(data), "--logging_steps", "1"]
+    return [*model, *task, "--disable_tqdm", "true", "--eval_strategy", "no"]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_documents_of_a_wiki_come_without_markup_and_titles_alone(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"wiki{ending}"
+    path.write_bytes(gzip.compress(WIKI.encode()) if ending else WIKI.encode())
+    assert list(pretrain.documents(path)) == ["Tea\nTea & milk.\nHistory.", "Rain\nIt rains."]
+    assert len(pretrain.read([str(path), str(path)])) == 4
+    assert len(pretrain.read([str(path), str(path)], max_characters=len("Tea\nTea & milk.\nHistory."))) == 1
+
+
+def test_documents_of_plain_text_lie_between_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("One\ntwo.\n\n\nThree.", encoding="utf-8")
+    assert list(pretrain.documents(tmp_path / "text")) == ["One\ntwo.", "Three."]
+    (tmp_path / "empty").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no text in .*empty"):
+        pretrain.read([str(tmp_path / "empty")])
+
+
+def test_it_learns_and_saves_what_transformers_loads(pretrained: Path) -> None:
+    result = json.loads((pretrained / "pretraining.json").read_text())
+    assert result["heldout_loss"]["after"] < result["heldout_loss"]["before"] - 0.5
+    model = AutoModelForMaskedLM.from_pretrained(pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    assert type(model).__module__.startswith("transformers.")
+    assert model.config.vocab_size == len(tokenizer)
+    assert tokenizer.unk_token_id not in tokenizer("the dogs sleep .")["input_ids"]
+
+    # The loss at the masked tokens alone is the loss that transformers computes.
+    batch = tokenizer(
+        ["the dog sleeps .", "the teacher of the students sleeps ."], padding=True, return_tensors="pt"
+    )
+    labels = batch["input_ids"].where(batch["input_ids"] % 2 == 0, torch.tensor(-100))
+    ours = pretrain.BertForMaskedLM.from_pretrained(pretrained)
+    expected, loss = (m.eval()(**batch, labels=labels).loss for m in (model, ours))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_model_is_finetuned_and_drawn(
+    pretrained: Path, data: Path, finetuning: list[str], tmp_path: Path
+) -> None:
+    result = run_glue.main([*finetuning, "--output_dir", str(tmp_path), "--seed", "3"])
+    assert {run["method"] for run in result["runs"]} == {"adamw", "pats"}
+
+    models = f"before={pretrained},AdamW={tmp_path / 'adamw-3'},PATS={tmp_path / 'pats-3'}"
+    task = ["--task_name", "sst2", "--data_dir", str(data), "--max_seq_length", "32", "--seed", "3"]
+    batches = ["--batches", "3", "--batch_size", "8"]
+    drawn = sensitivity.main([*task, *batches, "--models", models, "--out", str(tmp_path / "drawn.png")])
+    assert list(drawn) == ["before", "AdamW", "PATS"]
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "drawn.json").read_text())
+    assert record["distributions"]["PATS"]["overall"]["gini"] == drawn["PATS"].overall.gini
+    assert 0 < drawn["before"].overall.gini < 1
+
+
+def test_a_sweep_continues_where_it_was(
+    finetuning: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    options = ["--out", str(file), "--seeds", "1", "--noise_scales", "1e-3", "--plot", str(picture)]
+    runs = noise_sweep.main([*options, "--methods", "adamw", "--", *finetuning])
+    assert [run["method"] for run in runs] == ["adamw"]
+    runs = noise_sweep.main([*options, "--methods", "adamw,pats", "--gammas", "0", "--", *finetuning])
+    assert [(run["method"], run["noise_scale"], run["gamma"]) for run in runs] == [
+        ("adamw", None, None),
+        ("pats", 1e-3, 0.0),
+    ]
+    assert 0 < runs[1]["mean_gate"] < 1
+    assert json.loads(file.read_text())["runs"] == runs
+    assert picture.stat().st_size > 10_000
+    assert noise_sweep.main([*options[:2]]) == runs  # the table alone
+    assert "pats          0.001      0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other arguments"):
+        noise_sweep.main([*options, "--", "--seed", "4"])
