@@ -3,8 +3,9 @@
 A program works on one chunk: it looks up its tensor's row in the table, then walks the chunk in blocks.
 Full blocks of aligned, contiguous tensors are read and written 16 bytes at a time without masks; tails and
 misaligned tensors with masks; strided tensors through offsets worked out from the layout table. The formula
-is `_update`, in which APPROX chooses PTX's approximate instructions; without it the same lines run
-under Triton's interpreter and on devices that have no PTX.
+is in `_averages`, `_gate`, `_moments`, `_moments_sensitivity` and `_adamw`, where APPROX chooses PTX's
+approximate instructions; without it the same lines run under Triton's interpreter and on devices that have
+no PTX.
 """
 
 import triton
