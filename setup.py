@@ -67,7 +67,7 @@ def setup_with_extension() -> None:
         "pats_kernels._C",
         ["csrc/cpu.cpp"],
         depends=[*headers, KERNEL],
-        extra_compile_args=["-O3", "-g0", "-fopenmp"],  # without it at::parallel_for is a plain loop
+        extra_compile_args=["-O3", "-g0", "-fopenmp"],  # without OpenMP at::parallel_for is a plain loop
         extra_link_args=["-fopenmp"],
     )
     # Without ninja: with it, torch compiles all of an extension's sources with the same flags.

@@ -23,7 +23,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
-    BertConfig,
     BertTokenizer,
     DataCollatorForLanguageModeling,
     HfArgumentParser,
@@ -32,6 +31,8 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_outputs import MaskedLMOutput
+
+from run_glue import bert_config
 
 ALPHABET = 200  # characters with pieces of their own; a word with any other is [UNK]
 SHORTEST = 16  # tokens of a sequence; shorter ends of documents are left out
@@ -155,23 +156,6 @@ def sequences(texts: Sequence[str], tokenizer: BertTokenizer, length: int) -> Da
     return rows.filter(lambda ids: len(ids) >= min(SHORTEST, length), input_columns="input_ids")
 
 
-def build(arguments: PretrainingArguments, tokenizer: BertTokenizer) -> BertForMaskedLM:
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.num_hidden_layers,
-            num_attention_heads=arguments.num_attention_heads,
-            intermediate_size=4 * arguments.hidden_size,
-            max_position_embeddings=arguments.max_seq_length,
-            pad_token_id=tokenizer.get_vocab()[str(tokenizer.pad_token)],
-            hidden_dropout_prob=arguments.dropout,
-            attention_probs_dropout_prob=arguments.dropout,
-            initializer_range=arguments.hidden_size**-0.5,  # as in run_glue.py
-        )
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, saves, and returns the held-out loss before and after; without held-out text, of neither."""
     parser = HfArgumentParser(Arguments.__annotations__.values())  # pyright: ignore[reportArgumentType]
@@ -184,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     length = model_arguments.max_seq_length
     data = sequences(texts, tokenizer, length)
     heldout = read(model_arguments.heldout_text) if model_arguments.heldout_text else []
-    model = build(model_arguments, tokenizer)
+    model = BertForMaskedLM(bert_config(model_arguments, tokenizer, length))
     trainer = Trainer(
         model,
         training,

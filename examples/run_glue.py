@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -221,23 +221,38 @@ def number_of_outputs(task: Task) -> dict[str, Any]:
     return {"num_labels": len(task.labels) or 1, "problem_type": problem}
 
 
+class BertSizes(Protocol):
+    """Arguments that say how big a BERT to build."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    dropout: float
+
+
+def bert_config(
+    sizes: BertSizes, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, **more: Any
+) -> BertConfig:
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=4 * sizes.hidden_size,
+        max_position_embeddings=max_seq_length,
+        pad_token_id=tokenizer.get_vocab()[str(tokenizer.pad_token)],
+        hidden_dropout_prob=sizes.dropout,
+        attention_probs_dropout_prob=sizes.dropout,
+        # BERT's 0.02 is for a width of 768; a narrow model would sit where it began for hundreds of steps.
+        initializer_range=sizes.hidden_size**-0.5,
+        **more,
+    )
+
+
 def small_bert(
     model: ModelArguments, data: DataArguments, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], PreTrainedModel]:
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        intermediate_size=4 * model.hidden_size,
-        max_position_embeddings=data.max_seq_length,
-        pad_token_id=tokenizer.get_vocab()[str(tokenizer.pad_token)],
-        hidden_dropout_prob=model.dropout,
-        attention_probs_dropout_prob=model.dropout,
-        # BERT's 0.02 is for a width of 768; a narrow model would sit where it began for hundreds of steps.
-        initializer_range=model.hidden_size**-0.5,
-        **number_of_outputs(task),
-    )
+    config = bert_config(model, tokenizer, data.max_seq_length, **number_of_outputs(task))
     return lambda: BertForSequenceClassification(config)
 
 

@@ -351,9 +351,9 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 def _launches(batch: Batch) -> list[Launch]:
     """Sorts the tensors into launches and fills the columns that stay."""
     indices: dict[LaunchKey, list[int]] = {}
+    averages = [column for column in batch.averages.values() if column]
     for i, (param, h) in enumerate(zip(batch.params, batch.hyperparameters, strict=True)):
-        states = (column[i] for column in batch.averages.values() if column)
-        state_dtype = next(state.dtype for state in states if state is not None)
+        state_dtype = next(state.dtype for column in averages if (state := column[i]) is not None)
         key = LaunchKey(param.device, param.dtype, state_dtype, h.variant)
         indices.setdefault(key, []).append(i)
     return [_launch(batch, key, index) for key, index in indices.items()]

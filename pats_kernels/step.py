@@ -100,10 +100,11 @@ def pats_step_(
         if len(column) != count:
             raise ValueError(f"Invalid {name}: {len(column)} values for {count} params")
 
+    own = {name: columns[name] for name in _NAMES & columns.keys()}
     chosen: list[int] = []
     values: list[Hyperparameters] = []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        h = hyperparameters({name: columns[name][i] for name in _NAMES & columns.keys()})
+        h = hyperparameters({name: column[i] for name, column in own.items()})
         t = columns["step"][i]
         if not 1 <= t < 2**32:
             raise ValueError(f"Invalid step: {t!r} (must be in [1, 2^32))")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters
+from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters, defaults_of
 from pats_kernels.plan import Batch, Launch
 from pats_kernels.reference import pats_adamw_update_, pats_update_
 
@@ -18,9 +18,10 @@ def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Te
     """The reference's update, one tensor after another, without a sync."""
     for i in launch.index:
         param, grad, count, h = batch.params[i], batch.grads[i], batch.steps[i], batch.hyperparameters[i]
+        update_: Any = pats_update_
         columns = (batch.exp_avg_sens, batch.exp_avg_unc, batch.sens_stats)
         if isinstance(h, AdamWHyperparameters):
-            columns = (batch.exp_avg, batch.exp_avg_sq, *columns)
+            update_, columns = pats_adamw_update_, (batch.exp_avg, batch.exp_avg_sq, *columns)
         states = [column[i] for column in columns]
         if grad_scale is not None:
             grad = (grad / grad_scale).to(grad.dtype)
@@ -29,7 +30,6 @@ def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Te
         written = [t for t in (param, *states, *counters, nonfinite) if t is not None]
         before = [t.clone() for t in written] if found_inf is not None else []
 
-        update_: Any = pats_adamw_update_ if isinstance(h, AdamWHyperparameters) else pats_update_
         t = count if isinstance(count, int) else count.to(torch.int64) + 1
         not_finite = update_(param, grad, *states, step=t, tensor_id=batch.tensor_ids[i], **_arguments(h))
         for counter in counters:
@@ -42,21 +42,7 @@ def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Te
 
 
 def _arguments(h: Hyperparameters) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "seed": h.seed,
-        "noise_scale": h.noise_scale,
-        "gamma": h.gamma,
-        "sens_betas": h.sens_betas,
-        "uncertainty": h.uncertainty,
-        "normalization": h.normalization,
-        "stochastic_rounding": h.stochastic_rounding,
+    """What the reference asks for; the other two are in the tensors that it is given."""
+    return {
+        name: getattr(h, name) for name in defaults_of(type(h)) if name not in ("state_dtype", "sensitivity")
     }
-    if isinstance(h, AdamWHyperparameters):
-        arguments |= {
-            "lr": h.lr,
-            "betas": h.betas,
-            "eps": h.eps,
-            "weight_decay": h.weight_decay,
-            "maximize": h.maximize,
-        }
-    return arguments
