@@ -54,7 +54,7 @@ def perturb_(w: Tensor, g: Tensor, S: Tensor, U: Tensor, stats: Tensor, h: Hyper
     mean_S, mean_U = (updated if h.normalization == "exact" else stats).unbind()
     q = (S / mean_S) * (U / mean_U)
     a = torch.tanh((1 / q - h.gamma).clamp(min=0)).nan_to_num(nan=0.0)  # nan: no statistics yet
-    w.add_(a * torch.randn_like(w), alpha=h.noise_scale)
+    w.add_(a * torch.randn_like(w), alpha=float(h.noise_scale))
     stats.copy_(updated)
 
 
@@ -141,7 +141,7 @@ def foreach_perturb_(
     torch._foreach_clamp_min_(gate, 0)
     torch._foreach_tanh_(gate)
     torch._foreach_mul_(gate, noise)
-    torch._foreach_add_(w, gate, alpha=h.noise_scale)
+    torch._foreach_add_(w, gate, alpha=float(h.noise_scale))
     torch._foreach_copy_(stats, updated)
 
 

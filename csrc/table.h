@@ -14,7 +14,8 @@ struct Row {
   float* stats;         // mean(S), mean(U); null: a tensor without noise, which only AdamW updates
   float* step_count;    // the steps taken so far, which the launch advances
   int64_t* nonfinite;   // where to count the elements whose sensitivity is not finite
-  const float* lr_tensor;
+  const float* lr_tensor;           // null, or where it lies on the device
+  const float* noise_scale_tensor;  // the same
   int64_t numel;
   int64_t ndim;         // 0: contiguous in every operand; else how many rows of the layout table
   int64_t layout;       // the first of them
@@ -22,7 +23,7 @@ struct Row {
   int64_t tensor_id;
   int64_t step;         // t, where there is no counter
   uint64_t seed;
-  double noise_scale;
+  double noise_scale;   // where there is no noise_scale_tensor
   double gamma;
   double sens_beta;     // b_s, and 1 - b_s as a rate
   double sens_rate;

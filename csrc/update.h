@@ -31,6 +31,7 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
   const T gamma = static_cast<T>(row.gamma), k = larger(gamma, T(1));
   const T importance = kUncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
   const bool known = importance > 0 && (!kIsProduct || mean_u > 0);
+  const T noise_scale = static_cast<T>(row.noise_scale_tensor ? *row.noise_scale_tensor : row.noise_scale);
   return {grad_scale,
           static_cast<T>(row.sens_beta),
           static_cast<T>(row.unc_beta),
@@ -40,7 +41,7 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
           kIsProduct ? reciprocal_mean(mean_u) : T(1),
           gamma,
           k,
-          known ? static_cast<T>(row.noise_scale) : T(0)};
+          known ? noise_scale : T(0)};
 }
 
 // Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. `g` is unscaled. A

@@ -52,7 +52,9 @@ class PATSAdamW(Optimizer):
         eps: added to the root of the second moment, >= 0.
         weight_decay: decoupled weight decay, >= 0.
         maximize: climb instead of descend.
-        capturable: kept for `torch.optim`'s sake; the step is on the device either way.
+        capturable: whether `step` may be captured in a CUDA graph, once it has run: each replay then draws
+            fresh noise, as t is on the device (it always is). What shall change between replays, lr or
+            noise_scale, has to be a tensor on the GPU.
         sensitivity: "ema": moving averages of |w * g| and of its uncertainty; "moments": both out of AdamW's
             own moments, in registers, with no state but two numbers a tensor: 28 bytes a parameter.
         noise_scale, gamma, sens_betas, uncertainty, normalization, stochastic_rounding, seed: see `PATS`.
@@ -86,7 +88,7 @@ class PATSAdamW(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         sensitivity: Sensitivity = "ema",
-        noise_scale: float = 1e-5,
+        noise_scale: float | Tensor = 1e-5,
         gamma: float = 1.0,
         sens_betas: tuple[float, float] = (0.85, 0.95),
         uncertainty: Uncertainty = "product",

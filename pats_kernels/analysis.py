@@ -179,7 +179,7 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
         values = hyperparameters(group, source.defaults)
         for param in group["params"]:
             state = source.state.get(param, {})
-            if values.noise_scale > 0 and "sens_stats" in state:
+            if values.noisy and "sens_stats" in state:
                 gates.append(_gate_sums(_gates(param, state, group, values), param.device))
                 numel += param.numel()
     if not gates:

@@ -15,6 +15,7 @@ Sensitivity = Literal["ema", "moments"]
 Form = Literal["pats", "pats_adamw", "moments_adamw"]
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+READ_ON_DEVICE = ("lr", "noise_scale")  # if they are tensors there, as for CUDA graphs
 
 
 class Variant(NamedTuple):
@@ -37,7 +38,9 @@ class Hyperparameters:
 
     Attributes:
         noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0. 0 is a
-            no-op: the tensor is skipped and no state is allocated for it.
+            no-op: the tensor is skipped and no state is allocated for it. Or, so that a CUDA graph sees it
+            change, a float32 tensor of one element on the parameters' GPU, which is not read on the host: its
+            range goes unchecked, and the state is there at 0 too.
         gamma: elements with q >= 1/gamma get no noise; >= 0.
         sens_betas: decay rates (b_s, b_u) of the sensitivity and its uncertainty, each in [0, 1).
         uncertainty: how S and U make q: "product", "ucb" or "none" (no U is stored).
@@ -50,7 +53,7 @@ class Hyperparameters:
         ValueError: naming the hyperparameter, its value and its range.
     """
 
-    noise_scale: float = 1e-5
+    noise_scale: float | Tensor = 1e-5
     gamma: float = 1.0
     sens_betas: tuple[float, float] = (0.85, 0.95)
     uncertainty: Uncertainty = "product"
@@ -61,7 +64,7 @@ class Hyperparameters:
     variant: Variant = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _require_real("noise_scale", self.noise_scale)
+        _require_real_or_tensor("noise_scale", self.noise_scale)
         _require_real("gamma", self.gamma)
         _require_decay_rates("sens_betas", self.sens_betas)
         _require_one_of("uncertainty", self.uncertainty, get_args(Uncertainty))
@@ -82,9 +85,14 @@ class Hyperparameters:
         return _pats_numbers(self)
 
     @property
-    def lr_tensor(self) -> Tensor | None:
-        """A learning rate that the kernel reads, since the host would have to wait for it."""
-        return None
+    def noisy(self) -> bool:
+        """Whether there is noise, as far as the host knows."""
+        return isinstance(self.noise_scale, Tensor) or self.noise_scale > 0
+
+    @property
+    def on_device(self) -> dict[str, Tensor]:
+        """The values that the kernel reads, since the host would have to wait for them."""
+        return {name: value for name in READ_ON_DEVICE if isinstance(value := getattr(self, name, 0), Tensor)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +118,7 @@ class AdamWHyperparameters(Hyperparameters):
 
     def __post_init__(self) -> None:
         Hyperparameters.__post_init__(self)
-        if isinstance(self.lr, Tensor):
-            if self.lr.numel() != 1 or self.lr.dtype != torch.float32:
-                raise ValueError(f"Invalid lr: {self.lr!r} (must have one element, and be float32 on a GPU)")
-        else:
-            _require_real("lr", self.lr)
+        _require_real_or_tensor("lr", self.lr)
         _require_decay_rates("betas", self.betas)
         _require_real("eps", self.eps)
         _require_real("weight_decay", self.weight_decay)
@@ -124,7 +128,7 @@ class AdamWHyperparameters(Hyperparameters):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        lr = 0.0 if isinstance(self.lr, Tensor) else self.lr
+        lr = _number(self.lr)
         decay = 1 - lr * self.weight_decay
         beta1, beta2 = self.betas
         logs = (math.log(beta) if beta > 0 else -math.inf for beta in self.betas)
@@ -132,14 +136,15 @@ class AdamWHyperparameters(Hyperparameters):
         adamw = (lr, self.weight_decay, decay, self.eps, 1 - beta1, beta2, 1 - beta2, *logs, sign)
         return _pats_numbers(self) + adamw
 
-    @property
-    def lr_tensor(self) -> Tensor | None:
-        return self.lr if isinstance(self.lr, Tensor) else None
-
 
 def _pats_numbers(h: Hyperparameters) -> tuple[float, ...]:
     b_s, b_u = h.sens_betas
-    return (h.noise_scale, h.gamma, b_s, 1 - b_s, b_u, 1 - b_u)
+    return (_number(h.noise_scale), h.gamma, b_s, 1 - b_s, b_u, 1 - b_u)
+
+
+def _number(value: float | Tensor) -> float:
+    """What the table holds of a value that may lie on the device."""
+    return 0.0 if isinstance(value, Tensor) else value
 
 
 H = TypeVar("H", bound=Hyperparameters)
@@ -180,11 +185,12 @@ def hyperparameters(
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A tensor as its number, but for an lr on a GPU, which the host does not wait for; a list, as JSON and
-    YAML give it, as a tuple."""
+    """A tensor as its number, but where the host would wait for a GPU and the kernel need not; a list, as
+    JSON and YAML give it, as a tuple."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, Tensor) and value.numel() == 1 and (name != "lr" or value.device.type == "cpu"):
+    stays = isinstance(value, Tensor) and name in READ_ON_DEVICE and value.device.type != "cpu"
+    if isinstance(value, Tensor) and value.numel() == 1 and not stays:
         return value.item()
     return value
 
@@ -200,6 +206,13 @@ def _in_range(value: Any, low: float, high: float) -> bool:
 def _require_real(name: str, value: Any) -> None:
     if not _in_range(value, 0, math.inf):
         raise ValueError(f"Invalid {name}: {value!r} (must be a finite number >= 0)")
+
+
+def _require_real_or_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        _require_real(name, value)
+    elif value.numel() != 1 or value.dtype != torch.float32:
+        raise ValueError(f"Invalid {name}: {value!r} (must have one element, and be float32 on a GPU)")
 
 
 def _require_decay_rates(name: str, betas: Any) -> None:

@@ -49,7 +49,8 @@ class PATS:
     Args:
         optimizer: its `p.grad` is read as it stands when `step` begins; neither it nor the optimizer's own
             state is changed.
-        noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0, 0: off.
+        noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0, 0: off. For
+            CUDA graphs, a float32 tensor of one element on the parameters' GPU, which a schedule fills.
         gamma: elements with q >= 1/gamma get no noise; >= 0.
         sens_betas: decay rates of the sensitivity and of its uncertainty, each in [0, 1).
         uncertainty: how S and U make q: "product" (S U), "ucb" (S + U) or "none" (S; no U is kept).
@@ -73,7 +74,7 @@ class PATS:
     def __init__(
         self,
         optimizer: Optimizer,
-        noise_scale: float = 1e-5,
+        noise_scale: float | Tensor = 1e-5,
         gamma: float = 1.0,
         sens_betas: tuple[float, float] = (0.85, 0.95),
         uncertainty: Uncertainty = "product",
@@ -141,7 +142,7 @@ class PATS:
             for param in group["params"]:
                 tensor_id += 1
                 grad = param.grad
-                if grad is None or values.noise_scale == 0:
+                if grad is None or not values.noisy:
                     continue
                 state = self.state.get(param)
                 if state is None or not needed <= state.keys():

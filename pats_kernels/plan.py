@@ -40,29 +40,33 @@ class Column(IntEnum):
     STEP_COUNT = 7  # 0, or a counter on the device that the kernel advances
     NONFINITE = 8  # 0, or where to count the elements whose sensitivity is not finite
     LR_TENSOR = 9  # 0, or where a learning rate lies on the device
-    NUMEL = 10
-    NDIM = 11  # 0: contiguous in every operand; else how many rows of the layout table
-    LAYOUT = 12  # the first of them
-    VECTOR = 13  # 1: contiguous, and every address a multiple of 16 bytes
-    TENSOR_ID = 14
-    STEP = 15  # t, where there is no counter
-    SEED = 16
-    NOISE_SCALE = 17  # from here on float64: `Hyperparameters.numbers`
-    GAMMA = 18
-    SENS_BETA = 19  # b_s, and 1 - b_s as a rate
-    SENS_RATE = 20
-    UNC_BETA = 21
-    UNC_RATE = 22
-    LR = 23  # from here on AdamW's
-    WEIGHT_DECAY = 24
-    DECAY = 25  # 1 - lr weight_decay
-    EPS = 26
-    RATE1 = 27  # 1 - b_1
-    BETA2 = 28
-    RATE2 = 29
-    LOG_BETA1 = 30
-    LOG_BETA2 = 31
-    GRAD_SIGN = 32  # -1: maximize
+    NOISE_SCALE_TENSOR = 10  # 0, or where a noise_scale does
+    NUMEL = 11
+    NDIM = 12  # 0: contiguous in every operand; else how many rows of the layout table
+    LAYOUT = 13  # the first of them
+    VECTOR = 14  # 1: contiguous, and every address a multiple of 16 bytes
+    TENSOR_ID = 15
+    STEP = 16  # t, where there is no counter
+    SEED = 17
+    NOISE_SCALE = 18  # from here on float64: `Hyperparameters.numbers`
+    GAMMA = 19
+    SENS_BETA = 20  # b_s, and 1 - b_s as a rate
+    SENS_RATE = 21
+    UNC_BETA = 22
+    UNC_RATE = 23
+    LR = 24  # from here on AdamW's
+    WEIGHT_DECAY = 25
+    DECAY = 26  # 1 - lr weight_decay
+    EPS = 27
+    RATE1 = 28  # 1 - b_1
+    BETA2 = 29
+    RATE2 = 30
+    LOG_BETA1 = 31
+    LOG_BETA2 = 32
+    GRAD_SIGN = 33  # -1: maximize
+
+
+ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}  # hyperparameters that may be
 
 
 @dataclass(slots=True)
@@ -418,14 +422,16 @@ def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> Non
     kinds = {id(h): h for h in values}
     place = {identity: i for i, identity in enumerate(kinds)}
     rows = [place[id(h)] for h in values]
-    for h in kinds.values():
-        if h.lr_tensor is not None and h.lr_tensor.device != launch.key.device:
-            raise ValueError(
-                f"device mismatch: lr is on {h.lr_tensor.device}, its parameters on {launch.key.device}"
-            )
+    for column, name in ON_DEVICE.items():
+        tensors = [h.on_device.get(name) for h in kinds.values()]
+        for tensor in tensors:
+            if tensor is not None and tensor.device != launch.key.device:
+                raise ValueError(
+                    f"device mismatch: {name} is on {tensor.device}, its parameters on {launch.key.device}"
+                )
+        launch.table[:, column] = np.array(_addresses(tensors))[rows]
     seeds = np.array([h.seed for h in kinds.values()], dtype=np.uint64)
     launch.table[:, Column.SEED] = seeds.view(np.int64)[rows]
-    launch.table[:, Column.LR_TENSOR] = np.array(_addresses([h.lr_tensor for h in kinds.values()]))[rows]
     numbers = np.array([h.numbers for h in kinds.values()])
     last = Column.NOISE_SCALE + numbers.shape[1]
     launch.table.view(np.float64)[:, Column.NOISE_SCALE : last] = numbers[rows]

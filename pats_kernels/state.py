@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pats_kernels.backends.tables import capturing
 from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import STATE_DTYPES, averages_of, check_param
 
@@ -44,8 +45,8 @@ def nonfinite_counts(
 
 def keys_of(values: Hyperparameters) -> frozenset[str]:
     """What a parameter with these hyperparameters keeps."""
-    noisy = values.noise_scale > 0
-    return frozenset({"step", *averages_of(values.variant, noisy), *(["sens_stats"] if noisy else [])})
+    stats = ["sens_stats"] if values.noisy else []
+    return frozenset({"step", *averages_of(values.variant, values.noisy), *stats})
 
 
 def complete(state: State, name: str, param: Tensor, values: Hyperparameters) -> None:
@@ -53,8 +54,13 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
 
     Raises:
         TypeError, ValueError: naming the parameter, where no kernel could update it.
+        RuntimeError: while a CUDA graph is being captured, as every replay would set the state to zero.
     """
     check_param(name, param)
+    if capturing(param.device):
+        raise RuntimeError(
+            f"{name}: a CUDA graph is being captured before it has its state: take a step first"
+        )
     present = [state[key] for key in ("exp_avg", "exp_avg_sens") if key in state]
     default = torch.float32 if param.dtype == torch.float16 else param.dtype
     dtype = present[0].dtype if present else values.state_dtype or default

@@ -110,7 +110,7 @@ def pats_step_(
             raise ValueError(f"Invalid step: {t!r} (must be in [1, 2^32))")
         if not 0 <= tensor_ids[i] < 2**32:
             raise ValueError(f"Invalid tensor_ids[{i}]: {tensor_ids[i]!r} (must be in [0, 2^32))")
-        if grad is not None and param.numel() > 0 and h.noise_scale > 0:
+        if grad is not None and param.numel() > 0 and h.noisy:
             chosen.append(i)
             values.append(h)
     batch = Batch(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_error_inputs_func_adam, optim_inputs_func_adamw
 
 from pats_kernels import PATS, PATSAdamW
-from pats_kernels.hyperparameters import AdamWHyperparameters
+from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters
 from pats_kernels.plan import Batch, Planner
 from pats_kernels.step import launch
 
@@ -214,6 +214,26 @@ def test_a_learning_rate_on_the_device(backend: str) -> None:
     assert_same_bits([step(torch.tensor(0.25))], [exact])
     assert_same_bits([step(torch.tensor([0.25]))], [exact])
     assert not harness.same_bits(step(0.5), exact)
+
+
+@pytest.mark.parametrize("kind", [Hyperparameters, AdamWHyperparameters])
+def test_a_noise_scale_on_the_device(backend: str, kind: type[Hyperparameters]) -> None:
+    def step(noise_scale: float | Tensor) -> Tensor:
+        torch.manual_seed(3)
+        param, grad, *averages = (torch.rand(100) for _ in range(6))
+        h = kind(noise_scale=noise_scale)
+        states = [[average] for average in averages]
+        moments = states[2:] if kind is AdamWHyperparameters else []
+        stats = torch.tensor([0.5, 0.5])
+        batch = Batch(str, [param], [grad], *states[:2], [stats], [3], [], [0], [h], *moments)
+        launch(batch, Planner(), backend)
+        return param
+
+    exact = step(0.25)
+    assert_same_bits([step(torch.tensor(0.25))], [exact])
+    assert_same_bits([step(torch.tensor([0.25]))], [exact])
+    assert not harness.same_bits(step(torch.tensor(0.5)), exact)
+    assert_same_bits([step(torch.tensor(0.0))], [step(torch.zeros(1))])
 
 
 # Against torch.

@@ -8,7 +8,13 @@ import pytest
 import torch
 from bad_input import BAD_HYPERPARAMETERS, assert_names
 
-from pats_kernels.hyperparameters import Hyperparameters, Variant, defaults_of, hyperparameters
+from pats_kernels.hyperparameters import (
+    AdamWHyperparameters,
+    Hyperparameters,
+    Variant,
+    defaults_of,
+    hyperparameters,
+)
 
 DEFAULTS = defaults_of(Hyperparameters)
 
@@ -111,3 +117,18 @@ def test_a_cached_equal_does_not_let_a_wrong_type_through(values: dict[str, Any]
 
 def test_variant() -> None:
     assert Hyperparameters(uncertainty="ucb").variant == Variant("pats", "ucb", "delayed", True)
+
+
+@pytest.mark.parametrize("name", ["noise_scale", "lr"])
+def test_a_tensor_on_a_device_is_not_read(name: str) -> None:
+    """One on "meta" cannot be read at all."""
+    value = torch.empty((), device="meta")
+    h = hyperparameters({name: value}, kind=AdamWHyperparameters)
+    assert getattr(h, name) is value
+    assert h.on_device == {name: value}
+    assert h.noisy
+    assert h.numbers[0 if name == "noise_scale" else 6] == 0
+    assert hyperparameters({name: torch.tensor(0.5)}, kind=AdamWHyperparameters).on_device == {}
+    for wrong in (torch.empty(2, device="meta"), torch.empty((), dtype=torch.float64, device="meta")):
+        with pytest.raises(ValueError, match=f"Invalid {name}: .*one element, and be float32"):
+            hyperparameters({name: wrong}, kind=AdamWHyperparameters)

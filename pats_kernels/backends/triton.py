@@ -1,15 +1,16 @@
-"""The Triton backend: keeps a launch's tables on the device and starts its kernels."""
+"""The Triton backend: starts a launch's kernels over its tables on the device."""
 
 import importlib
 import os
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pats_kernels.plan import Batch, Column, Launch, LaunchKey, chunk_table
+from pats_kernels.backends.tables import DeviceTables
+from pats_kernels.plan import Batch, Column, Launch, LaunchKey
 
 kernels: Any = None
 _MISSING: str | None = None
@@ -27,18 +28,6 @@ MAX_REGISTERS = {"pats": 64, "pats_adamw": 80, "moments_adamw": 80}
 STATISTICS_BLOCK = 256  # partial sums an iteration
 
 
-@dataclass(slots=True)
-class _Tables:
-    """A launch's tables on the device, and its scratch memory."""
-
-    uploaded: np.ndarray  # what `table` holds: it travels again only where something changed
-    table: Tensor
-    layout: Tensor
-    chunks: Tensor
-    starts: Tensor
-    partials: Tensor
-
-
 def unavailable(device: torch.device) -> str | None:
     if _MISSING is not None:
         return _MISSING
@@ -51,15 +40,15 @@ def unavailable(device: torch.device) -> str | None:
 
 def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """One launch over all chunks and one over all tensors; exact normalization needs a third."""
-    if launch.key.device.type == "cuda":
-        with torch.cuda.device(launch.key.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _start(launch, _tables(launch, stream), grad_scale, found_inf)
-    else:
-        _start(launch, _tables(launch, 0), grad_scale, found_inf)
+    device = launch.key.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _start(launch, grad_scale, found_inf)
 
 
-def _start(launch: Launch, tables: _Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if "triton" not in launch.cache:
+        launch.cache["triton"] = DeviceTables(launch, CHUNK, _pack)
+    tables = launch.cache["triton"].current(launch)
     num_chunks, num_tensors = len(tables.chunks), len(launch.table)
     constants = specialization(launch.key) | {"APPROX": _approximate(launch)}
     if launch.key.device.type == "cuda" and torch.version.hip is None:
@@ -125,34 +114,10 @@ def _approximate(launch: Launch) -> bool:
     return capable and launch.key.param_dtype != torch.float64
 
 
-def _tables(launch: Launch, stream: int) -> _Tables:
-    """The launch's tables for work on this stream, uploaded where they changed."""
-    tables = launch.cache.get(stream)
-    if tables is None:
-        device = launch.key.device
-        chunks, starts = chunk_table(launch.table[:, Column.NUMEL], CHUNK)
-        tables = launch.cache[stream] = _Tables(
-            uploaded=launch.table.copy(),
-            table=torch.from_numpy(_narrowed(launch)).to(device, copy=True),
-            layout=torch.from_numpy(launch.layout).to(device),
-            chunks=torch.from_numpy(chunks).to(device),
-            starts=torch.from_numpy(starts).to(device),
-            partials=torch.empty((3, len(chunks)), dtype=torch.float64, device=device),
-        )
-    elif not np.array_equal(tables.uploaded, launch.table):
-        np.copyto(tables.uploaded, launch.table)
-        host = torch.from_numpy(_narrowed(launch))
-        if launch.key.device.type == "cuda":
-            host = host.pin_memory()  # so that the copy need not be waited for
-        tables.table.copy_(host, non_blocking=True)
-    return tables
-
-
-def _narrowed(launch: Launch) -> np.ndarray:
-    """A copy of the table with its numbers in what the kernel computes in: on many GPUs an instruction in
-    float64, a conversion even, takes as long as 64 others."""
-    table = launch.table.copy()
+def _pack(launch: Launch, packed: np.ndarray) -> None:
+    """The table with its numbers in what the kernel computes in: on many GPUs an instruction in float64, a
+    conversion even, takes as long as 64 others."""
+    np.copyto(packed, launch.table)
     if launch.key.param_dtype != torch.float64:
         numbers = launch.table.view(np.float64)[:, Column.NOISE_SCALE :]
-        table.view(np.float32)[:, 2 * Column.NOISE_SCALE :: 2] = numbers
-    return table
+        packed.view(np.float32)[:, 2 * Column.NOISE_SCALE :: 2] = numbers

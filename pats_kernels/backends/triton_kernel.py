@@ -25,6 +25,7 @@ C_STATS = tl.constexpr(int(Column.STATS))
 C_STEP_COUNT = tl.constexpr(int(Column.STEP_COUNT))
 C_NONFINITE = tl.constexpr(int(Column.NONFINITE))
 C_LR_TENSOR = tl.constexpr(int(Column.LR_TENSOR))
+C_NOISE_SCALE_TENSOR = tl.constexpr(int(Column.NOISE_SCALE_TENSOR))
 C_NUMEL = tl.constexpr(int(Column.NUMEL))
 C_NDIM = tl.constexpr(int(Column.NDIM))
 C_LAYOUT = tl.constexpr(int(Column.LAYOUT))
@@ -221,6 +222,15 @@ def _number(entry, COLUMN: tl.constexpr, FLOAT: tl.constexpr):
 
 
 @triton.jit
+def _from_tensor(entry, COLUMN: tl.constexpr, number):
+    """The same where it lies in a tensor on the device, else `number`."""
+    address = tl.load(entry + COLUMN)
+    if address != 0:
+        number = tl.load(address.to(tl.pointer_type(tl.float32))).to(number.dtype)
+    return number
+
+
+@triton.jit
 def _offsets(entry, layout, index):
     """Where the elements of row-major number `index` lie in the operands: innermost dimension first."""
     ndim = tl.load(entry + C_NDIM).to(tl.int32)
@@ -369,6 +379,7 @@ def _chunk(
         if UNCERTAINTY != PRODUCT:
             unc_mean = sens_mean
         sens_factor, unc_factor = _reciprocal_mean(sens_mean), _reciprocal_mean(unc_mean)
+        noise_scale = _from_tensor(entry, C_NOISE_SCALE_TENSOR, noise_scale)
         noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
     if MOMENTS:
         sign, beta2 = _number(entry, C_GRAD_SIGN, FLOAT), _number(entry, C_BETA2, FLOAT)
@@ -379,9 +390,8 @@ def _chunk(
         root_factor = 1 / root2
         m_factor = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) * root2 / correction1
         lr, decay = _number(entry, C_LR, FLOAT), _number(entry, C_DECAY, FLOAT)
-        lr_tensor = tl.load(entry + C_LR_TENSOR)
-        if lr_tensor != 0:
-            lr = tl.load(lr_tensor.to(tl.pointer_type(tl.float32))).to(FLOAT)
+        if tl.load(entry + C_LR_TENSOR) != 0:
+            lr = _from_tensor(entry, C_LR_TENSOR, lr)
             decay = 1 - lr * _number(entry, C_WEIGHT_DECAY, FLOAT)
         step_size = lr * root2 / correction1
         eps = _number(entry, C_EPS, FLOAT) * root2
