@@ -189,19 +189,23 @@ def update_means_(sens_stats: Tensor, S: Tensor, U: Tensor, normalization: str) 
     return means.to(S.dtype)
 
 
-def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, uncertainty: str) -> Tensor:
-    """Rows 4 and 5: the gate a of every element, in [0, 1]; 0 for a tensor without statistics.
+def score(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, uncertainty: str) -> Tensor:
+    """Row 4: q of every element; not finite for a tensor without statistics. "none" does not read U.
 
     Args:
-        S, U: the averages, of one shape; "none" does not read U.
+        S, U: the averages, of one shape.
         mean_S, mean_U: their means, 0-d.
     """
     if uncertainty == "product":
-        q = (S / mean_S) * (U / mean_U)
-    elif uncertainty == "ucb":
-        q = (S + KAPPA * U) / (mean_S + KAPPA * mean_U)
-    else:
-        q = S / mean_S
+        return (S / mean_S) * (U / mean_U)
+    if uncertainty == "ucb":
+        return (S + KAPPA * U) / (mean_S + KAPPA * mean_U)
+    return S / mean_S
+
+
+def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, uncertainty: str) -> Tensor:
+    """Row 5 of `score`'s: the gate a of every element, in [0, 1]; 0 for a tensor without statistics."""
+    q = score(S, U, mean_S, mean_U, uncertainty)
     a = torch.tanh((1 / q - gamma).clamp(min=0))
     return torch.where(q.isfinite(), a, 0)  # it is not where its mean is 0
 

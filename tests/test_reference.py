@@ -8,13 +8,11 @@ import oracle
 import pytest
 import torch
 from harness import Case, Tolerance, decided, prepare, run_checked, same_bits, step, stored, values
-from hypothesis import given
-from hypothesis import strategies as st
 from oracle import Hyper, State
 from torch import Tensor
 
 from pats_kernels import reference
-from pats_kernels.reference import pats_update_, round_stochastically
+from pats_kernels.reference import pats_update_
 
 NORMALIZATIONS = ["delayed", "exact"]
 UNCERTAINTIES = ["product", "ucb", "none"]
@@ -244,65 +242,6 @@ def test_a_sensitivity_that_overflows_is_not_finite() -> None:
     assert update(w, g, S, U, stats) == 1
     assert w[0] == torch.tensor(1e30)
     assert S.tolist() == [1.0, 1.0]
-
-
-# Rounding.
-
-SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 2.0**-126, 2.0**-149, 3.3895314e38, -3.3895314e38]
-
-
-def test_rounding_bits() -> None:
-    """A million random bit patterns with random bits, and the special values with the extreme ones."""
-    random = np.random.default_rng(0)
-    patterns = random.integers(0, 2**32, 2**20, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    bits = random.integers(0, 2**16, 2**20, dtype=np.uint64)
-    special = np.repeat(np.array([*SPECIAL, np.nan], dtype=np.float32), 3)
-    x = np.concatenate((patterns, special))
-    bits = np.concatenate((bits, np.tile(np.array([0, 1, 2**16 - 1], dtype=np.uint64), len(SPECIAL) + 1)))
-    got = round_stochastically(torch.from_numpy(x), torch.from_numpy(bits.astype(np.int64)))
-    expected = oracle.round_bfloat16(x, bits)
-    assert got.dtype == torch.bfloat16
-    np.testing.assert_array_equal(np.isnan(got.float().numpy()), np.isnan(x))
-    numbers = ~np.isnan(x)
-    got_bits, expected_bits = got.float().numpy().view(np.uint32), expected.view(np.uint32)
-    np.testing.assert_array_equal(got_bits[numbers], expected_bits[numbers])
-
-
-@given(st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda x: abs(x) > 1e-30))
-def test_rounding_is_unbiased(x: float) -> None:
-    """Over all 2^16 random integers the mean is x: exactly, as every term and the sum is exact in float64."""
-    rounded = round_stochastically(torch.full((2**16,), x), torch.arange(2**16))
-    neighbours = rounded.double().unique()
-    assert len(neighbours) <= 2
-    assert neighbours[0] <= x <= neighbours[-1]
-    share = float((rounded.double() == neighbours[-1]).double().mean())
-    assert float(neighbours[0]) + share * float(neighbours[-1] - neighbours[0]) == x
-
-
-def test_rounding_keeps_bfloat16() -> None:
-    """All 2^16 of them, with the random integer most eager to change them."""
-    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    kept = round_stochastically(x.float(), torch.full((2**16,), 2**16 - 1))
-    assert torch.equal(kept.isnan(), x.isnan())
-    assert same_bits(kept[~x.isnan()], x[~x.isnan()])
-
-
-def test_small_noise_survives_in_bfloat16() -> None:
-    """With rounding to nearest noise of 2^-12 on weights of 1 is lost; stochastically its variance is kept.
-
-    sqrt(n) = 256 thresholds of 2^-8 (2^-9 downwards): an element moves with probability |noise| / spacing,
-    so the mean of the moves has standard deviation below sqrt(E|noise| * spacing / n) = 4e-6: five of them.
-    """
-    moved = {}
-    for stochastic_rounding in (True, False):
-        w, S = torch.ones(2**16, dtype=torch.bfloat16), torch.zeros(2**16)
-        h = {"noise_scale": 2.0**-12, "uncertainty": "none", "stochastic_rounding": stochastic_rounding}
-        update(w, torch.zeros_like(w), S, None, torch.ones(2), **h)
-        moved[stochastic_rounding] = w.double() - 1
-    assert not moved[False].any()
-    assert moved[True].count_nonzero() > 1000
-    noise = 2.0**-12 * reference.philox_normal(0, 1, 0, 2**16)
-    assert abs(float((moved[True] - noise).mean())) < 2e-5
 
 
 def test_per_tensor_values() -> None:
