@@ -52,7 +52,7 @@ def run(settings: Settings, tell: Progress) -> Report:
         lambda turn, name: tell(f"round {turn + 1} of {settings.repeats}: {name}"),
     )
     tell("memory and host time")
-    peaks = {name: timing.peak_extra_bytes(step, settings.device) for name, step in steps.items()}
+    peaks = {name: timing.memory(step, settings.device).peak for name, step in steps.items()}
     copy_gbps = gigabytes_per_second(copied, times[COPY].median)
     return {
         **described,

@@ -76,16 +76,25 @@ def copy_step(device: torch.device) -> tuple[Step, int]:
     return lambda: target.copy_(source), 2 * source.nbytes
 
 
-def peak_extra_bytes(step: Step, device: torch.device) -> int:
-    """The most that torch's allocator held during one step beyond what it held before."""
+class Memory(NamedTuple):
+    """Of one step, in bytes by torch's allocator: the most that it held beyond what it held before, and what
+    of it was still held afterwards."""
+
+    peak: int
+    kept: int
+
+
+def memory(step: Step, device: torch.device) -> Memory:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    return _peak_of_allocations(_cpu_allocations(step))
+        after = torch.cuda.memory_allocated(device)
+        return Memory(torch.cuda.max_memory_allocated(device) - before, after - before)
+    held = np.cumsum([0, *_cpu_allocations(step)])
+    return Memory(int(held.max()), int(held[-1]))
 
 
 def _cpu_allocations(step: Step) -> list[int]:
@@ -112,7 +121,3 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-
-
-def _peak_of_allocations(changes: list[int]) -> int:
-    return max(0, *np.cumsum(changes).tolist()) if changes else 0

@@ -477,12 +477,21 @@ def test_times_are_percentiles() -> None:
     assert timing.Times.of([float(value) for value in range(11)]) == (5.0, 1.0, 9.0)
 
 
-def test_peak_extra_bytes_counts_what_lives_at_once() -> None:
+def test_memory_counts_what_lives_at_once_and_what_stays() -> None:
     x = torch.ones(1 << 20)
+    kept: list[torch.Tensor] = []
     scalars = 64  # bytes: a Python number becomes a tensor too
-    assert timing.peak_extra_bytes(lambda: x.mul_(2), CPU) <= scalars
-    assert timing.peak_extra_bytes(lambda: (x * 2).add_(1), CPU) == pytest.approx(x.nbytes, abs=scalars)
-    assert timing.peak_extra_bytes(lambda: (x * 2) * (x * 3), CPU) == pytest.approx(3 * x.nbytes, abs=scalars)
+    steps = {
+        (0, 0): lambda: x.mul_(2),
+        (1, 0): lambda: (x * 2).add_(1),
+        (3, 0): lambda: (x * 2) * (x * 3),
+        (2, 1): lambda: kept.append((x * 2) + 1),
+    }
+    for (peak, stays), step in steps.items():
+        taken = timing.memory(step, CPU)
+        assert taken.peak == pytest.approx(peak * x.nbytes, abs=scalars)
+        assert taken.kept == pytest.approx(stays * x.nbytes, abs=scalars)
+    assert timing.memory(kept.clear, CPU) == (0, -x.nbytes)
 
 
 # gpu_check

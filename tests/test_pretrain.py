@@ -1,4 +1,5 @@
-"""The example that pretrains a small BERT, and what is done with its model: fine-tuning, pictures, sweeps."""
+"""The example that pretrains a small BERT, and what is done with its model: fine-tuning, pictures, sweeps,
+comparisons of dtypes and of sensitivities."""
 
 import gzip
 import json
@@ -11,6 +12,8 @@ from datasets import disable_progress_bars
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import grammar
+import low_precision
+import moments_fidelity
 import noise_sweep
 import pretrain
 import run_glue
@@ -150,3 +153,47 @@ def test_a_sweep_continues_where_it_was(
     assert "pats          0.001      0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="other arguments"):
         noise_sweep.main([*options, "--", "--seed", "4"])
+
+
+def test_dtypes_are_compared(pretrained: Path, tmp_path: Path) -> None:
+    """A learning rate that a bfloat16 rounded to nearest does not feel."""
+    text = str(pretrained.parent / "text.txt")
+    out, picture = tmp_path / "runs.json", tmp_path / "runs.png"
+    files = ["--model_name_or_path", str(pretrained), "--text", text, "--heldout_text", text]
+    quick = ["--steps", "10", "--evaluations", "2", "--seeds", "7", "--max_seq_length", "32"]
+    rates = ["--learning_rates", "1e-5", "--noise_scale", "1e-6", "--heldout_sequences", "8"]
+    runs = low_precision.main([*files, *quick, *rates, "--out", str(out), "--plot", str(picture)])
+    of = {run["storage"]: run for run in runs}
+    assert list(of) == list(low_precision.STORAGES)
+    assert {tuple(run["steps"]) for run in runs} == {(0, 5, 10)}
+    # In ten steps float32 moves everything that had a gradient; a spacing is 2^-8 of a weight.
+    exact, stochastic, nearest = (of[f"{name}"] for name in list(of)[:3])
+    assert exact["moved_share"] > 0.5
+    assert nearest["moved_share"] < 0.2 * stochastic["moved_share"] < 0.2 * exact["moved_share"]
+    assert exact["sens_ratio"] == 1.0
+    assert stochastic["sens_ratio"] == pytest.approx(1.0, abs=0.02)
+    assert stochastic["heldout_loss"] == pytest.approx(exact["heldout_loss"], abs=0.02)
+    assert json.loads(out.read_text())["runs"] == runs
+    assert picture.stat().st_size > 10_000
+
+
+def test_sensitivities_are_compared(pretrained: Path, data: Path, tmp_path: Path) -> None:
+    out, picture = tmp_path / "fidelity.json", tmp_path / "fidelity.png"
+    files = ["--model_name_or_path", str(pretrained), "--task_name", "sst2", "--data_dir", str(data)]
+    quick = ["--steps", "4", "--at", "1,4", "--batch_size", "4", "--max_seq_length", "32"]
+    entries = moments_fidelity.main([*files, *quick, "--out", str(out), "--plot", str(picture)])
+    assert [(e["seed"], e["step"], e["comparison"]) for e in entries] == [
+        (seed, step, name) for seed in (1, 2) for step in (1, 4) for name in moments_fidelity.COMPARISONS
+    ]
+    kinds = {e["comparison"]: e["kinds"] for e in entries if e["step"] == 4}
+    for comparison in ("moments", "averages of longer memory", "moments, to averages of their memory"):
+        assert 0.5 < kinds[comparison]["all"]["rank"] < 1
+    # In the first step the moments' uncertainty is 0, and so is every gate; averages are averages.
+    first = {e["comparison"]: e["kinds"]["all"] for e in entries if e["step"] == 1}
+    assert first["moments"]["gate_a"] == 0 < first["moments"]["gate_b"]
+    assert first["averages of longer memory"]["rank"] == pytest.approx(1.0, abs=1e-3)
+    assert {"all", "word embeddings", "feed-forward", "LayerNorm"} <= set(kinds["moments"])
+    assert json.loads(out.read_text())["entries"] == entries
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="two or more"):
+        moments_fidelity.main([*files, *quick, "--seeds", "1", "--out", str(out)])
