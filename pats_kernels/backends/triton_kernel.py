@@ -53,6 +53,9 @@ LAYOUT_COLUMNS = tl.constexpr(1 + OPERANDS)
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+WIDE_0, WIDE_1 = (
+    tl.constexpr(f"{{ .reg .b64 p; mul.wide.u32 p, $2, {m}; mov.b64 {{$1, $0}}, p; }}") for m in MULTIPLIERS
+)
 WEYL_0, WEYL_1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
 ROUNDING = tl.constexpr(ROUNDING_BIT)
 
@@ -98,7 +101,7 @@ def _reciprocal(x, APPROX: tl.constexpr):
 
 @triton.jit
 def _tanh(x, APPROX: tl.constexpr):
-    """tanh(x) for x >= 0, infinity included."""
+    """tanh(x), infinity included."""
     return _ptx("tanh.approx.f32", x) if APPROX else 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 20.0)) + 1.0)
 
 
@@ -112,20 +115,23 @@ def _reciprocal_mean(mean):
 
 
 @triton.jit
-def _mulhilo(a, MULTIPLIER: tl.constexpr):
-    """One widening multiply: its high and its low word."""
-    product = a.to(tl.uint64) * MULTIPLIER
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+def _mulhilo(a, MULTIPLIER: tl.constexpr, INSTRUCTION: tl.constexpr, APPROX: tl.constexpr):
+    """One widening multiply: its high and its low word. Left to itself, LLVM takes some of them apart."""
+    if APPROX:
+        return tl.inline_asm_elementwise(INSTRUCTION, "=r,=r,r", [a], (tl.uint32, tl.uint32), True, 1)
+    else:
+        product = a.to(tl.uint64) * MULTIPLIER
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
-def _philox(group_low, group_high, tensor_id, step, seed):
+def _philox(group_low, group_high, tensor_id, step, seed, APPROX: tl.constexpr):
     """Four words for each group of four elements; what is the same for all groups stays a scalar."""
     c0, c1, c2, c3 = group_low, group_high, tensor_id, step
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(PHILOX_ROUNDS):
-        hi0, lo0 = _mulhilo(c0, MULTIPLIER_0)
-        hi1, lo1 = _mulhilo(c2, MULTIPLIER_1)
+        hi0, lo0 = _mulhilo(c0, MULTIPLIER_0, WIDE_0, APPROX)
+        hi1, lo1 = _mulhilo(c2, MULTIPLIER_1, WIDE_1, APPROX)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0 = k0 + tl.full((), WEYL_0, tl.uint32)
         k1 = k1 + tl.full((), WEYL_1, tl.uint32)
@@ -159,7 +165,7 @@ def _draw_group(
     APPROX: tl.constexpr,
 ):
     """The four words or normals of each group, [groups, 2, 2] in the order of its elements."""
-    x0, x1, x2, x3 = _philox(group_low, group_high, tensor_id, step, seed)
+    x0, x1, x2, x3 = _philox(group_low, group_high, tensor_id, step, seed, APPROX)
     if NORMAL:
         x0, x1 = _box_muller(x0, x1, FLOAT, APPROX)
         x2, x3 = _box_muller(x2, x3, FLOAT, APPROX)
@@ -168,8 +174,8 @@ def _draw_group(
 
 @triton.jit
 def _draw(
-    begin,
-    top_bit,
+    low,
+    high,
     tensor_id,
     step,
     seed,
@@ -179,13 +185,11 @@ def _draw(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The random words or normals of elements [begin, begin + BLOCK).
+    """The random words or normals of the BLOCK elements whose first group is (low, high).
 
     A thread draws for the VECTOR neighbours, one group or two, that it reads in one access: nothing moves
-    between threads. A block does not cross a multiple of 2^34, so the high word is the same for all of it.
+    between threads. A chunk does not cross a multiple of 2^34, so the high word is the same for all of it.
     """
-    group = begin // 4
-    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32) | top_bit
     lanes = tl.arange(0, BLOCK // VECTOR).to(tl.uint32)
     if VECTOR == 4:
         x = _draw_group(low + lanes, high, tensor_id, step, seed, NORMAL, FLOAT, APPROX)
@@ -197,16 +201,26 @@ def _draw(
 
 
 @triton.jit
-def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, MAYBE_NAN: tl.constexpr = False):
+def _to_float(x, FLOAT: tl.constexpr, APPROX: tl.constexpr):
+    """A stored number in the arithmetic's type: two of bfloat16 straight out of the word that holds them."""
+    if APPROX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&f,=f,r", [x], tl.float32, True, 2
+        )
+    else:
+        return x.to(FLOAT)
+
+
+@triton.jit
+def _round(x, random, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, is_number=None):
     """`x` as STORAGE: to bfloat16 stochastically (16 random bits are added, then it is truncated) or to
-    nearest. Adding could make a number of a NaN, which costs an instruction or two where there may be one."""
+    nearest. Adding could make a number of a NaN: where there may be one, `is_number` keeps it as it is."""
     if STORAGE == tl.bfloat16:
         # The conversion would do to round to nearest, but for Triton's interpreter, which truncates.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        increment = random & 0xFFFF if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
-        rounded = bits + increment
-        if MAYBE_NAN:
-            rounded = tl.where(x == x, rounded, bits | 0x400000)
+        rounded = bits + (random & 0xFFFF if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1))
+        if is_number is not None:
+            rounded = tl.where(is_number, rounded, bits)
         return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(STORAGE)
@@ -251,29 +265,35 @@ def _offsets(entry, layout, index):
 
 
 @triton.jit
+def _is_finite(s):
+    """Of s >= 0; compared with infinity, it would take the compiler two instructions."""
+    return s <= (1.7976931348623157e308 if s.dtype == tl.float64 else 3.4028234663852886e38)
+
+
+@triton.jit
 def _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY: tl.constexpr):
     """Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit.
 
     A sensitivity that is not finite leaves both averages as they were.
     """
     s = tl.abs(w * g)
-    finite = s < float("inf")
-    S_new = sens_beta * S + sens_rate * s
+    finite = _is_finite(s)
+    S = tl.where(finite, sens_beta * S + sens_rate * s, S)
     if UNCERTAINTY != NONE:
-        U = tl.where(finite, unc_beta * U + unc_rate * tl.abs(s - S_new), U)
-    return tl.where(finite, S_new, S), U, finite
+        U = tl.where(finite, unc_beta * U + unc_rate * tl.abs(s - S), U)
+    return S, U, finite
 
 
 @triton.jit
-def _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr):
-    """Rows 4 and 5. The factors are the reciprocal means."""
+def _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr):
+    """Rows 4 and 5. q here is mean times as big, which saves the product: the mean is a factor of 1/q."""
     if UNCERTAINTY == PRODUCT:
-        q = (S * sens_factor) * (U * unc_factor)
+        q = (S * sens_factor) * U
     elif UNCERTAINTY == UCB:
-        q = (S + U) * sens_factor
+        q = S + U
     else:
-        q = S * sens_factor
-    return _tanh(tl.maximum(_reciprocal(q, APPROX) - gamma, 0.0), APPROX)
+        q = S
+    return tl.maximum(_tanh(_reciprocal(q, APPROX) * mean - gamma, APPROX), 0.0)
 
 
 @triton.jit
@@ -287,9 +307,9 @@ def _bias_correction(entry, LOG_BETA: tl.constexpr, step, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _moments(g, m, v, rate1, beta2, rate2):
+def _moments(g, m, v, sign, rate1, beta2, rate2):
     """Row 7."""
-    return m + rate1 * (g - m), beta2 * v + rate2 * (g * g)
+    return m + rate1 * (sign * g - m), beta2 * v + rate2 * (g * g)
 
 
 @triton.jit
@@ -298,7 +318,7 @@ def _moments_sensitivity(w, m, v, root_factor, m_factor, UNCERTAINTY: tl.constex
     (v - (m_factor m)^2). m_factor is a few roundings too large, so that it is not above 0 where it is 0."""
     scale, scaled_m = tl.abs(w) * root_factor, m_factor * m
     S = scale * _sqrt(v, APPROX)
-    finite = S < float("inf")
+    finite = _is_finite(S)
     U = S
     if UNCERTAINTY != NONE:
         U = tl.where(finite, scale * _sqrt(tl.maximum(v - scaled_m * scaled_m, 0.0), APPROX), 0.0)
@@ -306,9 +326,18 @@ def _moments_sensitivity(w, m, v, root_factor, m_factor, UNCERTAINTY: tl.constex
 
 
 @triton.jit
-def _adamw(w, m, v, decay, step_size, eps, APPROX: tl.constexpr):
-    """Row 8, for moments without their bias corrections."""
-    return decay * w - step_size * (m * _reciprocal(_sqrt(v, APPROX) + eps, APPROX))
+def _adamw(w, m, v, decay, slope, intercept, APPROX: tl.constexpr):
+    """Row 8, for moments without their bias corrections; lr is in the line's slope and intercept."""
+    return decay * w - m * _reciprocal(slope * _sqrt(v, APPROX) + intercept, APPROX)
+
+
+@triton.jit
+def _opaque(x, BLOCK: tl.constexpr, APPROX: tl.constexpr):
+    """A loop's counter, which the compiler does not recognize as one: it would advance six pointers of 64
+    bits beside it, where each address is but this number away from its own base."""
+    if APPROX:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, True, 1)
+    return tl.multiple_of(x, BLOCK)
 
 
 @triton.jit
@@ -378,7 +407,7 @@ def _chunk(
             sens_mean += unc_mean
         if UNCERTAINTY != PRODUCT:
             unc_mean = sens_mean
-        sens_factor, unc_factor = _reciprocal_mean(sens_mean), _reciprocal_mean(unc_mean)
+        sens_factor, mean = _reciprocal_mean(sens_mean), tl.where(unc_mean > 0, unc_mean, 1.0)
         noise_scale = _from_tensor(entry, C_NOISE_SCALE_TENSOR, noise_scale)
         noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
     if MOMENTS:
@@ -393,52 +422,62 @@ def _chunk(
         if tl.load(entry + C_LR_TENSOR) != 0:
             lr = _from_tensor(entry, C_LR_TENSOR, lr)
             decay = 1 - lr * _number(entry, C_WEIGHT_DECAY, FLOAT)
+        # lr m^ / (sqrt(v^) + eps) = m / (slope sqrt(v) + intercept); for lr = 0 the line is at infinity.
         step_size = lr * root2 / correction1
-        eps = _number(entry, C_EPS, FLOAT) * root2
+        stands = step_size < 1e-37
+        slope = tl.where(stands, 0.0, 1 / step_size)
+        intercept = tl.where(stands, float("inf"), _number(entry, C_EPS, FLOAT) * root2 / step_size)
     step = step.to(tl.uint32)
 
     lanes = tl.arange(0, BLOCK)
     sum_s, sum_u = tl.zeros((BLOCK // 4,), FLOAT), tl.zeros((BLOCK // 4,), FLOAT)
     nonfinite = tl.zeros((BLOCK // 4,), tl.int32)
-    for first in tl.range(0, length, BLOCK, loop_unroll_factor=1):
-        begin = start + first
-        mask = None if PATH == FULL else first + lanes < length
-        at = begin + lanes
+    group = start // 4
+    group_low, group_high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    if PATH != STRIDED:
+        param, grad, sens, unc = param + start, grad + start, sens + start, unc + start
+        exp_avg, exp_avg_sq = exp_avg + start, exp_avg_sq + start
+    for block in tl.range(0, length, BLOCK, loop_unroll_factor=1):
+        first = _opaque(block, BLOCK, APPROX)
+        at = first + lanes
+        mask = None if PATH == FULL else at < length
+        low = group_low + (first.to(tl.uint32) >> 2)
         w_at, g_at, s_at, u_at, m_at, v_at = at, at, at, at, at, at
         if PATH == STRIDED:
-            w_at, g_at, s_at, u_at, m_at, v_at = _offsets(entry, layout, at)
+            w_at, g_at, s_at, u_at, m_at, v_at = _offsets(entry, layout, start + at)
         w_at, g_at, s_at, u_at = param + w_at, grad + g_at, sens + s_at, unc + u_at
         m_at, v_at = exp_avg + m_at, exp_avg_sq + v_at
 
         random = 0
         if ROUNDS:
-            random = _draw(begin, ROUNDING, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK)
+            random = _draw(
+                low, group_high | ROUNDING, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK
+            )
 
-        w_stored = _load(w_at, mask)
-        w = w_stored.to(FLOAT)
+        w = _to_float(_load(w_at, mask), FLOAT, APPROX)
         if AVERAGING or MOMENTS:
-            g = _load(g_at, mask).to(FLOAT)
+            g = _to_float(_load(g_at, mask), FLOAT, APPROX)
             if grad_scale is not None:
                 g = g / tl.load(grad_scale)
         if MOMENTS:
-            m, v = _load(m_at, mask).to(FLOAT), _load(v_at, mask).to(FLOAT)
-            m, v = _moments(g * sign, m, v, rate1, beta2, rate2)
+            m, v = _to_float(_load(m_at, mask), FLOAT, APPROX), _to_float(_load(v_at, mask), FLOAT, APPROX)
+            m, v = _moments(g, m, v, sign, rate1, beta2, rate2)
 
         if READS_AVERAGES:
-            S = _load(s_at, mask).to(FLOAT)
+            S = _to_float(_load(s_at, mask), FLOAT, APPROX)
             U = S
             if UNCERTAINTY != NONE:
-                U = _load(u_at, mask).to(FLOAT)
+                U = _to_float(_load(u_at, mask), FLOAT, APPROX)
             if AVERAGING:
                 S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
                 S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
-                S = S_stored.to(FLOAT)
+                S = _to_float(S_stored, FLOAT, APPROX)
                 if PHASE == AVERAGES:
                     S_stored = tl.where(finite, S_stored, _marked(S_stored))
                 tl.store(s_at, S_stored, mask=mask)
                 if UNCERTAINTY != NONE:
                     U_stored = _round(U, random >> 16, STATE, STOCHASTIC)
-                    U = U_stored.to(FLOAT)
+                    U = _to_float(U_stored, FLOAT, APPROX)
                     tl.store(u_at, U_stored, mask=mask)
             else:
                 # The phase before marked, by the sign of S, the elements that get no noise.
@@ -455,19 +494,17 @@ def _chunk(
             nonfinite += _sum_groups(tl.where(finite, 0, 1), BLOCK)
 
         if NOISY:
-            z = _draw(begin, 0, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
-            a = _gate(S, U, sens_factor, unc_factor, gamma, UNCERTAINTY, APPROX)
-            noised = w + noise_scale * (a * z)
+            z = _draw(low, group_high, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
+            a = _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX)
+            w = tl.where(finite, w + noise_scale * (a * z), w)
             if FORM == PATS:
-                noised = _round(noised, random, PARAM, STOCHASTIC)
-                tl.store(w_at, tl.where(finite, noised, w_stored), mask=mask)
-            else:
-                w = tl.where(finite, noised, w)
+                tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask)
         if STEPS:
-            w = _adamw(w, m, v, decay, step_size, eps, APPROX)
-            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, True), mask=mask)
-            tl.store(m_at, _round(m, random >> 16, STATE, STOCHASTIC, True), mask=mask)
-            tl.store(v_at, _round(v, random >> 16, STATE, STOCHASTIC, True), mask=mask)
+            w = _adamw(w, m, v, decay, slope, intercept, APPROX)
+            is_number = (m == m) & (v == v)
+            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, w == w), mask=mask)
+            tl.store(m_at, _round(m, random >> 16, STATE, STOCHASTIC, is_number), mask=mask)
+            tl.store(v_at, _round(v, random >> 16, STATE, STOCHASTIC, is_number), mask=mask)
 
     return tl.sum(sum_s), tl.sum(sum_u), tl.sum(nonfinite)
 
