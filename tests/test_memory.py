@@ -58,7 +58,7 @@ def temporaries(backend: str, form: str, dtype: torch.dtype, layout: str, **keyw
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "state_dtype"), STORAGES[: 2 if INTERPRETED else None], ids=id_of)
+@pytest.mark.parametrize(("dtype", "state_dtype"), STORAGES[: 1 if INTERPRETED else None], ids=id_of)
 def test_no_temporaries(
     backend: str, dtype: torch.dtype, state_dtype: torch.dtype, form: str, normalization: str
 ) -> None:

@@ -118,7 +118,7 @@ def finite(store: str, x: Singles) -> Singles:
     return doubled(x)
 
 
-COUNT = 3000 if INTERPRETED else 200_000
+COUNT = 2000 if INTERPRETED else 200_000
 
 
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "to nearest"])
@@ -153,7 +153,7 @@ def test_float16_and_float32_are_not_touched(backend: str, store: str) -> None:
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 1023, 1024, 1025, 4097]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "holes"] if INTERPRETED else LAYOUTS)
 @pytest.mark.parametrize(("store", "form"), WRITERS[::3] if INTERPRETED else WRITERS)
 def test_each_element_has_its_own_bits(backend: str, store: str, form: str, layout: str) -> None:
     """Whatever the size and the strides: the bits follow the logical row-major order."""
@@ -217,8 +217,8 @@ def test_misplaced_bits_are_noticed(
 
 # ---- what it is for
 
-LONG = 20 if INTERPRETED else 1500  # steps
-WIDE = 1024 if INTERPRETED else 4096
+LONG = 10 if INTERPRETED else 1500  # steps
+WIDE = 512 if INTERPRETED else 4096
 SIGMAS = 5.0  # by luck once in a million runs, and these are one run: all is seeded
 
 
@@ -257,7 +257,7 @@ def test_small_noise_adds_up(backend: str) -> None:
     walk = (LONG * 1e-5 * 0.8 * 2.0**-12) ** 0.5  # E abs(z) = 0.8
     standard_error = walk / float(exact.std()) / WIDE**0.5
     assert abs(slope - 1) < SIGMAS * standard_error
-    assert SIGMAS * standard_error < (3 if INTERPRETED else 0.6)  # so that this says something
+    assert SIGMAS * standard_error < (6 if INTERPRETED else 0.6)  # so that this says something
     assert abs(float((moved - exact).mean())) < SIGMAS * walk / WIDE**0.5
 
 
