@@ -28,9 +28,13 @@ def launch(
     if not batch.params:
         return
     plan = planner.plan(batch)
-    steps = [backends.resolve(backend, work.key.device) for work in plan.launches]
-    for work, step_ in zip(plan.launches, steps, strict=True):
-        step_(work, batch, _on(work.key.device, grad_scale), _on(work.key.device, found_inf))
+    work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
+    for phases in ({"delayed": "one_pass", "exact": "averages"}, {"exact": "noise"}):
+        for launch, step_ in work:
+            phase = phases.get(launch.key.variant.normalization)
+            if phase is not None:
+                device = launch.key.device
+                step_(launch, batch, phase, _on(device, grad_scale), _on(device, found_inf))
     torch.autograd.graph.increment_version(batch.params)
 
 
