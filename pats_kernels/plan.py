@@ -7,6 +7,7 @@ they were, a step only writes the gradients' addresses anew, since `zero_grad(se
 No plan holds a gradient; none holds any tensor, unless the planner's owner holds them all the same.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -79,6 +80,12 @@ class Column(IntEnum):
 
 
 ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}  # hyperparameters that may be
+
+
+def is_dtensor(kind: type) -> bool:
+    """Whether it is the type of sharded tensors: without importing it for those who have none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
 
 
 class Shard(NamedTuple):

@@ -61,8 +61,9 @@ def _updated(batch: Batch, i: int, grad: Tensor, phase: Phase, copies: bool) -> 
         writes.append((stats if share is None else share, _share(means, grad, shard)))
         if isinstance(count, Tensor):
             writes.append((count, count + 1))
-        if batch.nonfinite and batch.nonfinite[i] is not None:
-            writes.append((batch.nonfinite[i], batch.nonfinite[i] + nonfinite))
+        counter = batch.nonfinite[i] if batch.nonfinite else None
+        if counter is not None:
+            writes.append((counter, counter + nonfinite))
     return [(target, value) for target, value in writes if target is not None and value is not None]
 
 
