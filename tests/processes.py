@@ -1,7 +1,7 @@
 """Runs functions on several processes: ranks of a default process group, as a user's script has one.
 
 The processes are forked, ready to run, from a server that has imported torch, and stay from test to test: a
-call costs about 30 ms, where starting Python and torch costs seconds for each. A call that fails or hangs
+call costs some 50 ms, where starting Python and torch costs seconds for each. A call that fails or hangs
 costs the processes, and the next one gets new ones.
 """
 
