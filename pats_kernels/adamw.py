@@ -25,6 +25,7 @@ from pats_kernels.state import (
     check_position,
     checked_entry,
     complete,
+    is_distributed,
     keys_of,
     name_finder,
     nonfinite_counts,
@@ -223,10 +224,12 @@ class PATSAdamW(Optimizer):
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()
         state_dict = super().state_dict()
-        # Whoever stores state by the parameters' names (torch.distributed.checkpoint) would lose their order.
-        state_dict["state"] = {
-            position: {**entry, TENSOR_ID: position} for position, entry in state_dict["state"].items()
-        }
+        if (
+            is_distributed()
+        ):  # torch.distributed.checkpoint goes by the parameters' names, and loses their order
+            state_dict["state"] = {
+                position: {**entry, TENSOR_ID: position} for position, entry in state_dict["state"].items()
+            }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +24,7 @@ from pats_kernels.state import (
     check_position,
     checked_entry,
     complete,
+    is_distributed,
     keys_of,
     name_finder,
     nonfinite_counts,
@@ -224,8 +224,7 @@ class PATS:
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         own = self.state_dict()
         state_dict[STATE_KEY] = own
-        if dist.is_available() and dist.is_initialized():
-            # torch.distributed.checkpoint takes nothing along but the groups and the parameters' entries.
+        if is_distributed():  # torch.distributed.checkpoint takes but groups and parameters' entries along
             entries = state_dict["state"]
             state_dict["state"] = entries | {
                 position: {**entries.get(position, {}), **_prefixed(entry | {TENSOR_ID: position})}

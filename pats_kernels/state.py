@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pats_kernels.backends.tables import capturing
@@ -72,6 +73,11 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
             state[key] = torch.zeros(2, dtype=torch.float32, device=param.device)
         else:
             state[key] = torch.zeros_like(param, dtype=dtype)
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
