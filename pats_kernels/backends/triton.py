@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pats_kernels.backends.tables import DeviceTables
-from pats_kernels.plan import Batch, Column, Launch, LaunchKey, chunk_table
+from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase, chunk_table
 
 kernels: Any = None
 _MISSING: str | None = None
@@ -79,14 +79,16 @@ def unavailable(device: torch.device) -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
-def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """One launch over all chunks and one over all tensors; exact normalization needs a third."""
+def step_(
+    launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One launch over all chunks and, but for the noise phase, one over all tensors."""
     device = launch.key.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _start(launch, grad_scale, found_inf)
+        _start(launch, phase, grad_scale, found_inf)
 
 
-def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     tuning = _tuning[-1]
     place = "triton", tuning
     if place not in launch.cache:
@@ -95,35 +97,45 @@ def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) 
     constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
     if launch.key.device.type == "cuda" and torch.version.hip is None:
         constants |= compiler_options(launch.key, tuning)
-    num_chunks = len(tables.chunks)
+    num_chunks, grouped = len(tables.chunks), len(groups) > 1
+    phases = {"one_pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
 
-    def run_phase(phase: Any, group: _Group) -> None:
-        backwards = tuning.reversed and phase is kernels.NOISE
-        whole = len(groups) == 1 and not tuning.persistent and not backwards
+    def run(phase: Phase, group: _Group) -> None:
+        backwards = tuning.reversed and phase == "noise"
+        part = grouped or tuning.persistent or backwards
         count = group.last_chunk - group.first_chunk
         programs = min(count, tuning.persistent * _multiprocessors(launch.key.device)) or count
-        kernels.pats_kernel[(programs,)](
-            tables.table,
-            tables.layout,
-            tables.chunks,
-            tables.partials,
-            grad_scale,
-            found_inf,
-            *((None, None, None) if whole else (group.first_chunk, group.last_chunk, num_chunks)),
-            PHASE=phase,
-            REVERSED=backwards,
-            **constants,
-        )
+        if count > 0:  # there are none where all shards are empty
+            kernels.pats_kernel[(programs,)](
+                tables.table,
+                tables.layout,
+                tables.chunks,
+                tables.partials,
+                grad_scale,
+                found_inf,
+                *((group.first_chunk, group.last_chunk, num_chunks) if part else (None, None, None)),
+                PHASE=phases[phase],
+                REVERSED=backwards,
+                **constants,
+            )
+        if phase != "noise":
+            first = group.first_row if grouped else None
+            kernels.statistics_kernel[(group.last_row - group.first_row,)](
+                tables.table,
+                tables.starts,
+                tables.partials,
+                num_chunks,
+                found_inf,
+                first,
+                BLOCK=STATISTICS_BLOCK,
+            )
 
-    exact = launch.key.variant.normalization == "exact"
-    for group in groups:
-        run_phase(kernels.AVERAGES if exact else kernels.ONE_PASS, group)
-        first = None if len(groups) == 1 else group.first_row
-        kernels.statistics_kernel[(group.last_row - group.first_row,)](
-            tables.table, tables.starts, tables.partials, num_chunks, found_inf, first, BLOCK=STATISTICS_BLOCK
-        )
-        if exact:
-            run_phase(kernels.NOISE, group)
+    if not grouped:
+        run(phase, groups[0])
+    elif phase == "averages":  # and at once what would be the next phase
+        for group in groups:
+            run("averages", group)
+            run("noise", group)
 
 
 class _Group(NamedTuple):
@@ -142,11 +154,15 @@ class _Work:
 
 
 def _groups(launch: Launch, tuning: Tuning) -> list[_Group]:
-    """All tensors in one group, or what `Tuning.group_bytes` asks for; a bigger tensor is one by itself."""
+    """All tensors in one group, or what `Tuning.group_bytes` asks for; a bigger tensor is one by itself.
+
+    Where there are shards other processes' shares come between the phases: they are one group.
+    """
     numels = launch.table[:, Column.NUMEL]
     starts = chunk_table(numels, tuning.chunk)[1].tolist()
     bounds = [0]
-    if tuning.group_bytes and launch.key.variant.normalization == "exact":
+    sharded = (launch.table[:, Column.SHARE] != launch.table[:, Column.STATS]).any()
+    if tuning.group_bytes and launch.key.variant.normalization == "exact" and not sharded:
         read = numels * (launch.key.param_dtype.itemsize + 2 * launch.key.state_dtype.itemsize)
         held = 0
         for row, size in enumerate(read.tolist()):
