@@ -22,7 +22,7 @@ from benchmarks.timing import Step
 from benchmarks.variants import Task, Tensors
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends.triton import Tuning
-from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization
+from pats_kernels.hyperparameters import AdamWHyperparameters, Form, Normalization
 
 DEFAULT = "default"
 REPEATS = {"cpu": 1, "cuda": 60}
