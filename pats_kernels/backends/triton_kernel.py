@@ -396,6 +396,9 @@ def _chunk(
 ):
     """Updates elements [start, start + length). Returns their sums of S and U, and how many sensitivities
     were not finite."""
+    LOADS: tl.constexpr = HINTS[0]  # by name: Triton 3.6 takes an entry for a string of Python's
+    GRAD_LOADS: tl.constexpr = HINTS[1]
+    STORES: tl.constexpr = HINTS[2]
     FLOAT: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     ROUNDS: tl.constexpr = STOCHASTIC and (PARAM == tl.bfloat16 or STATE == tl.bfloat16)
     VECTOR: tl.constexpr = 8 if PARAM.primitive_bitwidth == 16 or STATE.primitive_bitwidth == 16 else 4
@@ -485,32 +488,32 @@ def _chunk(
                 high = group_high | ROUNDING
                 random = _draw(low, high, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK)
 
-        w = _to_float(_load(w_at, mask, HINTS[0]), FLOAT, APPROX)
+        w = _to_float(_load(w_at, mask, LOADS), FLOAT, APPROX)
         if AVERAGING or MOMENTS:
-            g = _to_float(_load(g_at, mask, HINTS[1]), FLOAT, APPROX)
+            g = _to_float(_load(g_at, mask, GRAD_LOADS), FLOAT, APPROX)
             if grad_scale is not None:
                 g = g / tl.load(grad_scale)
         if MOMENTS:
-            m = _to_float(_load(m_at, mask, HINTS[0]), FLOAT, APPROX)
-            v = _to_float(_load(v_at, mask, HINTS[0]), FLOAT, APPROX)
+            m = _to_float(_load(m_at, mask, LOADS), FLOAT, APPROX)
+            v = _to_float(_load(v_at, mask, LOADS), FLOAT, APPROX)
             m, v = _moments(g, m, v, sign, rate1, beta2, rate2)
 
         if READS_AVERAGES:
-            S = _to_float(_load(s_at, mask, HINTS[0]), FLOAT, APPROX)
+            S = _to_float(_load(s_at, mask, LOADS), FLOAT, APPROX)
             U = S
             if UNCERTAINTY != NONE:
-                U = _to_float(_load(u_at, mask, HINTS[0]), FLOAT, APPROX)
+                U = _to_float(_load(u_at, mask, LOADS), FLOAT, APPROX)
             if AVERAGING:
                 S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
                 S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
                 S = _to_float(S_stored, FLOAT, APPROX)
                 if PHASE == AVERAGES:
                     S_stored = tl.where(finite, S_stored, _marked(S_stored))
-                tl.store(s_at, S_stored, mask=mask, cache_modifier=HINTS[2])
+                tl.store(s_at, S_stored, mask=mask, cache_modifier=STORES)
                 if UNCERTAINTY != NONE:
                     U_stored = _round(U, random >> 16, STATE, STOCHASTIC)
                     U = _to_float(U_stored, FLOAT, APPROX)
-                    tl.store(u_at, U_stored, mask=mask, cache_modifier=HINTS[2])
+                    tl.store(u_at, U_stored, mask=mask, cache_modifier=STORES)
             else:
                 # The phase before marked, by the sign of S, the elements that get no noise.
                 finite = S.to(tl.int64 if FLOAT == tl.float64 else tl.int32, bitcast=True) >= 0
@@ -533,22 +536,22 @@ def _chunk(
             a = _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX)
             w = tl.where(finite, w + noise_scale * (a * z), w)
             if FORM == PATS:
-                tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask, cache_modifier=HINTS[2])
+                tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask, cache_modifier=STORES)
         if STEPS:
             w = _adamw(w, m, v, decay, slope, intercept, APPROX)
             is_number = (m == m) & (v == v)
-            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, w == w), mask=mask, cache_modifier=HINTS[2])
+            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, w == w), mask=mask, cache_modifier=STORES)
             tl.store(
                 m_at,
                 _round(m, random >> 16, STATE, STOCHASTIC, is_number),
                 mask=mask,
-                cache_modifier=HINTS[2],
+                cache_modifier=STORES,
             )
             tl.store(
                 v_at,
                 _round(v, random >> 16, STATE, STOCHASTIC, is_number),
                 mask=mask,
-                cache_modifier=HINTS[2],
+                cache_modifier=STORES,
             )
 
     return tl.sum(sum_s), tl.sum(sum_u), tl.sum(nonfinite)
