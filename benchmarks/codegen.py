@@ -27,12 +27,14 @@ from triton.compiler import ASTSource
 
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
+from pats_kernels.backends.triton import Tuning
 from pats_kernels.hyperparameters import Form, Normalization, Uncertainty, Variant
 from pats_kernels.plan import LaunchKey
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PHASES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
 FORMS = get_args(Form)
+DEFAULT = Tuning()
 # Of parameter and state, beside float32. Each takes seconds, so AdamW's forms have the one that matters most.
 OTHER_DTYPES = {
     "pats": (
@@ -165,21 +167,16 @@ def combinations() -> list[tuple[LaunchKey, str]]:
     return chosen + [(launch_key(*one), "one pass") for one in dtypes]
 
 
-def report(key: LaunchKey, phase: str, arch: str) -> Report:
+def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> Report:
     """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
-    constants = backend.specialization(key) | {
-        "PHASE": PHASES[phase],
-        "APPROX": key.param_dtype != torch.float64,
-        "grad_scale": None,
-        "found_inf": None,
-    }
-    options = backend.compiler_options(key)
+    constants = constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None}
+    options = backend.compiler_options(key, tuning)
     whole, full = (
         compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
         for only in (False, True)
     )
-    threads = 32 * backend.NUM_WARPS
-    loop, blocks = full.loop(), backend.CHUNK // backend.BLOCK
+    threads = 32 * tuning.num_warps
+    loop, blocks = full.loop(), tuning.chunk // tuning.block
     executed = len(full.instructions) - loop + loop * blocks
     return Report(
         kernel=f"pats_kernel, {phase}",
@@ -194,12 +191,23 @@ def report(key: LaunchKey, phase: str, arch: str) -> Report:
         full_path_spills=full.count("LDL", "STL"),
         load_bits=full.widths("LDG"),
         store_bits=full.widths("STG"),
-        instructions_per_element=round(executed * threads / backend.CHUNK, 1),
+        # A persistent program's longest loop is the one over chunks: the figure would be of something else.
+        instructions_per_element=None if tuning.persistent else round(executed * threads / tuning.chunk, 1),
     )
 
 
+def constants_of(key: LaunchKey, phase: str, tuning: Tuning = DEFAULT) -> dict[str, Any]:
+    """The main kernel's compile-time arguments in this phase, as the backend sets them on a new GPU."""
+    backwards = tuning.reversed and phase == "noise"
+    ranges = tuning.persistent or backwards or (tuning.group_bytes and phase != "one pass")
+    absent = {} if ranges else {"first": None, "last": None, "num_chunks": None}
+    approximate = key.param_dtype != torch.float64
+    phases = {"PHASE": PHASES[phase], "REVERSED": backwards, "APPROX": approximate}
+    return backend.specialization(key, tuning) | phases | absent
+
+
 def statistics_report(arch: str) -> Report:
-    constants = {"found_inf": None, "BLOCK": backend.STATISTICS_BLOCK}
+    constants = {"found_inf": None, "first": None, "BLOCK": backend.STATISTICS_BLOCK}
     sass = compile_kernel(kernels.statistics_kernel, constants, arch, {"num_warps": 4})
     return Report(
         kernel="statistics_kernel",

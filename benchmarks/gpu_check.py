@@ -1,174 +1,289 @@
 """`python -m benchmarks.gpu_check --out DIR`: proves and times the GPU kernels in a plain checkout.
 
-For a machine with a GPU and nothing of ours installed. Every part, the GPU tests first and then one
-benchmark after another, runs in a process of its own with a time limit, so that each survives the failure
-of another; all together stay within ten minutes. Leaves DIR/gpu_check.json and prints a summary.
+For a machine with a GPU and nothing of ours installed. Every part (the build, the GPU tests,
+compute-sanitizer, one benchmark after another, ncu) runs in a process of its own with a time limit, so that
+each survives the failure of another; all together stay within ten minutes. What is not installed there is
+left out and named. Leaves DIR/gpu_check.json and prints a summary, the targets last.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from benchmarks import machine, report, variants
+from benchmarks import gpu_parts, machine, outcomes, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "gpu_check.json"
 SECONDS = 570.0  # for all parts together
-TEST_SECONDS = 180.0
-BENCHMARK_SECONDS = 120.0
-COMPILE_SECONDS = 240.0
 KEPT_OUTPUT = 4000  # characters of a failed part's output
-DTYPES = ("float32", "bfloat16")
-MODELS = {"cuda": ("bert-base-uncased", "bert-large-uncased"), "cpu": ("tiny",)}
+TEST_PROCESSES = 12  # each compiles kernels; more would take too much of the GPU's memory
+TOOLS = {  # where else to look, beside the PATH
+    "compute-sanitizer": ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"),
+    "ncu": ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*"),
+}
+REHEARSAL = {"TRITON_INTERPRET": "1", "PATS_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command, and how to read the file that it leaves at the path it is given as its last argument."""
+    """A command, and how to read what it leaves.
+
+    Attributes:
+        name: of the part.
+        command: is given a path as its last argument.
+        read: makes the result of the file at that path and of what the command printed; OSError, ValueError
+            or KeyError: there is none.
+        seconds: it may take.
+        reserved: seconds that the parts before leave it in any case.
+        tool: what the command's first word stands for, if it may not be installed.
+        environment: beside this process's own.
+    """
 
     name: str
     command: tuple[str, ...]
-    read: Callable[[Path], dict[str, Any]]
+    read: Callable[[Path, str], Result]
     seconds: float
+    reserved: float = 0.0
+    tool: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    result = check("cpu" if options.cpu else "cuda", options.out / RESULT)
-    show(result, Console(width=None if sys.stdout.isatty() else report.WIDTH, highlight=False))
+    device = "cpu" if options.cpu else "cuda"
+    result = check(device, options.out / RESULT, options.only)
+    print(summary(result), flush=True)
     return 0 if result["ok"] else 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU with a tiny model")
+    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU, kernels interpreted")
+    parser.add_argument("--only", default="", metavar="WORD", help="parts whose name has this in it")
     return parser.parse_args(arguments)
 
 
-def check(device: str, path: Path) -> dict[str, Any]:
+def check(device: str, path: Path, only: str = "") -> Result:
     """The whole result; where there is no GPU, the reason instead of the parts.
 
     It is written to `path` after every part, so that whoever is cut short keeps what there is.
     """
     start = time.monotonic()
     missing = device == "cuda" and not torch.cuda.is_available()
-    result: dict[str, Any] = {
+    result: Result = {
         "ok": False,
         "seconds": 0.0,
         "date": machine.now(),
+        "rehearsal": device == "cpu",
         "device": None if missing else machine.device_name(torch.device(device)),
         "driver": driver(),
         "versions": machine.versions() | {"cuda": torch.version.cuda},
+        "commit": commit(),
         "error": f"no GPU: torch {torch.__version__} finds no CUDA device" if missing else None,
         "parts": [],
+        "targets": targets.verdicts([]),
     }
     save(result, path)
-    for part in [] if missing else parts(device):
+    chosen = [] if missing else [part for part in parts(device) if only in part.name]
+    for i, part in enumerate(chosen):
         left = SECONDS - (time.monotonic() - start)
         print(f"{part.name} ({left:.0f} s left)", file=sys.stderr, flush=True)
-        result["parts"].append(run_part(part, min(part.seconds, left)))
+        allowed = left - sum(later.reserved for later in chosen[i + 1 :])
+        result["parts"].append(run_part(part, min(part.seconds, allowed)))
         result["seconds"] = time.monotonic() - start
+        result["targets"] = targets.verdicts(runs(result))
         save(result, path)
-    result["ok"] = not missing and all(part["ok"] for part in result["parts"])
+    result["ok"] = bool(chosen) and all(part["ok"] is not False for part in result["parts"])
     save(result, path)
     return result
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+def save(result: Result, path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def runs(result: Result) -> list[Result]:
+    """The suite's runs, those too that did not come to their end."""
+    return [part["result"] for part in result["parts"] if part["result"] and "copy_gbps" in part["result"]]
 
 
 def driver() -> str | None:
     """The GPU and its driver as nvidia-smi names them; None where there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    return said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+
+
+def commit() -> str | None:
+    return said("git", "describe", "--always", "--dirty")
+
+
+def said(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
+
+
+# ---- the parts
 
 
 def parts(device: str) -> list[Part]:
-    """What is to be run; what compiles comes last, as it may take all the time that is left."""
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "--junitxml")
-    benchmarks = [
-        benchmark(model, device, dtype, optimizer, quick(optimizer), BENCHMARK_SECONDS)
-        for optimizer in variants.OPTIMIZERS
-        for model in MODELS[device]
-        for dtype in DTYPES
+    """What is to be run, by its worth: what is right, what the targets ask for, then the rest."""
+    if device == "cpu":
+        return rehearsal()
+    own = (sys.executable, "-m", "benchmarks.gpu_parts")
+    sanitized = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access beyond a tensor is within a block
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool")
+    metrics = ",".join(gpu_parts.METRICS)
+    ncu = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw")
+    return [
+        Part("build", (*own, "build"), read_json, 150),
+        tests(min(TEST_PROCESSES, os.cpu_count() or 1), {}, 170),
+        suite("bert-large-uncased", "float32", device, 60, reserved=40),
+        suite("bert-large-uncased", "bfloat16", device, 60, reserved=40),
+        suite("4000-tiny", "float32", device, 60, reserved=40),
+        *(
+            Part(tool, (*sanitizer, tool, *own, "short"), read_sanitizer, 60, 0, sanitizer[0], sanitized)
+            for tool in ("memcheck", "racecheck")
+        ),
+        suite("bert-large-uncased", "float32", device, 240, "compile,fused", reserved=140),
+        Part("ncu", (*ncu, "--metrics", metrics, *own, "profile"), read_ncu, 60, 25, "ncu"),
+        *(
+            suite(model, dtype, device, 45)
+            for model in ("bert-base-uncased", "llama-3.2-1b", "qwen2.5-7b-layer", "roberta-large")
+            for dtype in ("float32", "bfloat16")
+        ),
+        suite("4000-tiny", "bfloat16", device, 45),
+        suite("bert-base-uncased", "float32", device, 60, "compile,fused"),
     ]
-    compiled = [
-        benchmark(MODELS[device][0], device, dtype, "none", variants.names("none"), COMPILE_SECONDS)
-        for dtype in DTYPES
+
+
+def rehearsal() -> list[Part]:
+    """The same on a machine without a GPU: as much of each part as can run there."""
+    own = (sys.executable, "-m", "benchmarks.gpu_parts", "--device", "cpu", "--model", "tiny")
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool", "memcheck")
+    return [
+        Part("build", (*own, "build"), read_json, 300),
+        tests(1, REHEARSAL, 600),
+        suite("tiny", "float32", "cpu", 60),
+        suite("tiny", "bfloat16", "cpu", 60),
+        Part("short", (*own, "short"), read_json, 60, environment=REHEARSAL),
+        Part("memcheck", (*sanitizer, *own, "short"), read_sanitizer, 60, tool="compute-sanitizer"),
+        Part("ncu", ("ncu", "--csv", "--page", "raw", *own, "profile"), read_ncu, 60, tool="ncu"),
+        suite("tiny", "float32", "cpu", 240, "compile,fused"),
     ]
-    return [Part("tests/gpu", pytest, read_junit, TEST_SECONDS), *benchmarks, *compiled]
 
 
-def quick(optimizer: str) -> list[str]:
-    """The contestants that need not be compiled for minutes."""
-    return [name for name in variants.names(optimizer) if name != "compile"]
+def tests(processes: int, environment: dict[str, str], seconds: float) -> Part:
+    """tests/gpu, in several processes where pytest can: most of the time is the compiler's."""
+    several = ("-n", str(processes)) if processes > 1 and find_spec("xdist") else ()
+    flags = ("-q", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", *several)
+    command = (sys.executable, "-m", "pytest", *flags, "tests/gpu", "--outcomes")
+    return Part("tests/gpu", command, read_outcomes, seconds, environment=environment)
 
 
-def benchmark(
-    model: str, device: str, dtype: str, optimizer: str, contestants: Sequence[str], seconds: float
+def suite(
+    model: str, dtype: str, device: str, seconds: float, variants: str = "", reserved: float = 0.0
 ) -> Part:
-    flags = {
-        "--model": model,
-        "--device": device,
-        "--dtype": dtype,
-        "--optimizer": optimizer,
-        "--variants": ",".join(contestants),
-    }
-    words = (word for flag in flags.items() for word in flag)
-    command = (sys.executable, "-m", "benchmarks", *words, "--json")
-    return Part(f"{model} {dtype} {optimizer}", command, read_json, seconds)
+    chosen = ("--variants", variants) if variants else ()
+    flags = ("--model", model, "--dtype", dtype, "--device", device, *chosen, "--json")
+    name = " ".join(filter(None, ("suite", model, dtype, variants)))
+    return Part(name, (sys.executable, "-m", "benchmarks.suite", *flags), read_json, seconds, reserved)
 
 
-def run_part(part: Part, seconds: float) -> dict[str, Any]:
-    """The part's result, or the end of what it said when it failed."""
+def read_json(path: Path, output: str) -> Result:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_outcomes(path: Path, output: str) -> Result:
+    return outcomes.read(path)
+
+
+def read_sanitizer(path: Path, output: str) -> Result:
+    """compute-sanitizer's last word, which it says only about a program that came to its end."""
+    ends = [line.strip("= ") for line in output.splitlines() if "SUMMARY:" in line]
+    if not ends:
+        raise ValueError("no summary of compute-sanitizer's")
+    return {"summary": ends[-1], **read_json(path, output)}
+
+
+def read_ncu(path: Path, output: str) -> Result:
+    return {"kernels": gpu_parts.read_profile(read_json(path, output)["labels"], output)}
+
+
+# ---- to run them
+
+
+def run_part(part: Part, seconds: float) -> Result:
+    """The part's result, or the end of what it said when it failed, or why it was left out."""
+    outcome: Result = {"name": part.name, "command": " ".join(part.command), "ok": None, "seconds": 0.0}
+    command = part.command
+    if part.tool is not None:
+        found = find_tool(part.tool)
+        if found is None:
+            return {**outcome, "result": None, "error": f"left out: {part.tool} is not installed here"}
+        command = (found, *command[1:])
+    if seconds <= 0:
+        return {
+            **outcome,
+            "ok": False,
+            "result": None,
+            "error": "not started: the other parts took all the time",
+        }
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "result"
-        code, output = run_limited([*part.command, str(left)], seconds)
+        code, output = run_limited([*command, str(left)], seconds, part.environment)
         try:
-            result = part.read(left)
-        except (OSError, ValueError, ElementTree.ParseError):
-            result = None
+            result = part.read(left, output)
+        except (OSError, ValueError, KeyError) as error:
+            result, output = None, f"{output}\n{type(error).__name__}: {error}" if code == 0 else output
     ok = code == 0 and result is not None
-    reason = "out of time" if code is None else f"exit status {code}"
-    return {
-        "name": part.name,
-        "command": " ".join(part.command),
-        "ok": ok,
-        "seconds": time.monotonic() - start,
-        "result": result,
-        "error": None if ok else f"{reason}\n{output[-KEPT_OUTPUT:]}",
-    }
+    reason = f"out of time after {seconds:.0f} s" if code is None else f"exit status {code}"
+    outcome |= {"ok": ok, "seconds": time.monotonic() - start, "result": result}
+    return outcome | {"error": None if ok else f"{reason}\n{output[-KEPT_OUTPUT:]}"}
 
 
-def run_limited(command: list[str], seconds: float) -> tuple[int | None, str]:
+def find_tool(name: str) -> str | None:
+    folders = [str(folder) for place in TOOLS.get(name, ()) for folder in _folders(place)]
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+
+
+def _folders(place: str) -> list[Path]:
+    """A folder, or all that a star at its end stands for, the newest first."""
+    path = Path(place)
+    return sorted(path.parent.glob(path.name), reverse=True)
+
+
+def run_limited(
+    command: list[str], seconds: float, environment: dict[str, str] | None = None
+) -> tuple[int | None, str]:
     """Exit status (None: it ran out of time and was killed with its children) and output."""
-    if seconds <= 0:
-        return None, "not started: the other parts took all the time"
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = process.wait(seconds)
@@ -180,41 +295,83 @@ def run_limited(command: list[str], seconds: float) -> tuple[int | None, str]:
         return code, output.read()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+# ---- what is shown
 
 
-def read_junit(path: Path) -> dict[str, int]:
-    """How many tests there were, and how many of them did not pass."""
-    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
-    counted = ("tests", "failures", "errors", "skipped")
-    return {name: sum(int(suite.get(name, 0)) for suite in suites) for name in counted}
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Prints each part's outcome; last of all, so that whoever sees only the end of a log sees it."""
+def summary(result: Result) -> str:
+    """Each part's outcome, then the targets; last of all, as the end of a log is what is seen."""
     if result["error"]:
-        console.print(f"gpu_check: {result['error']}", style="bold red", markup=False)
-        return
-    table = Table(title=f"gpu_check: {result['device']}", caption=f"{result['seconds']:.0f} s in all")
-    for column in ("part", "outcome", "s"):
-        table.add_column(column)
-    for part in result["parts"]:
-        outcome = escape(summary(part["result"]) if part["ok"] else part["error"].strip().splitlines()[-1])
-        table.add_row(part["name"], outcome, f"{part['seconds']:.0f}", style=None if part["ok"] else "red")
-    console.print(table)
+        return f"gpu_check: {result['error']}"
+    rows = [(part["name"], f"{part['seconds']:.0f} s", outcome_of(part)) for part in result["parts"]]
+    title = f"gpu_check: {result['device']}, {result['date']}, {result['seconds']:.0f} s in all"
+    lines = [title, *aligned(rows), "", *kernel_lines(result), target_title(result)]
+    return "\n".join([*lines, *aligned(target_rows(result))])
 
 
-def summary(result: dict[str, Any]) -> str:
+def outcome_of(part: Result) -> str:
+    if part["error"]:
+        lines = part["error"].strip().splitlines()
+        reason = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"
+        return reason if part["ok"] is None else f"FAILED, {reason}"
+    return described(part["result"])
+
+
+def described(result: Result) -> str:
     """A part's result in a line."""
-    if "results" not in result:
-        return ", ".join(f"{count} {name}" for name, count in result.items())
-    times = [
-        f"{row['variant']} {row['median_ms']:.3g} ms ({row['fraction_of_copy']:.0%} of copy)"
-        for row in result["results"]
-    ]
-    missing = [f"no {variant}" for variant in result["errors"]]
-    return ", ".join([*times, *missing, f"AdamW {result['adamw_fused_ms']:.3g} ms"])
+    if "results" in result:
+        times = [
+            f"{' '.join(filter(None, (row['variant'], *differing(row), row['backend'])))} "
+            f"{row['median_ms']:.3g} ms ({row['fraction_of_copy']:.0%})"
+            for row in result["results"]
+        ]
+        missing = [f"no {name}" for name in result["errors"]]
+        return ", ".join([*times, *missing, f"AdamW {result['adamw_fused_ms']:.3g} ms"])
+    if "kernels" in result:
+        return f"{len(result['kernels'])} kernels"
+    if "passed" in result:
+        return ", ".join(f"{result[name]} {name}" for name in ("passed", "failed", "skipped"))
+    if "backends" in result and isinstance(result["backends"], dict):
+        return "can run: " + ", ".join(name for name, reason in result["backends"].items() if reason is None)
+    return str(result.get("summary", "done"))
+
+
+def differing(row: Result) -> list[str]:
+    """What sets a row apart from the usual."""
+    usual = {"optimizer": "none", "normalization": "delayed"}
+    return [row[name] for name in usual if row[name] != usual[name]]
+
+
+def kernel_lines(result: Result) -> list[str]:
+    """ncu's figures, if there are any."""
+    results = [part["result"] for part in result["parts"] if part["name"] == "ncu" and part["result"]]
+    names = ["dram_percent", "l2_hit_percent", "occupancy_percent", "issue_percent", "registers"]
+    rows = [["step", "kernel", *names]]
+    for kernel in (kernel for found in results for kernel in found["kernels"]):
+        figures = ["" if kernel[name] is None else f"{kernel[name]:.0f}" for name in names]
+        rows.append([kernel["step"], kernel["kernel"][:24], *figures])
+    return [*aligned(rows), ""] if results else []
+
+
+def target_title(result: Result) -> str:
+    elsewhere = "H200" not in str(result["device"])
+    return "Targets for an H200" + (f", on another device: {result['device']}" if elsewhere else "")
+
+
+def target_rows(result: Result) -> list[tuple[str, ...]]:
+    rows = [("what", "target", "measured", "met")]
+    for verdict in result["targets"]:
+        measured, met = verdict["measured"], verdict["met"]
+        answer = "owed" if met is None else "yes" if met else "NO"
+        rows.append(
+            (verdict["what"], verdict["target"], "" if measured is None else f"{measured:.3f}", answer)
+        )
+    return rows
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest entry; the last is left as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] if rows else []
+    return ["  ".join([*(f"{x:<{w}}" for x, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
 
 if __name__ == "__main__":

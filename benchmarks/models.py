@@ -3,7 +3,7 @@
 import re
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import pats_kernels
+from benchmarks.shapes import Gradients
 
 SEED = 0
 SEQUENCE = 128  # tokens
@@ -130,17 +131,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         max_position_embeddings=SEQUENCE,
     ),
 }
-
-
-class Gradients(NamedTuple):
-    """Parameters and their loss gradients, side by side, contiguous, of one dtype on one device."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-
-    @property
-    def numel(self) -> int:
-        return sum(param.numel() for param in self.params)
 
 
 def config(name: str) -> PretrainedConfig:

@@ -5,11 +5,13 @@ Cold: before each step a buffer larger than any cache is written, so that nothin
 """
 
 import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ MEBIBYTE = 1 << 20
 SCRATCH_BYTES = 256 * MEBIBYTE  # an H200's L2 is 60 MiB, a server's L3 is rarely above 256
 COPY_BYTES = {"cpu": 256 * MEBIBYTE, "cuda": 1024 * MEBIBYTE}
 WARMUPS = 2
+FEWEST = 5  # rounds of a contest, however long they take
+LEAD, MOST_LEAD = 0.2, 30.0  # milliseconds
 
 
 class Times(NamedTuple):
@@ -36,10 +40,25 @@ class Times(NamedTuple):
         return cls(*(float(value) for value in np.percentile(samples, (50, 10, 90))))
 
 
-def milliseconds(step: Step, device: torch.device) -> float:
-    """How long one step takes: on a GPU between two events on its stream, else on the clock."""
+class Measured(NamedTuple):
+    """Of one contestant, on a GPU: the device's own time for a step that was queued while it was busy; the
+    host's until the call returns; from an idle device to an idle device. On a CPU all three are the same."""
+
+    device: Times
+    host: Times
+    wall: Times
+
+
+def milliseconds(step: Step, device: torch.device, lead: float = 0.0) -> float:
+    """How long one step takes: on a GPU between two events on its stream, else on the clock.
+
+    For `lead` milliseconds before, the GPU is kept waiting, so that a host that needs no longer to queue the
+    step is not part of its time, as it is not in training, where the backward pass keeps the GPU busy.
+    """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if lead > 0:
+            _keep_waiting(device, lead)
         start.record()
         step()
         end.record()
@@ -50,23 +69,90 @@ def milliseconds(step: Step, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start_seconds)
 
 
-def interleave(
-    steps: Mapping[str, Step], repeats: int, device: torch.device, tell: Callable[[int, str], None]
-) -> dict[str, Times]:
-    """Runs every step `repeats` times in turn, from cold caches; `tell` hears whose turn it is."""
+def from_idle(step: Step, device: torch.device) -> tuple[float, float]:
+    """Milliseconds until a step's call returns, and until its work is done, on a device that had none."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    returned = time.perf_counter()
+    synchronize(device)
+    return 1e3 * (returned - start), 1e3 * (time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _keep_waiting(device: torch.device, duration: float) -> None:
+    torch.cuda._sleep(int(duration * _cycles(device)))
+
+
+@cache
+def _cycles(device: torch.device) -> float:
+    """Of the GPU's clock in a millisecond, as it runs when it has been busy for a little."""
+    taken = [milliseconds(lambda: torch.cuda._sleep(10_000_000), device) for _ in range(2)]
+    return 10_000_000 / taken[-1]
+
+
+def contest(
+    steps: Mapping[str, Step],
+    repeats: int,
+    device: torch.device,
+    tell: Callable[[int, str], None],
+    seconds: float = math.inf,
+) -> dict[str, Measured]:
+    """Runs every step `repeats` times in turn, from cold caches; `tell` hears whose turn it is.
+
+    After `seconds` no other round is begun, once there were `FEWEST`.
+    """
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
-    for step in steps.values():
+    leads: dict[str, float] = {}
+    for name, step in steps.items():
         for _ in range(WARMUPS):
-            step()
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+            leads[name] = min(MOST_LEAD, LEAD + 1.5 * from_idle(step, device)[0])
+    samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
     names = list(steps)
+    start = time.monotonic()
     for turn in range(repeats):
+        if turn >= FEWEST and time.monotonic() - start > seconds:
+            break
         first = turn % len(names)  # another one first each time, so that nobody keeps its predecessor
         for name in names[first:] + names[:first]:
             tell(turn, name)
             scratch.fill_(turn % 2)
-            samples[name].append(milliseconds(steps[name], device))
-    return {name: Times.of(taken) for name, taken in samples.items()}
+            taken = milliseconds(steps[name], device, leads[name])
+            host, wall = taken, taken
+            if device.type == "cuda":
+                scratch.fill_(turn % 2)
+                host, wall = from_idle(steps[name], device)
+            samples[name].append((taken, host, wall))
+    columns = {name: [list(column) for column in zip(*rows, strict=True)] for name, rows in samples.items()}
+    return {name: Measured(*map(Times.of, column)) for name, column in columns.items()}
+
+
+def interleave(
+    steps: Mapping[str, Step], repeats: int, device: torch.device, tell: Callable[[int, str], None]
+) -> dict[str, Times]:
+    """A contest's times on the device."""
+    return {name: measured.device for name, measured in contest(steps, repeats, device, tell).items()}
+
+
+def capture(step: Step) -> Step:
+    """A replay of the step as a CUDA graph; it is run first, on the stream that captures.
+
+    Raises:
+        RuntimeError: what torch or CUDA has against it.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
 
 
 def copy_step(device: torch.device) -> tuple[Step, int]:

@@ -5,7 +5,10 @@ this package takes part three times: attached to torch's AdamW, in one pass, and
 All work on the same parameters and gradients, with state of the same size and dtype.
 """
 
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -17,13 +20,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.formulas import bias_corrections, foreach_update_, update_
-from benchmarks.models import Gradients
+from benchmarks.shapes import Gradients
 from benchmarks.timing import Step, milliseconds
 from pats_kernels import PATS, PATSAdamW, backends
 from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters, Sensitivity, defaults_of
 from pats_kernels.state import keys_of
 
 TRIALS = 3  # of each configuration of a contestant that has several
+COMPILE_SECONDS = {"cpu": 3600, "cuda": 100}  # for all configurations; a lent GPU has no more
 HOST_STEPS = 50
 GRAPHS = 32  # more than a compiled function has: one for each range of sizes and way to ask
 OPTIMIZERS = ("none", "adamw")  # what may follow the PATS step
@@ -74,12 +78,15 @@ class Task(NamedTuple):
         h: those of AdamW matter only where it follows.
         optimizer: what follows the PATS step, one of `OPTIMIZERS`.
         backend: of this package's contestants.
+        shared: whether they update the task's own state, as the others do, instead of copies: a big model's
+            would not fit many times.
     """
 
     tensors: Tensors
     h: AdamWHyperparameters
     optimizer: str = "none"
     backend: str = "auto"
+    shared: bool = False
 
 
 class Contestant(NamedTuple):
@@ -116,6 +123,7 @@ def torch_adamw(task: Task, *, foreach: bool | None = None, fused: bool | None =
     """
     h, tensors = task.h, task.tensors
     keywords: dict[str, Any] = {"lr": h.lr, "betas": h.betas, "eps": h.eps, "weight_decay": h.weight_decay}
+    keywords["capturable"] = bool(fused) and tensors.device.type == "cuda"  # costs it nothing
     optimizer = torch.optim.AdamW(tensors.params, **keywords, foreach=foreach, fused=fused)
     counters = tensors.device if fused else torch.device("cpu")  # as torch places them
     for param, m, v in zip(tensors.params, tensors.exp_avg, tensors.exp_avg_sq, strict=True):
@@ -188,9 +196,9 @@ def compiled(task: Task) -> Contestant:
     ready = {name: make(task) for name, make in makers.items()}
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):  # of one function: the ways share theirs
-        taken = {name: _trial(made.step, task.tensors.device) for name, made in ready.items()}
+        taken, failed = _trials(ready, task.tensors.device)
     best = min(taken, key=lambda name: taken[name])
-    return ready[best]._replace(configuration=best)
+    return ready[best]._replace(configuration="; ".join([best, *failed]))
 
 
 def _then_adamw(make: Callable[[Task], Contestant], task: Task) -> Contestant:
@@ -247,10 +255,47 @@ def _in_one_graph(task: Task, update: Callable[[Tensor | None], None]) -> Contes
     return Contestant("compile", "inductor", "pats_adamw", step, replace(task.tensors, steps=[count]))
 
 
+def _trials(ready: dict[str, Contestant], device: torch.device) -> tuple[dict[str, float], list[str]]:
+    """Each way's milliseconds; what did not work is left out and named, if only something did."""
+    taken: dict[str, float] = {}
+    failed: list[str] = []
+    end = time.monotonic() + COMPILE_SECONDS[device.type]
+    for name, made in ready.items():
+        try:
+            with limited(end - time.monotonic()):
+                taken[name] = _trial(made.step, device)
+        except Exception as error:
+            failed.append(f"{name!r} failed: {type(error).__name__}: {str(error).strip()[:200]}")
+    if not taken:
+        raise RuntimeError("; ".join(failed))
+    return taken, failed
+
+
 def _trial(step: Step, device: torch.device) -> float:
     """A first impression of a step's milliseconds, once it is compiled."""
     step()
     return median(milliseconds(step, device) for _ in range(TRIALS))
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread where what is inside takes longer, as compilers may.
+
+    Nothing happens while a call into C runs; it does between a compiler's many.
+    """
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    if seconds <= 0:
+        raise TimeoutError("no time was left for it")
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class NoOptimizer(Optimizer):
@@ -322,6 +367,9 @@ def _ours(
     columns["step"] = [torch.zeros(())] * len(tensors.params)
     state = {i: {key: column[i] for key, column in columns.items()} for i in range(len(tensors.params))}
     keeper.load_state_dict({**keeper.state_dict(), "state": state})
+    if task.shared:
+        for i, param in enumerate(tensors.params):
+            keeper.state[param] |= {key: columns[key][i] for key in columns.keys() - {"step"}}
     own = {key: [keeper.state[param][key] for param in tensors.params] for key in columns}
     own["steps"] = own.pop("step")
     backend = backends.choose(task.backend, tensors.device)

@@ -19,7 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_EXTENSION = os.environ.get("PATS_KERNELS_NO_EXTENSION") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager", "cpp"]
 
-collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+REHEARSAL = os.environ.get("PATS_GPU_REHEARSAL") == "1"  # of tests/gpu, on the CPU: tests/gpu/device.py
+
+collect_ignore = [] if torch.cuda.is_available() or REHEARSAL else ["gpu"]
 
 settings.register_profile(
     "pats",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import formulas, gpu_check, models, timing, variants
+from benchmarks import formulas, models, timing, variants
 from benchmarks.__main__ import parse
 from benchmarks.models import Gradients
 from benchmarks.results import adamw_bytes, bytes_per_param
@@ -494,66 +494,55 @@ def test_memory_counts_what_lives_at_once_and_what_stays() -> None:
     assert timing.memory(kept.clear, CPU) == (0, -x.nbytes)
 
 
-# gpu_check
+def test_a_contest_ends_in_time_but_not_before_a_few_rounds() -> None:
+    calls = {"a": 0}
+
+    def step() -> None:
+        calls["a"] += 1
+
+    measured = timing.contest({"a": step}, 1000, CPU, lambda *_: None, seconds=0)
+    assert calls["a"] == timing.WARMUPS + timing.FEWEST
+    assert measured["a"].device == measured["a"].host == measured["a"].wall
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    done = command("benchmarks.gpu_check", "--out", str(tmp_path / "new"))
-    assert done.returncode == 1
-    assert "no GPU" in done.stdout
-    result = json.loads((tmp_path / "new" / gpu_check.RESULT).read_text())
-    assert not result["ok"]
-    assert result["device"] is None
-    assert "no GPU" in result["error"]
-    assert result["versions"]["torch"] == torch.__version__
+def test_compilers_are_stopped() -> None:
+    def compile_for(seconds: float) -> None:
+        with variants.limited(seconds):
+            while True:
+                pass
+
+    with pytest.raises(TimeoutError, match="not ready after 0 s"):
+        compile_for(0.05)
+    with pytest.raises(TimeoutError, match="no time was left"):
+        compile_for(0)
 
 
-def test_gpu_check_survives_a_part_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def parts(device: str) -> list[gpu_check.Part]:
-        def part(name: str, seconds: float, *code: str) -> gpu_check.Part:
-            command = (sys.executable, *code)
-            return gpu_check.Part(name, command, gpu_check.read_json, seconds)
+def test_a_way_to_compile_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(step: Callable[[], None], device: torch.device) -> float:
+        step()
+        return 1.0
 
-        works = gpu_check.benchmark("tiny", device, "float32", "none", ("eager", "fused"), 120)
-        return [
-            part("fails", 60, "-c", "raise SystemExit('a reason')"),
-            part("hangs", 0.5, "-c", "import time; time.sleep(60)"),
-            replace(works, command=(*works.command[:-1], "--repeats", "1", "--json")),
-        ]
+    def fails() -> None:
+        raise ValueError("no compiler")
 
-    monkeypatch.setattr(gpu_check, "parts", parts)
-    assert gpu_check.main(["--cpu", "--out", str(tmp_path)]) == 1
-    result = json.loads((tmp_path / gpu_check.RESULT).read_text())
-    fails, hangs, works = result["parts"]
-    assert [part["ok"] for part in result["parts"]] == [False, False, True]
-    assert "a reason" in fails["error"]
-    assert "out of time" in hangs["error"]
-    assert {row["variant"] for row in works["result"]["results"]} == {"eager", "fused"}
-    printed = capsys.readouterr().out
-    assert "a reason" in printed
-    assert "fused" in printed
-
-
-def test_gpu_check_runs_the_tests_then_every_benchmark() -> None:
-    tests, *benchmarks = gpu_check.parts("cuda")
-    assert "tests/gpu" in tests.command
-    assert {part.name for part in benchmarks} == {
-        f"{model} {dtype} {optimizer}"
-        for model in ("bert-base-uncased", "bert-large-uncased")
-        for dtype in ("float32", "bfloat16")
-        for optimizer in ("none", "adamw")
+    monkeypatch.setattr(variants, "_trial", trial)
+    tensors = Tensors.fresh(Gradients([torch.ones(1)], [torch.ones(1)]))
+    made = {
+        name: Contestant(name, "", "pats", step, tensors)
+        for name, step in {"a": fails, "b": lambda: None}.items()
     }
-    for part in benchmarks:
-        with_adamw = " adamw" in part.name
-        options = parse([argument.replace("cuda", "cpu") for argument in part.command[3:-1]])
-        assert {"eager", "fused"} < set(options.variants)
-        assert ({"attached", "moments"} < set(options.variants)) == with_adamw
+    assert variants._trials(made, CPU) == ({"b": 1.0}, ["'a' failed: ValueError: no compiler"])
+    with pytest.raises(RuntimeError, match="'a' failed: ValueError: no compiler"):
+        variants._trials({"a": made["a"]}, CPU)
 
 
-def test_gpu_check_counts_tests(tmp_path: Path) -> None:
-    report = tmp_path / "junit.xml"
-    report.write_text('<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"/></testsuites>')
-    assert gpu_check.read_junit(report) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
+def test_shared_contestants_update_the_tasks_own_state() -> None:
+    tensors = Tensors.fresh(Gradients([torch.ones(100)], [torch.ones(100)]))
+    for name in variants.OURS:
+        task = Task(tensors, AdamWHyperparameters(), "adamw", shared=True)
+        made = variants.contestant(name, task)
+        before = tensors.exp_avg[0].clone()
+        made.step()
+        assert made.tensors.exp_avg[0] is tensors.exp_avg[0]
+        assert not torch.equal(before, tensors.exp_avg[0])
+    assert tensors.exp_avg_sens[0].max() > 0

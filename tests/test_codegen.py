@@ -14,6 +14,7 @@ import torch
 from benchmarks import codegen
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
+from pats_kernels.backends.triton import Tuning
 from pats_kernels.hyperparameters import Form, Uncertainty
 
 
@@ -101,15 +102,35 @@ def test_other_uncertainties_cost_no_more(uncertainty: Uncertainty) -> None:
 def test_with_a_grad_scaler(arch: str) -> None:
     """Its two pointers, which are None otherwise, cost neither stack nor spills."""
     key = codegen.launch_key()
-    constants = backend.specialization(key) | {"PHASE": kernels.ONE_PASS, "APPROX": True}
+    constants = codegen.constants_of(key, "one pass")
     options = backend.compiler_options(key)
     sass = codegen.compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": False}, arch, options)
     assert sass.stack_bytes == 0
     assert sass.count("LDL", "STL") == 0
-    statistics = {"BLOCK": backend.STATISTICS_BLOCK}
+    statistics = {"first": None, "BLOCK": backend.STATISTICS_BLOCK}
     assert (
         codegen.compile_kernel(kernels.statistics_kernel, statistics, arch, {"num_warps": 4}).stack_bytes == 0
     )
+
+
+def test_tuning_reaches_the_machine_code() -> None:
+    """Evict-first, evict-last and streaming accesses of every operand; a persistent grid costs no spills."""
+    key = codegen.launch_key(normalization="exact")
+    hints = ("evict_last", "evict_first", ".cs")
+    tuning = Tuning(hints=hints, persistent=8, reversed=True, group_bytes=1)
+    options = backend.compiler_options(key, tuning)
+    found = {}
+    for phase in ("averages", "noise"):
+        constants = codegen.constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None}
+        constants |= {"ONLY_FULL": True}
+        sass = codegen.compile_kernel(kernels.pats_kernel, constants, "sm_90", options)
+        assert (sass.stack_bytes, sass.count("LDL", "STL")) == (0, 0)
+        accesses = [text.split()[0] for _, text in sass.instructions]
+        found[phase] = {name: accesses.count(name) for name in accesses if name.endswith(".128")}
+    assert found == {
+        "averages": {"LDG.E.EL.128": 6, "LDG.E.EF.128": 2, "STG.E.EF.128": 4},
+        "noise": {"LDG.E.EL.128": 6, "STG.E.EF.128": 2},
+    }
 
 
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)

@@ -2,15 +2,19 @@
 
 import importlib
 import os
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pats_kernels.backends.tables import DeviceTables
-from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase
+from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase, chunk_table
 
 kernels: Any = None
 _MISSING: str | None = None
@@ -20,12 +24,49 @@ except ImportError as error:
     _MISSING = f"triton could not be imported ({error})"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton, too, reads at import
 
-CHUNK = 4096  # elements a program
-BLOCK = 1024  # elements an iteration: 8 a thread
-NUM_WARPS = 4
 # Float32 fits in these without spills, on sm_80 to sm_100: 8 programs to a multiprocessor instead of 7, or 6.
 MAX_REGISTERS = {"pats": 64, "pats_adamw": 80, "moments_adamw": 80}
 STATISTICS_BLOCK = 256  # partial sums an iteration
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernels are launched; nothing in it changes a result's bits, but for `chunk`, which sets the
+    order in which the statistics are summed.
+
+    Attributes:
+        chunk: elements a program, or a program's turn.
+        block: elements an iteration; 32 num_warps threads share them.
+        max_registers: of a thread, at most; None: `MAX_REGISTERS` for float32, else 0: as the compiler likes.
+        hints: eviction policy of loads, eviction policy of the gradient's, cache modifier of stores.
+        persistent: programs to a multiprocessor, each of which takes chunk after chunk; 0: one a chunk.
+        reversed: exact normalization's second phase begins where the first ended, with what L2 still holds.
+        group_bytes: exact normalization finishes tensor after tensor, in groups whose second phase reads at
+            most so many bytes, so that it finds them in L2; 0: all in one group.
+    """
+
+    chunk: int = 4096
+    block: int = 1024
+    num_warps: int = 4
+    max_registers: int | None = None
+    hints: tuple[str, str, str] = ("", "", "")
+    persistent: int = 0
+    reversed: bool = False
+    group_bytes: int = 0
+
+
+_DEFAULT = Tuning()
+_tuning = [_DEFAULT]
+
+
+@contextmanager
+def tuned(tuning: Tuning) -> Iterator[None]:
+    """Steps inside are launched so, for `benchmarks.tune`."""
+    _tuning.append(tuning)
+    try:
+        yield
+    finally:
+        _tuning.pop()
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -48,33 +89,98 @@ def step_(
 
 
 def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    if "triton" not in launch.cache:
-        launch.cache["triton"] = DeviceTables(launch, CHUNK, _pack)
-    tables = launch.cache["triton"].current(launch)
-    num_chunks, num_tensors = len(tables.chunks), len(launch.table)
-    constants = specialization(launch.key) | {"APPROX": _approximate(launch)}
+    tuning = _tuning[-1]
+    place = "triton", tuning
+    if place not in launch.cache:
+        launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, _pack), _groups(launch, tuning))
+    tables, groups = launch.cache[place].tables.current(launch), launch.cache[place].groups
+    constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
     if launch.key.device.type == "cuda" and torch.version.hip is None:
-        constants |= compiler_options(launch.key)
-
+        constants |= compiler_options(launch.key, tuning)
+    num_chunks, grouped = len(tables.chunks), len(groups) > 1
     phases = {"one_pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
-    if num_chunks > 0:  # there are none where all shards are empty
-        kernels.pats_kernel[(num_chunks,)](
-            tables.table,
-            tables.layout,
-            tables.chunks,
-            tables.partials,
-            grad_scale,
-            found_inf,
-            PHASE=phases[phase],
-            **constants,
-        )
-    if phase != "noise":
-        kernels.statistics_kernel[(num_tensors,)](
-            tables.table, tables.starts, tables.partials, num_chunks, found_inf, BLOCK=STATISTICS_BLOCK
-        )
+
+    def run(phase: Phase, group: _Group) -> None:
+        backwards = tuning.reversed and phase == "noise"
+        part = grouped or tuning.persistent or backwards
+        count = group.last_chunk - group.first_chunk
+        programs = min(count, tuning.persistent * _multiprocessors(launch.key.device)) or count
+        if count > 0:  # there are none where all shards are empty
+            kernels.pats_kernel[(programs,)](
+                tables.table,
+                tables.layout,
+                tables.chunks,
+                tables.partials,
+                grad_scale,
+                found_inf,
+                *((group.first_chunk, group.last_chunk, num_chunks) if part else (None, None, None)),
+                PHASE=phases[phase],
+                REVERSED=backwards,
+                **constants,
+            )
+        if phase != "noise":
+            first = group.first_row if grouped else None
+            kernels.statistics_kernel[(group.last_row - group.first_row,)](
+                tables.table,
+                tables.starts,
+                tables.partials,
+                num_chunks,
+                found_inf,
+                first,
+                BLOCK=STATISTICS_BLOCK,
+            )
+
+    if not grouped:
+        run(phase, groups[0])
+    elif phase == "averages":  # and at once what would be the next phase
+        for group in groups:
+            run("averages", group)
+            run("noise", group)
 
 
-def specialization(key: LaunchKey) -> dict[str, Any]:
+class _Group(NamedTuple):
+    """Tensors that go through all phases before the next group's begin, and their chunks."""
+
+    first_row: int
+    last_row: int
+    first_chunk: int
+    last_chunk: int
+
+
+@dataclass(slots=True)
+class _Work:
+    tables: DeviceTables
+    groups: list[_Group]
+
+
+def _groups(launch: Launch, tuning: Tuning) -> list[_Group]:
+    """All tensors in one group, or what `Tuning.group_bytes` asks for; a bigger tensor is one by itself.
+
+    Where there are shards other processes' shares come between the phases: they are one group.
+    """
+    numels = launch.table[:, Column.NUMEL]
+    starts = chunk_table(numels, tuning.chunk)[1].tolist()
+    bounds = [0]
+    sharded = (launch.table[:, Column.SHARE] != launch.table[:, Column.STATS]).any()
+    if tuning.group_bytes and launch.key.variant.normalization == "exact" and not sharded:
+        read = numels * (launch.key.param_dtype.itemsize + 2 * launch.key.state_dtype.itemsize)
+        held = 0
+        for row, size in enumerate(read.tolist()):
+            if held and held + size > tuning.group_bytes:
+                bounds.append(row)
+                held = 0
+            held += size
+    bounds.append(len(numels))
+    return [_Group(a, b, starts[a], starts[b]) for a, b in pairwise(bounds)]
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+
+
+def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
     """The kernel's compile-time arguments for such a launch, but for those that depend on the device."""
     dtypes = {
         torch.float32: kernels.tl.float32,
@@ -94,15 +200,20 @@ def specialization(key: LaunchKey) -> dict[str, Any]:
         "FORM": forms[key.variant.form],
         "UNCERTAINTY": uncertainties[key.variant.uncertainty],
         "STOCHASTIC": key.variant.stochastic_rounding,
-        "CHUNK": CHUNK,
-        "BLOCK": BLOCK,
+        "CHUNK": tuning.chunk,
+        "BLOCK": tuning.block,
+        "HINTS": tuning.hints,
+        "PERSISTENT": tuning.persistent > 0,
     }
 
 
-def compiler_options(key: LaunchKey) -> dict[str, int]:
+def compiler_options(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, int]:
     """What the compiler is told for NVIDIA's devices."""
-    float32 = key.param_dtype == key.state_dtype == torch.float32
-    return {"num_warps": NUM_WARPS} | ({"maxnreg": MAX_REGISTERS[key.variant.form]} if float32 else {})
+    limit = tuning.max_registers
+    if limit is None:
+        float32 = key.param_dtype == key.state_dtype == torch.float32
+        limit = MAX_REGISTERS[key.variant.form] if float32 else 0
+    return {"num_warps": tuning.num_warps} | ({"maxnreg": limit} if limit else {})
 
 
 def _approximate(launch: Launch) -> bool:

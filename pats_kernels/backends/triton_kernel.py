@@ -374,11 +374,11 @@ def _opaque(x, BLOCK: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _load(at, mask):
+def _load(at, mask, EVICTION: tl.constexpr):
     if mask is None:
-        return tl.load(at)
+        return tl.load(at, eviction_policy=EVICTION)
     else:
-        return tl.load(at, mask=mask, other=0.0)
+        return tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -396,10 +396,14 @@ def _chunk(
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APPROX: tl.constexpr,
+    HINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Updates elements [start, start + length). Returns their sums of S and U, and how many sensitivities
     were not finite."""
+    LOADS: tl.constexpr = HINTS[0]  # by name: Triton 3.6 takes an entry for a string of Python's
+    GRAD_LOADS: tl.constexpr = HINTS[1]
+    STORES: tl.constexpr = HINTS[2]
     FLOAT: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     ROUNDS: tl.constexpr = STOCHASTIC and (PARAM == tl.bfloat16 or STATE == tl.bfloat16)
     VECTOR: tl.constexpr = 8 if PARAM.primitive_bitwidth == 16 or STATE.primitive_bitwidth == 16 else 4
@@ -489,31 +493,32 @@ def _chunk(
                 high = group_high | ROUNDING
                 random = _draw(low, high, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK)
 
-        w = _to_float(_load(w_at, mask), FLOAT, APPROX)
+        w = _to_float(_load(w_at, mask, LOADS), FLOAT, APPROX)
         if AVERAGING or MOMENTS:
-            g = _to_float(_load(g_at, mask), FLOAT, APPROX)
+            g = _to_float(_load(g_at, mask, GRAD_LOADS), FLOAT, APPROX)
             if grad_scale is not None:
                 g = g / tl.load(grad_scale)
         if MOMENTS:
-            m, v = _to_float(_load(m_at, mask), FLOAT, APPROX), _to_float(_load(v_at, mask), FLOAT, APPROX)
+            m = _to_float(_load(m_at, mask, LOADS), FLOAT, APPROX)
+            v = _to_float(_load(v_at, mask, LOADS), FLOAT, APPROX)
             m, v = _moments(g, m, v, sign, rate1, beta2, rate2)
 
         if READS_AVERAGES:
-            S = _to_float(_load(s_at, mask), FLOAT, APPROX)
+            S = _to_float(_load(s_at, mask, LOADS), FLOAT, APPROX)
             U = S
             if UNCERTAINTY != NONE:
-                U = _to_float(_load(u_at, mask), FLOAT, APPROX)
+                U = _to_float(_load(u_at, mask, LOADS), FLOAT, APPROX)
             if AVERAGING:
                 S, U, finite = _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY)
                 S_stored = _round(S, random >> 16, STATE, STOCHASTIC)
                 S = _to_float(S_stored, FLOAT, APPROX)
                 if PHASE == AVERAGES:
                     S_stored = tl.where(finite, S_stored, _marked(S_stored))
-                tl.store(s_at, S_stored, mask=mask)
+                tl.store(s_at, S_stored, mask=mask, cache_modifier=STORES)
                 if UNCERTAINTY != NONE:
                     U_stored = _round(U, random >> 16, STATE, STOCHASTIC)
                     U = _to_float(U_stored, FLOAT, APPROX)
-                    tl.store(u_at, U_stored, mask=mask)
+                    tl.store(u_at, U_stored, mask=mask, cache_modifier=STORES)
             else:
                 # The phase before marked, by the sign of S, the elements that get no noise.
                 finite = S.to(tl.int64 if FLOAT == tl.float64 else tl.int32, bitcast=True) >= 0
@@ -536,13 +541,23 @@ def _chunk(
             a = _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX)
             w = tl.where(finite, w + noise_scale * (a * z), w)
             if FORM == PATS:
-                tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask)
+                tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask, cache_modifier=STORES)
         if STEPS:
             w = _adamw(w, m, v, decay, slope, intercept, APPROX)
             is_number = (m == m) & (v == v)
-            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, w == w), mask=mask)
-            tl.store(m_at, _round(m, random >> 16, STATE, STOCHASTIC, is_number), mask=mask)
-            tl.store(v_at, _round(v, random >> 16, STATE, STOCHASTIC, is_number), mask=mask)
+            tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, w == w), mask=mask, cache_modifier=STORES)
+            tl.store(
+                m_at,
+                _round(m, random >> 16, STATE, STOCHASTIC, is_number),
+                mask=mask,
+                cache_modifier=STORES,
+            )
+            tl.store(
+                v_at,
+                _round(v, random >> 16, STATE, STOCHASTIC, is_number),
+                mask=mask,
+                cache_modifier=STORES,
+            )
 
     return tl.sum(sum_s), tl.sum(sum_u), tl.sum(nonfinite)
 
@@ -572,6 +587,7 @@ def _path(
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APPROX: tl.constexpr,
+    HINTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     ONLY_FULL: tl.constexpr,
@@ -580,19 +596,60 @@ def _path(
     if ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, CHUNK, FULL,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, HINTS, BLOCK,
         )  # fmt: skip
     elif tl.load(entry + C_NDIM) == 0:
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, left, MASKED,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 4,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, HINTS, BLOCK // 4,
         )  # fmt: skip
     else:
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, left, STRIDED,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, BLOCK // 8,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, HINTS, BLOCK // 8,
         )  # fmt: skip
     return sum_s, sum_u, nonfinite
+
+
+@triton.jit
+def _program(
+    table,
+    layout,
+    chunks,
+    partials,
+    grad_scale,
+    chunk,
+    num_chunks,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    FORM: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    PHASE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    APPROX: tl.constexpr,
+    HINTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONLY_FULL: tl.constexpr,
+):
+    """One chunk's work. A tensor without statistics gets AdamW's step alone."""
+    entry = table + tl.load(chunks + 2 * chunk).to(tl.int64) * COLUMNS
+    start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
+    left = tl.minimum(tl.load(entry + C_NUMEL) - start, CHUNK).to(tl.int32)
+    if ONLY_FULL or FORM == PATS or tl.load(entry + C_STATS) != 0:
+        sum_s, sum_u, nonfinite = _path(
+            entry, layout, grad_scale, start, left, PARAM, STATE, FORM, UNCERTAINTY,
+            PHASE, STOCHASTIC, APPROX, HINTS, CHUNK, BLOCK, ONLY_FULL,
+        )  # fmt: skip
+        if PHASE != NOISE:
+            tl.store(partials + chunk, sum_s.to(tl.float64))
+            tl.store(partials + num_chunks + chunk, sum_u.to(tl.float64))
+            tl.store(partials + 2 * num_chunks + chunk, nonfinite.to(tl.float64))
+    elif PHASE != AVERAGES:
+        _path(
+            entry, layout, grad_scale, start, left, PARAM, STATE, ADAMW, NONE,
+            PHASE, STOCHASTIC, APPROX, HINTS, CHUNK, BLOCK, ONLY_FULL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -603,6 +660,9 @@ def pats_kernel(
     partials,
     grad_scale,
     found_inf,
+    first,
+    last,
+    num_chunks,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
     FORM: tl.constexpr,
@@ -612,61 +672,69 @@ def pats_kernel(
     APPROX: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    HINTS: tl.constexpr = ("", "", ""),
+    PERSISTENT: tl.constexpr = False,
+    REVERSED: tl.constexpr = False,
     ONLY_FULL: tl.constexpr = False,
 ):
-    """One program for each chunk. A tensor without statistics gets AdamW's step alone.
+    """One program for each chunk, or PERSISTENT: as many as there are, each of which takes every so manieth.
 
     Args:
         table, layout: int64, see `pats_kernels.plan.Column` and `Launch`.
         chunks: int32 [chunks, 2], the table's row and the number of the piece.
         partials: float64 [3, chunks], a chunk's sums of S and U and its count of what was not finite.
         grad_scale, found_inf: a GradScaler's float32 [1], or None.
+        first, last, num_chunks: the chunks that this launch works on, and how many there are in all; None:
+            one program for each there is, first to last.
+        HINTS, PERSISTENT, REVERSED: see `pats_kernels.backends.triton.Tuning`.
         ONLY_FULL: leaves all but one path out, to study the compiler's work on the one that counts.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
     pid = tl.program_id(0)
-    entry = table + tl.load(chunks + 2 * pid).to(tl.int64) * COLUMNS
-    start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
-    left = tl.minimum(tl.load(entry + C_NUMEL) - start, CHUNK).to(tl.int32)
-    if ONLY_FULL or FORM == PATS or tl.load(entry + C_STATS) != 0:
-        sum_s, sum_u, nonfinite = _path(
-            entry, layout, grad_scale, start, left,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, CHUNK, BLOCK, ONLY_FULL,
-        )  # fmt: skip
-        if PHASE != NOISE:
-            num_chunks = tl.num_programs(0)
-            tl.store(partials + pid, sum_s.to(tl.float64))
-            tl.store(partials + num_chunks + pid, sum_u.to(tl.float64))
-            tl.store(partials + 2 * num_chunks + pid, nonfinite.to(tl.float64))
-    elif PHASE != AVERAGES:
-        _path(
-            entry, layout, grad_scale, start, left,
-            PARAM, STATE, ADAMW, NONE, PHASE, STOCHASTIC, APPROX, CHUNK, BLOCK, ONLY_FULL,
+    if PERSISTENT:
+        for i in range(first + pid, last, tl.num_programs(0)):
+            _program(
+                table, layout, chunks, partials, grad_scale, first + last - 1 - i if REVERSED else i,
+                num_chunks, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX,
+                HINTS, CHUNK, BLOCK, ONLY_FULL,
+            )  # fmt: skip
+    else:
+        if num_chunks is None:
+            chunk, total = pid, tl.num_programs(0)
+        else:
+            chunk, total = last - 1 - pid if REVERSED else first + pid, num_chunks
+        _program(
+            table, layout, chunks, partials, grad_scale, chunk,
+            total, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX,
+            HINTS, CHUNK, BLOCK, ONLY_FULL,
         )  # fmt: skip
 
 
 @triton.jit
-def statistics_kernel(table, starts, partials, num_chunks, found_inf, BLOCK: tl.constexpr):
+def statistics_kernel(table, starts, partials, num_chunks, found_inf, first, BLOCK: tl.constexpr):
     """One program for each tensor: adds its chunks' partial sums in a fixed order, and advances its step.
 
     Of a shard it writes the share in the means, to which other processes' are still to be added.
 
     Args:
         starts: int64 [tensors + 1], where each tensor's chunks start in `partials`.
+        first: the table's row of the first program's tensor; None: the table's first.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
     row = tl.program_id(0)
+    if first is not None:
+        row += first
     entry = table + row.to(tl.int64) * COLUMNS
-    first, last = tl.load(starts + row), tl.load(starts + row + 1)
+    start, end = tl.load(starts + row), tl.load(starts + row + 1)
     sum_s, sum_u = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.float64)
-    for i in range(first, last, BLOCK):
+    for i in range(start, end, BLOCK):
         lanes = i + tl.arange(0, BLOCK)
-        mask = lanes < last
+        mask = lanes < end
         sum_s += tl.load(partials + lanes, mask=mask, other=0.0)
         sum_u += tl.load(partials + num_chunks + lanes, mask=mask, other=0.0)
         count += tl.load(partials + 2 * num_chunks + lanes, mask=mask, other=0.0)

@@ -1,7 +1,7 @@
-"""The Triton kernels on a GPU: against the reference on the CPU, and against their own portable form.
+"""The kernels on a GPU: each backend against the reference on the CPU, and against one another.
 
-Collected only where there is a GPU (tests/conftest.py). Here nothing is interpreted: these tests prove the
-approximate instructions, the vector accesses and the real launches.
+Collected only where there is a GPU (tests/conftest.py), or for a rehearsal (device.py). Here nothing is
+interpreted: these tests prove the approximate instructions, the vector accesses and the real launches.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from device import BACKENDS, DEVICE, REHEARSAL, at_most, backends, needs_gpu, synchronize
 from torch import Tensor
 
 from pats_kernels import PATS, PATSAdamW, pats_step_, reference
-from pats_kernels.backends import triton as backend
+from pats_kernels.backends import triton
 from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization, Sensitivity, defaults_of
 from pats_kernels.philox import normals, random_words
 
-DEVICE = "cuda"
 NOISE_SCALE = 1e-2
 # Of one step from the same state. S and U: five roundings, in another order than torch's (6e-8 each).
 # w: the contract's 2e-3 on z, and tanh.approx's 2^-11 on a gate of at most 1 times the largest |z|, 6.7.
@@ -24,15 +24,16 @@ RELATIVE = 5e-7
 NOISE = NOISE_SCALE * (2e-3 + 6.7 * 2**-11)
 ULP = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-SHAPES = [(), (1,), (3,), (5,), (1023,), (4096,), (4097,), (33, 65), (8, 4096), (100_003,), (2, 3, 4, 5)]
+SHAPES = [(), (1,), (3,), (5,), (1023,), (33, 65), (2, 3, 4, 5)]
+SHAPES += [] if REHEARSAL else [(4096,), (4097,), (8, 4096), (100_003,)]
 State = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor | None], list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
 def gpu() -> Iterator[None]:
-    assert torch.cuda.is_available()
+    assert REHEARSAL or torch.cuda.is_available()
     yield
-    torch.cuda.synchronize()
+    synchronize()
 
 
 def state(
@@ -50,7 +51,7 @@ def state(
 
 
 def on_gpu(tensors: State) -> State:
-    return tuple([t if t is None else t.cuda() for t in column] for column in tensors)  # type: ignore[return-value]
+    return tuple([t if t is None else t.to(DEVICE, copy=True) for t in column] for column in tensors)  # type: ignore[return-value]
 
 
 def step(tensors: State, **keywords: Any) -> None:
@@ -60,7 +61,7 @@ def step(tensors: State, **keywords: Any) -> None:
         "noise_scale": NOISE_SCALE,
         "seed": 2**40 + 3,
     }
-    function = pats_step_ if tensors[0][0].is_cuda else reference.pats_step_
+    function = pats_step_ if "backend" in keywords else reference.pats_step_
     function(*tensors, **settings | keywords)
 
 
@@ -84,6 +85,7 @@ def check(got: State, expected: State) -> None:
         torch.testing.assert_close(w, w_0, rtol=ULP[w.dtype], atol=noise, equal_nan=True)
 
 
+@backends
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
 @pytest.mark.parametrize(
@@ -98,16 +100,17 @@ def check(got: State, expected: State) -> None:
     ],
 )
 def test_against_the_reference(
-    dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str, normalization: str
+    dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str, normalization: str, backend: str
 ) -> None:
     expected = state(SHAPES, dtype, state_dtype, uncertainty)
     got = on_gpu(expected)
-    step(got, uncertainty=uncertainty, normalization=normalization, backend="triton")
+    step(got, uncertainty=uncertainty, normalization=normalization, backend=backend)
     step(expected, uncertainty=uncertainty, normalization=normalization)
     check(got, expected)
 
 
-def test_strides() -> None:
+@backends
+def test_strides(backend: str) -> None:
     """Misaligned, transposed, channels_last, with holes; gradients of other strides; all in one launch."""
 
     def views(source: Tensor) -> list[Tensor]:
@@ -131,17 +134,19 @@ def test_strides() -> None:
     )
     got = on_gpu((params, grads, sens, list(unc), expected[4]))
     for i, param in enumerate(params):  # `cuda()` keeps dense strides; the view with holes is made again
-        got[0][i] = torch.empty_strided(param.shape, param.stride(), device="cuda").copy_(param)
-    step(got, backend="triton")
+        got[0][i] = torch.empty_strided(param.shape, param.stride(), device=DEVICE).copy_(param)
+    step(got, backend=backend)
     step(expected)
     check(got, expected)
 
 
+@needs_gpu
+@pytest.mark.skipif("triton" not in BACKENDS, reason="there is no Triton")
 def test_the_approximate_form_is_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """PTX's instructions against the lines that the interpreter proves on machines without a GPU."""
     results = []
     for approximate in (True, False):
-        monkeypatch.setattr(backend, "_approximate", lambda launch, value=approximate: value)
+        monkeypatch.setattr(triton, "_approximate", lambda launch, value=approximate: value)
         tensors = on_gpu(state([(1 << 20,)], torch.float32, torch.float32))
         step(tensors, backend="triton")
         results.append(tensors)
@@ -154,35 +159,38 @@ def test_the_approximate_form_is_the_portable_one(monkeypatch: pytest.MonkeyPatc
 
 def open_gate(numel: int, dtype: torch.dtype = torch.float32) -> State:
     """w = 0, so that s = 0; all of S is in the last element: elsewhere the gate is exactly 1, and w is z."""
-    zeros = torch.zeros(numel, dtype=dtype, device="cuda")
+    zeros = torch.zeros(numel, dtype=dtype, device=DEVICE)
     S = zeros.clone()
     S[-1] = 1
-    return [zeros.clone()], [zeros.clone()], [S], [S.clone()], [torch.tensor([1.0, 1.0], device="cuda")]
+    return [zeros.clone()], [zeros.clone()], [S], [S.clone()], [torch.tensor([1.0, 1.0], device=DEVICE)]
 
 
-def test_normals() -> None:
+@backends
+def test_normals(backend: str) -> None:
     """Every normal within the contract's 2e-3 of the exact one, over 2^24 elements."""
-    numel = 1 << 24
+    numel = at_most(2000, 1 << 24)
     tensors = open_gate(numel)
-    step(tensors, noise_scale=1.0, backend="triton")
-    words = random_words(2**40 + 3, 7, 0, numel, device="cuda")
+    step(tensors, noise_scale=1.0, backend=backend)
+    words = random_words(2**40 + 3, 7, 0, numel, device=DEVICE)
     error = (tensors[0][0].double() - normals(words).flatten())[:-1].abs().max().item()
     assert error <= 2e-3
 
 
-def test_two_runs_give_the_same_bits() -> None:
+@backends
+def test_two_runs_give_the_same_bits(backend: str) -> None:
     results = []
     for _ in range(2):
-        tensors = on_gpu(state([(5_000_001,), (77,)], torch.bfloat16, torch.bfloat16))
+        tensors = on_gpu(state([(at_most(601, 5_000_001),), (77,)], torch.bfloat16, torch.bfloat16))
         for t in range(1, 6):
-            step(tensors, step=t, backend="triton")
+            step(tensors, step=t, backend=backend)
         results.append(tensors)
     for column, other in zip(*results, strict=True):
         torch.testing.assert_close(column, other, rtol=0, atol=0)
 
 
-def test_nonfinite_gradients() -> None:
-    expected = state([(50_000,)], torch.float32, torch.float32)
+@backends
+def test_nonfinite_gradients(backend: str) -> None:
+    expected = state([(at_most(2000, 50_000),)], torch.float32, torch.float32)
     for k, value in enumerate((torch.nan, torch.inf, -torch.inf)):
         expected[1][0][k::1000] = value
     for normalization in ("delayed", "exact"):
@@ -190,16 +198,18 @@ def test_nonfinite_gradients() -> None:
             on_gpu(expected),
             tuple([t.clone() for t in column if t is not None] for column in expected),
         )
-        step(got, normalization=normalization, backend="triton")
+        step(got, normalization=normalization, backend=backend)
         step(host, normalization=normalization)  # type: ignore[arg-type]
         check(got, host)  # type: ignore[arg-type]
 
 
-def test_more_elements_than_32_bits_count() -> None:
+@needs_gpu
+@backends
+def test_more_elements_than_32_bits_count(backend: str) -> None:
     """2^31 + 4099 elements: the last ones get their own noise, and the statistics are those of all."""
     numel = 2**31 + 4099
     tensors = open_gate(numel, torch.bfloat16)
-    step(tensors, noise_scale=1.0, stochastic_rounding=False, backend="triton")
+    step(tensors, noise_scale=1.0, stochastic_rounding=False, backend=backend)
     first = numel - 5000
     z = reference.philox_normal(2**40 + 3, 7, 0, 4999, first - first % 4)
     got = tensors[0][0][first - first % 4 :][:4999].cpu().double()
@@ -208,7 +218,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 
 Run = tuple[list[Tensor], torch.optim.Optimizer, PATS | PATSAdamW]  # and who keeps the state
-Make = Callable[[int, int], Run]
+Make = Callable[[int, int, str], Run]
 
 
 def parameters(count: int, size: int) -> list[Tensor]:
@@ -216,30 +226,33 @@ def parameters(count: int, size: int) -> list[Tensor]:
     return [torch.nn.Parameter(torch.randn(size, device=DEVICE)) for _ in range(count)]
 
 
-def attached(count: int, size: int) -> Run:
+def attached(count: int, size: int, backend: str) -> Run:
     params = parameters(count, size)
     optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)  # leaves them alone
-    return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
+    return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE, backend=backend)
 
 
-def one_pass(count: int, size: int, sensitivity: Sensitivity = "ema", **keywords: Any) -> Run:
+def one_pass(count: int, size: int, backend: str, sensitivity: Sensitivity = "ema", **keywords: Any) -> Run:
     params = parameters(count, size)
     settings = {"lr": 0.0, "weight_decay": 0.0, "noise_scale": NOISE_SCALE, "sensitivity": sensitivity}
+    settings["backend"] = backend
     optimizer = PATSAdamW(params, **settings | keywords)
     return params, optimizer, optimizer
 
 
-def moments(count: int, size: int) -> Run:
-    return one_pass(count, size, "moments")
+def moments(count: int, size: int, backend: str) -> Run:
+    return one_pass(count, size, backend, "moments")
 
 
 MAKERS = pytest.mark.parametrize("make", [attached, one_pass, moments])
 
 
 @MAKERS
-def test_4000_tiny_tensors_without_sync_or_allocation(make: Make) -> None:
+@needs_gpu
+@backends
+def test_4000_tiny_tensors_without_sync_or_allocation(make: Make, backend: str) -> None:
     """After the first step: no synchronization, no new memory of the allocator's, though gradients move."""
-    params, optimizer, pats = make(4000, 7)
+    params, optimizer, pats = make(4000, 7, backend)
     for t in range(4):
         for param in params:
             param.grad = torch.randn_like(param)
@@ -256,19 +269,21 @@ def test_4000_tiny_tensors_without_sync_or_allocation(make: Make) -> None:
 
 
 @MAKERS
-def test_streams(make: Make) -> None:
+@needs_gpu
+@backends
+def test_streams(make: Make, backend: str) -> None:
     """Steps on two streams, each waiting for the other, give the bits of steps on one."""
     results = []
     for streams in ([torch.cuda.current_stream()] * 2, [torch.cuda.Stream(), torch.cuda.Stream()]):
-        params, optimizer, _ = make(20, 100_000)
+        params, optimizer, _ = make(20, 100_000, backend)
         torch.cuda.synchronize()
         for t in range(6):
             stream = streams[t % 2]
             stream.wait_stream(streams[(t + 1) % 2])
             with torch.cuda.stream(stream):
-                generator = torch.Generator("cuda").manual_seed(t)
+                generator = torch.Generator(DEVICE).manual_seed(t)
                 for param in params:
-                    param.grad = torch.randn(param.shape, device="cuda", generator=generator)
+                    param.grad = torch.randn(param.shape, device=DEVICE, generator=generator)
                 optimizer.step()
             torch.cuda.synchronize()
         results.append([param.detach().clone() for param in params])
@@ -276,19 +291,20 @@ def test_streams(make: Make) -> None:
 
 
 @MAKERS
-def test_grad_scaler(make: Make) -> None:
+@backends
+def test_grad_scaler(make: Make, backend: str) -> None:
     """found_inf leaves every bit as it was, step included; grad_scale divides once."""
-    runs = [make(3, 5000) for _ in range(2)]
+    runs = [make(3, at_most(500, 5000), backend) for _ in range(2)]
     for (params, optimizer, pats), scale in zip(runs, (1024.0, 1.0), strict=True):
-        generator = torch.Generator("cuda").manual_seed(1)
+        generator = torch.Generator(DEVICE).manual_seed(1)
         for _ in range(3):
             for param in params:
-                param.grad = scale * torch.randn(param.shape, device="cuda", generator=generator)
-            optimizer.grad_scale = torch.tensor(scale, device="cuda")  # type: ignore[attr-defined]
-            optimizer.found_inf = torch.tensor(0.0, device="cuda")  # type: ignore[attr-defined]
+                param.grad = scale * torch.randn(param.shape, device=DEVICE, generator=generator)
+            optimizer.grad_scale = torch.tensor(scale, device=DEVICE)  # type: ignore[attr-defined]
+            optimizer.found_inf = torch.tensor(0.0, device=DEVICE)  # type: ignore[attr-defined]
             optimizer.step()
         before = [t.clone() for p in params for t in (p.detach(), *pats.state[p].values())]
-        optimizer.found_inf = torch.tensor(1.0, device="cuda")  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(1.0, device=DEVICE)  # type: ignore[attr-defined]
         optimizer.step()
         after = [t for p in params for t in (p.detach(), *pats.state[p].values())]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -298,10 +314,13 @@ def test_grad_scaler(make: Make) -> None:
 
 # PATSAdamW
 
+LONG = at_most(5, 300)  # steps
 LR = 1e-2
+SIZE = at_most(500, 10_000)
 ADAMW_KEYS = ("exp_avg_sens", "exp_avg_unc", "sens_stats", "exp_avg", "exp_avg_sq")
 
 
+@backends
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
 @pytest.mark.parametrize("sensitivity", ["ema", "moments"])
@@ -321,6 +340,7 @@ def test_adamw_against_the_reference(
     sensitivity: Sensitivity,
     uncertainty: Any,
     normalization: Normalization,
+    backend: str,
 ) -> None:
     """One step from the same state, as it may be in the middle of a run."""
     params, grads, sens, unc, stats = state(SHAPES, dtype, state_dtype, uncertainty)
@@ -338,6 +358,7 @@ def test_adamw_against_the_reference(
         sensitivity=sensitivity,
         uncertainty=uncertainty,
         normalization=normalization,
+        backend=backend,
     )
     entries = {}
     for i, row in enumerate(zip(*columns, strict=True)):
@@ -387,26 +408,66 @@ def steps_with_gradients(run: Run, count: int) -> list[Tensor]:
     return params
 
 
-def test_one_pass_is_two() -> None:
+@backends
+def test_one_pass_is_two(backend: str) -> None:
     """PATSAdamW is PATS attached to AdamW: the noise is the same, its approximations in both."""
-    params = parameters(3, 10_000)
+    params = parameters(3, SIZE)
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-    two = params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
-    one = one_pass(3, 10_000, lr=LR, weight_decay=1e-2)
+    two = params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE, backend=backend)
+    one = one_pass(3, SIZE, backend, lr=LR, weight_decay=1e-2)
     for a, b in zip(steps_with_gradients(one, 4), steps_with_gradients(two, 4), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
 
 
-def test_adamw_without_noise_is_torchs() -> None:
-    params = parameters(3, 10_000)
+@backends
+def test_adamw_without_noise_is_torchs(backend: str) -> None:
+    params = parameters(3, SIZE)
     torchs = params, torch.optim.AdamW(params, lr=LR, fused=True), PATS(torch.optim.SGD(params))
-    ours = one_pass(3, 10_000, lr=LR, weight_decay=1e-2, noise_scale=0.0)
+    ours = one_pass(3, SIZE, backend, lr=LR, weight_decay=1e-2, noise_scale=0.0)
     for a, b in zip(steps_with_gradients(ours, 4), steps_with_gradients(torchs, 4), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_a_learning_rate_on_the_gpu() -> None:
+@needs_gpu
+@backends
+def test_a_learning_rate_on_the_gpu(backend: str) -> None:
     """Is read there, and gives what the number gives, to the roundings of lr and of 1 - lr weight_decay."""
-    runs = [one_pass(3, 10_000, lr=lr, weight_decay=1e-2) for lr in (LR, torch.tensor(LR, device=DEVICE))]
+    runs = [
+        one_pass(3, SIZE, backend, lr=lr, weight_decay=1e-2) for lr in (LR, torch.tensor(LR, device=DEVICE))
+    ]
     for a, b in zip(*(steps_with_gradients(run, 4) for run in runs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="there is but one backend")
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+def test_backends_against_one_another(normalization: Normalization) -> None:
+    """A long run. Each step may be off by what is allowed of z and the gate, and the noise of all of them
+    together is ten times as much as all of that."""
+    runs = []
+    for backend in BACKENDS:
+        tensors = on_gpu(state(SHAPES, torch.float32, torch.float32))
+        for t in range(1, LONG + 1):
+            step(tensors, step=t, normalization=normalization, backend=backend)
+        runs.append(tensors)
+    for one, other in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=LONG * NOISE)
+
+
+@backends
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+def test_long_runs(normalization: Normalization, backend: str) -> None:
+    """Each step's draws are its own. g is 0 and the gate open, so that w is the sum of all steps' normals,
+    off by as many times the contract's 2e-3, and a rounding each of a |w| < 2."""
+    numel = 400
+    tensors = open_gate(numel)
+    total = torch.zeros(numel, dtype=torch.float64)
+    for t in range(1, LONG + 1):
+        for average in (*tensors[2], *tensors[3]):
+            assert average is not None
+            average[-1] = 1  # else the means would be 0 in the end, and the gate closed
+        step(tensors, step=t, noise_scale=NOISE_SCALE, normalization=normalization, backend=backend)
+        total += NOISE_SCALE * reference.philox_normal(2**40 + 3, t, 0, numel)
+    off = (tensors[0][0].cpu().double() - total)[:-1].abs().max().item()
+    assert off <= LONG * (NOISE_SCALE * 2e-3 + 2**-24)

@@ -1,0 +1,48 @@
+"""A plugin for pytest, `-p benchmarks.outcomes --outcomes FILE`: a line of JSON for each test as it ends.
+
+What a run that is killed has proved until then is kept.
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # whoever only reads the file needs no pytest
+    import pytest
+
+
+def pytest_addoption(parser: "pytest.Parser") -> None:
+    parser.addoption("--outcomes", type=Path, metavar="FILE")
+
+
+def pytest_configure(config: "pytest.Config") -> None:
+    file = config.getoption("--outcomes")
+    if file is not None and "PYTEST_XDIST_WORKER" not in os.environ:  # whose reports reach the controller
+        config.pluginmanager.register(_Writer(file))
+
+
+class _Writer:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: "pytest.TestReport") -> None:
+        if report.when == "call" or report.outcome != "passed":
+            line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, and which failed.
+
+    Raises:
+        ValueError: none ran.
+    """
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        raise ValueError("no test ran")
+    counts = Counter(line["outcome"] for line in lines)
+    failures = sorted({line["test"] for line in lines if line["outcome"] == "failed"})
+    return {name: counts[name] for name in ("passed", "failed", "skipped")} | {"failures": failures}
