@@ -5,12 +5,11 @@ import os
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pats_kernels.backends.tables import DeviceTables
-from pats_kernels.plan import Batch, Column, Launch, LaunchKey
+from pats_kernels.backends.tables import DeviceTables, narrowed
+from pats_kernels.plan import Batch, Launch, LaunchKey
 
 kernels: Any = None
 _MISSING: str | None = None
@@ -47,7 +46,7 @@ def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Te
 
 def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if "triton" not in launch.cache:
-        launch.cache["triton"] = DeviceTables(launch, CHUNK, _pack)
+        launch.cache["triton"] = DeviceTables(launch, CHUNK, narrowed)
     tables = launch.cache["triton"].current(launch)
     num_chunks, num_tensors = len(tables.chunks), len(launch.table)
     constants = specialization(launch.key) | {"APPROX": _approximate(launch)}
@@ -112,12 +111,3 @@ def _approximate(launch: Launch) -> bool:
         return False
     capable = torch.cuda.get_device_capability(launch.key.device) >= (7, 5)
     return capable and launch.key.param_dtype != torch.float64
-
-
-def _pack(launch: Launch, packed: np.ndarray) -> None:
-    """The table with its numbers in what the kernel computes in: on many GPUs an instruction in float64, a
-    conversion even, takes as long as 64 others."""
-    np.copyto(packed, launch.table)
-    if launch.key.param_dtype != torch.float64:
-        numbers = launch.table.view(np.float64)[:, Column.NOISE_SCALE :]
-        packed.view(np.float32)[:, 2 * Column.NOISE_SCALE :: 2] = numbers

@@ -1,0 +1,51 @@
+"""The CUDA backend: the extension's kernels (csrc/cuda_kernel.cu) over a launch's tables on the device."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pats_kernels.backends import native
+from pats_kernels.backends.tables import DeviceTables, narrowed
+from pats_kernels.plan import Batch, Column, Launch
+
+CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
+
+
+def unavailable(device: torch.device) -> str | None:
+    if native.MISSING is not None:
+        return native.MISSING
+    if not hasattr(torch.ops.pats_kernels, "launch_"):
+        return "the C++ extension was built without CUDA; reinstall with nvcc and a CUDA build of torch at hand"
+    if device.type != "cuda":
+        return f"it runs on GPUs, not on {device.type}"
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
+def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """One call for each phase, which starts its kernels on the current stream."""
+    device, exact = launch.key.device, launch.key.variant.normalization == "exact"
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # on the CPU: emulated, in tests
+        for phase in ("averages", "noise") if exact else ("one_pass",):
+            _start(launch, phase, grad_scale, found_inf)
+
+
+def _start(launch: Launch, phase: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if "cuda" not in launch.cache:
+        plain = bool(np.any(launch.table[:, Column.STATS] == 0))
+        launch.cache["cuda"] = DeviceTables(launch, CHUNK, narrowed), plain
+    tables, plain = launch.cache["cuda"]
+    key, variant = launch.key, launch.key.variant
+    torch.ops.pats_kernels.launch_(
+        *tables.current(launch),
+        key.param_dtype,
+        key.state_dtype,
+        variant.form,
+        variant.uncertainty,
+        phase,
+        variant.stochastic_rounding,
+        plain,
+        grad_scale,
+        found_inf,
+    )
