@@ -19,7 +19,7 @@ bench: setup
 
 # Triton decides at import whether it interprets its kernels, so they have a run of their own. A process a core,
 # of one thread each; tests of threads set their number themselves.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadgroup
 test: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m backend

@@ -46,8 +46,9 @@ struct Work {
   }
 };
 
-uint32_t step_of(const Row& row) {
-  return row.step_count ? static_cast<uint32_t>(*row.step_count) + 1 : static_cast<uint32_t>(row.step);
+uint32_t step_of(const Row& row, Phase phase) {
+  if (!row.step_count) return static_cast<uint32_t>(row.step);
+  return static_cast<uint32_t>(*row.step_count) + (phase == Phase::kNoise ? 0 : 1);
 }
 
 void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& partials) {
@@ -60,15 +61,16 @@ void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& p
       if (!row.stats && args.phase == Phase::kAverages) continue;
       static constexpr float kNoStatistics[2] = {0, 0};
       const int64_t begin = (i - work.starts[tensor]) * kChunk;
-      partials[i] = chunk(args, row, work.dimensions, row.stats ? row.stats : kNoStatistics, step_of(row),
-                          begin, std::min(begin + kChunk, row.numel));
+      partials[i] = chunk(args, row, work.dimensions, row.stats ? row.stats : kNoStatistics,
+                          step_of(row, args.phase), begin, std::min(begin + kChunk, row.numel));
     }
   });
 }
 
-void reduce_statistics(const Work& work, const std::vector<Partial>& partials) {
+void finish_statistics(const Work& work, const std::vector<Partial>& partials) {
   for (size_t tensor = 0; tensor < work.rows.size(); ++tensor) {
     const Row& row = work.rows[tensor];
+    if (row.step_count) *row.step_count += 1;
     if (!row.stats) continue;
     Partial sum{0, 0, 0};
     for (int64_t i = work.starts[tensor]; i < work.starts[tensor + 1]; ++i) {
@@ -76,15 +78,16 @@ void reduce_statistics(const Work& work, const std::vector<Partial>& partials) {
       sum.unc += partials[i].unc;
       sum.nonfinite += partials[i].nonfinite;
     }
-    row.stats[0] = static_cast<float>(sum.sens / static_cast<double>(row.numel));
-    row.stats[1] = static_cast<float>(sum.unc / static_cast<double>(row.numel));
+    const double whole = static_cast<double>(row.whole);
+    row.share[0] = row.whole ? static_cast<float>(sum.sens / whole) : 0.0f;
+    row.share[1] = row.whole ? static_cast<float>(sum.unc / whole) : 0.0f;
     if (row.nonfinite) *row.nonfinite += sum.nonfinite;
   }
 }
 
 void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Tensor& table,
               const at::Tensor& layout, at::ScalarType param_dtype, at::ScalarType state_dtype,
-              c10::string_view form, c10::string_view uncertainty, c10::string_view normalization,
+              c10::string_view form, c10::string_view uncertainty, c10::string_view phase,
               bool stochastic_rounding, const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK(table.is_contiguous() && table.size(1) * sizeof(int64_t) == sizeof(Row) &&
@@ -92,27 +95,16 @@ void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Ten
               "pats_kernels: the tables are not this version's");
   if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
   const double scale = grad_scale ? 1.0 / *grad_scale->const_data_ptr<float>() : 1.0;
-  LaunchArgs args{storage_of(param_dtype),     storage_of(state_dtype), form_of(form),
-                  uncertainty_of(uncertainty), Phase::kOnePass,         stochastic_rounding,
+  const LaunchArgs args{storage_of(param_dtype),     storage_of(state_dtype), form_of(form),
+                  uncertainty_of(uncertainty), phase_of(phase),         stochastic_rounding,
                   scale};
 
   const Work work(table, layout);
   // Kept from step to step: fresh memory would cost a page fault for every few chunks.
   static thread_local std::vector<Partial> partials;
   partials.resize(work.starts.back());
-  if (normalization == "delayed") {
-    run_phase(work, args, partials);
-    reduce_statistics(work, partials);
-  } else {
-    args.phase = Phase::kAverages;
-    run_phase(work, args, partials);
-    reduce_statistics(work, partials);
-    args.phase = Phase::kNoise;
-    run_phase(work, args, partials);
-  }
-  for (const Row& row : work.rows) {
-    if (row.step_count) *row.step_count += 1;
-  }
+  run_phase(work, args, partials);
+  if (args.phase != Phase::kNoise) finish_statistics(work, partials);
 }
 
 }  // namespace
@@ -123,7 +115,7 @@ void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Ten
 TORCH_LIBRARY(pats_kernels, library) {
   library.def(
       "step_(Tensor(a!)[] written, Tensor[] read, Tensor table, Tensor layout, ScalarType param_dtype, "
-      "ScalarType state_dtype, str form, str uncertainty, str normalization, bool stochastic_rounding, "
+      "ScalarType state_dtype, str form, str uncertainty, str phase, bool stochastic_rounding, "
       "Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 

@@ -69,6 +69,35 @@ static inline void rounding_bits(const Draw& d, uint64_t group, uint32_t* bits) 
   }
 }
 
+// The same for elements that are not numbered one after another: each draws its own group's words and keeps one.
+
+static inline Words draw_one(const Draw& d, uint64_t number, uint32_t top_bit) {
+  const uint64_t group = number / 4;
+  return philox4x32(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32) | top_bit, d.tensor_id,
+                    d.step, d.seed);
+}
+
+template <class T>
+static void normals(const Draw& d, const int64_t* numbers, const Circle<T>& circle, T* z) {
+#pragma omp simd
+  for (int i = 0; i < kBlock; ++i) {
+    const Words x = draw_one(d, numbers[i], 0);
+    const bool second = numbers[i] & 2;
+    T cosine, sine;
+    circle(turn<T>(second ? x.x3 : x.x1, Circle<T>::kTurn), cosine, sine);
+    z[i] = square_root(minus_two_log(unit<T>(second ? x.x2 : x.x0))) * (numbers[i] & 1 ? sine : cosine);
+  }
+}
+
+static void rounding_bits(const Draw& d, const int64_t* numbers, uint32_t* bits) {
+#pragma omp simd
+  for (int i = 0; i < kBlock; ++i) {
+    const Words x = draw_one(d, numbers[i], kRoundingBit);
+    const uint32_t even = numbers[i] & 2 ? x.x2 : x.x0, odd = numbers[i] & 2 ? x.x3 : x.x1;
+    bits[i] = numbers[i] & 1 ? odd : even;
+  }
+}
+
 // ---- the update of a block
 
 struct Roundings {
@@ -80,7 +109,8 @@ template <class T>
 struct Block {
   T *w, *S, *U, *m, *v;
   const T* g;
-  uint64_t group;  // of its first element: index / 4
+  uint64_t group;          // of its first element: its number / 4
+  const int64_t* numbers;  // of all its elements; null: they follow one another
 };
 
 template <class T, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
@@ -91,8 +121,13 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
   constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
   alignas(64) T z[kBlock];
   alignas(64) uint32_t bits[kBlock] = {};
-  if (kDoes.noise) normals(d, block.group, circle, z);
-  if (kRounds && roundings.draws) rounding_bits(d, block.group, bits);
+  if (block.numbers) {
+    if (kDoes.noise) normals(d, block.numbers, circle, z);
+    if (kRounds && roundings.draws) rounding_bits(d, block.numbers, bits);
+  } else {
+    if (kDoes.noise) normals(d, block.group, circle, z);
+    if (kRounds && roundings.draws) rounding_bits(d, block.group, bits);
+  }
 
   const Constants<T> c = constants;
   const AdamW<T> adam = adamw_constants;
@@ -145,13 +180,13 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
 
 // ---- storage: a block of it in the arithmetic's type, where it lies or in a buffer
 
-// Where each of a block's elements lies in an operand that is not contiguous.
+// Where each of a block's elements lies in an operand that is not contiguous, or what its number is.
 using Offsets = int64_t[kBlock];
 
-static void walk(const Row& row, const Dimension* dimensions, int64_t Dimension::*stride, int64_t begin,
-                 int n, Offsets& offsets) {
+static void walk(const Row& row, const Dimension* dimensions, int64_t Dimension::*stride, int64_t first,
+                 int64_t begin, int n, Offsets& offsets) {
   for (int i = 0; i < n; ++i) {
-    int64_t index = begin + i, offset = 0;
+    int64_t index = begin + i, offset = first;
     for (int64_t d = row.ndim - 1; d >= 0; --d) {
       const Dimension& dimension = dimensions[row.layout + d];
       offset += index % dimension.size * (dimension.*stride);
@@ -173,7 +208,7 @@ struct Operand {
   // Elements [begin, begin + n), followed by zeros up to a full block, which change no statistic.
   T* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
     if (row.ndim > 0) {
-      walk(row, dimensions, stride, begin, n, offsets);
+      walk(row, dimensions, stride, 0, begin, n, offsets);
       for (int i = 0; i < n; ++i) buffer[i] = widen(data[offsets[i]]);
     } else if (sizeof(T) == sizeof(Storage) && n == kBlock) {
       return reinterpret_cast<T*>(data) + begin;
@@ -220,6 +255,8 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
   Operand<T, S> s(row.sens, &Dimension::sens), u(row.unc, &Dimension::unc);
   Operand<T, S> m(row.exp_avg, &Dimension::exp_avg), v(row.exp_avg_sq, &Dimension::exp_avg_sq);
 
+  Offsets numbers = {};
+
   Partial total{0, 0, 0};
   for (int64_t i = begin; i < end; i += kBlock) {
     const int n = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
@@ -230,7 +267,11 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
     if (kHasUnc) block.U = u.load(row, dimensions, i, n);
     if (kDoes.moments) block.m = m.load(row, dimensions, i, n);
     if (kDoes.moments) block.v = v.load(row, dimensions, i, n);
-    block.group = static_cast<uint64_t>(i) / 4;
+    block.group = static_cast<uint64_t>(row.offset + i) / 4;
+    if (row.ndim > 0) {
+      walk(row, dimensions, &Dimension::number, row.offset, i, n, numbers);
+      block.numbers = numbers;
+    }
     Partial partial{0, 0, 0};
     update_block<T, kForm, kUncertainty, kPhase, kRounds>(c, adam, circle, d, roundings, block, partial);
     const bool unmarks = kDoes.reads_averages && kPhase == Phase::kNoise && partial.nonfinite > 0;

@@ -75,7 +75,7 @@ __device__ __forceinline__ void prepare(const CudaLaunch& launch, const R& row, 
   }
   if (form != Form::kAdamW) shared.c = constants<T>(uncertainty, row, row.stats, grad_scale);
   shared.c.grad_scale = grad_scale;
-  shared.draw = {row.seed, static_cast<uint64_t>(start) / 4, static_cast<uint32_t>(row.tensor_id), step};
+  shared.draw = {row.seed, static_cast<uint64_t>(row.offset + start) / 4, static_cast<uint32_t>(row.tensor_id), step};
 }
 
 // ---- random words and normals
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kThreads) strided_kernel(const CudaLaunch laun
   Sums<T> sums{0, 0, 0};
 #pragma unroll 1
   for (int64_t i = start + threadIdx.x; i < end; i += kThreads) {
-    int64_t index = i, number = i;
+    int64_t index = i, number = row.offset;
     int64_t at_w = 0, at_g = 0, at_s = 0, at_u = 0, at_m = 0, at_v = 0;
 #pragma unroll 1
     for (int64_t d = row.ndim - 1; d >= 0; --d) {
@@ -372,6 +372,7 @@ __global__ void __launch_bounds__(kThreads) strided_kernel(const CudaLaunch laun
       at_u += position * dimension.unc;
       at_m += position * dimension.exp_avg;
       at_v += position * dimension.exp_avg_sq;
+      number += position * dimension.number;
     }
     P* const param = static_cast<P*>(row.param) + at_w;
     const P* const grad = static_cast<const P*>(row.grad) + at_g;
@@ -421,8 +422,9 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const CudaLaunch l
   __shared__ double shared[3][kWarps];
   block_sums(shared, own[0], own[1], own[2], total);
   if (threadIdx.x > 0) return;
-  row.stats[0] = static_cast<float>(total[0] / static_cast<double>(row.numel));
-  row.stats[1] = static_cast<float>(total[1] / static_cast<double>(row.numel));
+  const double whole = static_cast<double>(row.whole);
+  row.share[0] = row.whole ? static_cast<float>(total[0] / whole) : 0.0f;
+  row.share[1] = row.whole ? static_cast<float>(total[1] / whole) : 0.0f;
   if (row.nonfinite) *row.nonfinite += static_cast<int64_t>(total[2]);
 }
 

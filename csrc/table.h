@@ -19,15 +19,18 @@ struct RowOf {
   void* unc;
   void* exp_avg;
   void* exp_avg_sq;
-  float* stats;         // mean(S), mean(U); null: a tensor without noise, which only AdamW updates
+  float* stats;         // the means that the normalization reads; null: no noise, AdamW's step alone
+  float* share;         // where this tensor's part in the new means is written: stats, but for a shard
   float* step_count;    // the steps taken so far, which the launch advances
   int64_t* nonfinite;   // where to count the elements whose sensitivity is not finite
   const float* lr_tensor;           // null, or where it lies on the device
   const float* noise_scale_tensor;  // the same
   int64_t numel;
-  int64_t ndim;         // 0: contiguous in every operand; else how many rows of the layout table
+  int64_t whole;        // elements of the unsharded tensor, the sums' divisor; 0: a share that is not counted
+  int64_t offset;       // the first element's row-major number in the unsharded tensor
+  int64_t ndim;         // 0: contiguous in every operand, numbered so, from a multiple of 4; else its layout rows
   int64_t layout;       // the first of them
-  int64_t vector;       // 1: contiguous, and every address a multiple of 16 bytes
+  int64_t vector;       // 1: ndim is 0, and every address a multiple of 16 bytes
   int64_t tensor_id;
   int64_t step;         // t, where there is no counter
   uint64_t seed;
@@ -51,9 +54,10 @@ struct RowOf {
 
 using Row = RowOf<double>;
 
-// A dimension of a tensor that is not contiguous, outermost first: strides in elements.
+// A dimension of a tensor that is not contiguous, outermost first: strides in elements, the last one in the
+// unsharded tensor's row-major numbering.
 struct Dimension {
-  int64_t size, param, grad, sens, unc, exp_avg, exp_avg_sq;
+  int64_t size, param, grad, sens, unc, exp_avg, exp_avg_sq, number;
 };
 
 enum class Storage { kFloat32, kBfloat16, kFloat16, kFloat64 };
@@ -64,8 +68,8 @@ enum class Uncertainty { kProduct, kUcb, kNone };
 // what becomes of a tensor without noise.
 enum class Form { kPats, kPatsAdamW, kMomentsAdamW, kAdamW };
 
-// Delayed normalization is one phase. Exact normalization needs the means of what it has just written,
-// hence two: averages, then noise.
+// Delayed normalization is one phase. Exact normalization needs the means of what it has just written, hence
+// two: averages, then noise. All but the second end with the statistics, and advance the step count.
 enum class Phase { kOnePass, kAverages, kNoise };
 
 }  // namespace pats

@@ -17,7 +17,7 @@ from pats_kernels.hyperparameters import (
     Uncertainty,
     hyperparameters,
 )
-from pats_kernels.plan import Batch, Planner
+from pats_kernels.plan import Batch
 from pats_kernels.state import (
     State,
     checked_entry,
@@ -27,7 +27,7 @@ from pats_kernels.state import (
     nonfinite_counts,
     parameter_names,
 )
-from pats_kernels.step import launch
+from pats_kernels.step import Launcher
 
 UNSUPPORTED = ("amsgrad", "differentiable")
 
@@ -127,7 +127,7 @@ class PATSAdamW(Optimizer):
 
     def _forget(self) -> None:
         """Drops what was derived from the state, which is new."""
-        self._planner = Planner(owned=True)
+        self._launcher = Launcher(owned=True)
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,7 +163,8 @@ class PATSAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        launch(self._batch(), self._planner, self.backend, grad_scale, found_inf)
+        overlap = not any(group["capturable"] for group in self.param_groups)
+        self._launcher.launch(self._batch(), self.backend, grad_scale, found_inf, overlap=overlap)
         return loss
 
     def _batch(self) -> Batch:
@@ -214,6 +215,11 @@ class PATSAdamW(Optimizer):
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
         return nonfinite_counts(self.param_groups, self._nonfinite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim`; waits for the statistics of sharded parameters."""
+        self._launcher.finish()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
@@ -273,6 +279,7 @@ class PATSAdamW(Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
+        self._launcher.finish()
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pats_kernels.hyperparameters import (
     defaults_of,
     hyperparameters,
 )
-from pats_kernels.plan import Batch, Planner
+from pats_kernels.plan import Batch
 from pats_kernels.state import (
     State,
     checked_entry,
@@ -25,7 +25,7 @@ from pats_kernels.state import (
     nonfinite_counts,
     parameter_names,
 )
-from pats_kernels.step import launch
+from pats_kernels.step import Launcher
 
 VERSION = 1  # of the state_dict
 STATE_KEY = "pats"  # where an optimizer's state_dict carries PATS's
@@ -107,7 +107,7 @@ class PATS:
 
         self.state: dict[Tensor, State] = {}
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
-        self._planner = Planner(owned=True)
+        self._launcher = Launcher(owned=True)
         self._loaded: dict[str, Any] | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -156,7 +156,7 @@ class PATS:
         columns = map(list, zip(*rows, strict=True))
         batch = Batch(lambda i: name_of(rows[i][0]), *columns)
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        launch(batch, self._planner, self.backend, grad_scale, found_inf)
+        self._launcher.launch(batch, self.backend, grad_scale, found_inf)
 
     def _complete(self, name: str, param: Tensor, values: Hyperparameters) -> State:
         state = self.state.get(param, {})
@@ -167,6 +167,7 @@ class PATS:
 
     def state_dict(self) -> dict[str, Any]:
         """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
+        self._launcher.finish()
         ids = {param: i for i, param in enumerate(parameter_names(self.optimizer.param_groups))}
         return {
             "version": VERSION,
@@ -209,7 +210,7 @@ class PATS:
     def _commit(self, checked: dict[str, Any]) -> None:
         self.defaults = {name: checked["defaults"][name] for name in defaults_of(Hyperparameters)}
         self.state = checked["state"]
-        self._planner = Planner(owned=True)  # the old one keeps the old state alive
+        self._launcher = Launcher(owned=True)  # the old one keeps the old state alive
         self._nonfinite = {
             id(param): torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
         }

@@ -73,10 +73,17 @@ def random_words(
         int64, [groups, 4]: row j holds x0..x3 of the elements 4 (offset // 4 + j) and the three after.
     """
     first, last = offset // 4, (offset + numel + 3) // 4
-    group = torch.arange(first, last, dtype=torch.int64, device=device)
-    high = (group >> 32) | (ROUNDING_BIT if rounding else 0)
-    words = philox4x32((group & MASK32, high, tensor_id, step), (seed & MASK32, seed >> 32))
-    return torch.stack(torch.broadcast_tensors(*words), dim=1)
+    groups = torch.arange(first, last, dtype=torch.int64, device=device)
+    return words_of_groups(seed, step, tensor_id, groups, rounding=rounding)
+
+
+def words_of_groups(
+    seed: int, step: Word, tensor_id: int, groups: Tensor, *, rounding: bool = False
+) -> Tensor:
+    """The same for any groups, int64: of their shape, and [4] behind it."""
+    high = (groups >> 32) | (ROUNDING_BIT if rounding else 0)
+    words = philox4x32((groups & MASK32, high, tensor_id, step), (seed & MASK32, seed >> 32))
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1)
 
 
 def normals(words: Tensor) -> Tensor:

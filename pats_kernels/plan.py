@@ -7,11 +7,13 @@ they were, a step only writes the gradients' addresses anew, since `zero_grad(se
 No plan holds a gradient; none holds any tensor, unless the planner's owner holds them all the same.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,12 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 VECTOR_BYTES = 16
 OPERANDS = 6  # tensors of the parameter's shape: the first columns, and a layout row's strides
+# An aligned chunk of a tensor smaller than this does not cross a multiple of 2^32 groups of four.
+GROUPS_WITHOUT_CARRY, COARSEST_CHUNK = 2**34, 2**16
+
+# What a backend is asked to do with a launch: all of it, or the half before the means of the state just
+# updated are known, or the half after. Each but the last ends with the statistics, and advances t.
+Phase = Literal["one_pass", "averages", "noise"]
 
 
 class Column(IntEnum):
@@ -36,37 +44,64 @@ class Column(IntEnum):
     UNC = 3
     EXP_AVG = 4
     EXP_AVG_SQ = 5
-    STATS = 6  # 0: a tensor without noise, which only AdamW updates
-    STEP_COUNT = 7  # 0, or a counter on the device that the kernel advances
-    NONFINITE = 8  # 0, or where to count the elements whose sensitivity is not finite
-    LR_TENSOR = 9  # 0, or where a learning rate lies on the device
-    NOISE_SCALE_TENSOR = 10  # 0, or where a noise_scale does
-    NUMEL = 11
-    NDIM = 12  # 0: contiguous in every operand; else how many rows of the layout table
-    LAYOUT = 13  # the first of them
-    VECTOR = 14  # 1: contiguous, and every address a multiple of 16 bytes
-    TENSOR_ID = 15
-    STEP = 16  # t, where there is no counter
-    SEED = 17
-    NOISE_SCALE = 18  # from here on float64: `Hyperparameters.numbers`
-    GAMMA = 19
-    SENS_BETA = 20  # b_s, and 1 - b_s as a rate
-    SENS_RATE = 21
-    UNC_BETA = 22
-    UNC_RATE = 23
-    LR = 24  # from here on AdamW's
-    WEIGHT_DECAY = 25
-    DECAY = 26  # 1 - lr weight_decay
-    EPS = 27
-    RATE1 = 28  # 1 - b_1
-    BETA2 = 29
-    RATE2 = 30
-    LOG_BETA1 = 31
-    LOG_BETA2 = 32
-    GRAD_SIGN = 33  # -1: maximize
+    STATS = 6  # the means that the normalization reads; 0: a tensor without noise, which only AdamW updates
+    SHARE = 7  # where this tensor's part in the new means is written: the same, but for a shard
+    STEP_COUNT = 8  # 0, or a counter on the device that the kernel advances
+    NONFINITE = 9  # 0, or where to count the elements whose sensitivity is not finite
+    LR_TENSOR = 10  # 0, or where a learning rate lies on the device
+    NOISE_SCALE_TENSOR = 11  # 0, or where a noise_scale does
+    NUMEL = 12
+    WHOLE = (
+        13  # elements of the unsharded tensor, by which the sums are divided; 0: a share that is not counted
+    )
+    OFFSET = 14  # the first element's row-major number in the unsharded tensor
+    NDIM = 15  # 0: contiguous in every operand, numbered so, from a multiple of 4; else its layout rows
+    LAYOUT = 16  # the first of them
+    VECTOR = 17  # 1: NDIM is 0, and every address a multiple of 16 bytes
+    TENSOR_ID = 18
+    STEP = 19  # t, where there is no counter
+    SEED = 20
+    NOISE_SCALE = 21  # from here on float64: `Hyperparameters.numbers`
+    GAMMA = 22
+    SENS_BETA = 23  # b_s, and 1 - b_s as a rate
+    SENS_RATE = 24
+    UNC_BETA = 25
+    UNC_RATE = 26
+    LR = 27  # from here on AdamW's
+    WEIGHT_DECAY = 28
+    DECAY = 29  # 1 - lr weight_decay
+    EPS = 30
+    RATE1 = 31  # 1 - b_1
+    BETA2 = 32
+    RATE2 = 33
+    LOG_BETA1 = 34
+    LOG_BETA2 = 35
+    GRAD_SIGN = 36  # -1: maximize
 
 
 ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}  # hyperparameters that may be
+
+
+def is_dtensor(kind: type) -> bool:
+    """Whether it is the type of sharded tensors: without importing it for those who have none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
+
+
+class Shard(NamedTuple):
+    """Where a tensor lies in the whole one of which it is a part: a box.
+
+    Attributes:
+        offset: its first element's number, as row-major order numbers the whole's elements.
+        strides: how far that number moves along each of its dimensions.
+        numel: of the whole.
+        counts: whether its sums go into the whole's means; of equal replicas one does.
+    """
+
+    offset: int
+    strides: tuple[int, ...]
+    numel: int
+    counts: bool = True
 
 
 @dataclass(slots=True)
@@ -77,7 +112,8 @@ class Batch:
     parameters' devices, and that the step advances. `nonfinite` holds 0-d int64 tensors that the step
     adds to. `name` gives a tensor's name for an error message. Where a form keeps no such state there is
     None; a tensor without `sens_stats` gets no noise, only AdamW's step. `exp_avg` and `exp_avg_sq` are
-    empty where no AdamW is asked for.
+    empty where no AdamW is asked for. Where `shards` is not empty, some of the tensors are parts of others:
+    their part in the new means goes to `shares`, as the means themselves do for the rest (None).
     """
 
     name: Callable[[int], str]
@@ -92,6 +128,8 @@ class Batch:
     hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
     exp_avg: list[Tensor] = field(default_factory=list)
     exp_avg_sq: list[Tensor] = field(default_factory=list)
+    shards: Sequence[Shard | None] = field(default_factory=list)
+    shares: Sequence[Tensor | None] = field(default_factory=list)
 
     @property
     def averages(self) -> dict[str, Sequence[Tensor | None]]:
@@ -117,8 +155,9 @@ class LaunchKey(NamedTuple):
 class Launch:
     """One launch: some of a batch's tensors, and the tables that describe them.
 
-    `table` is int64 [tensors, Column], `layout` int64 [rows, 1 + OPERANDS]: a dimension's size, then its
-    stride in elements in each operand, outermost dimension first. `cache` is the backend's own.
+    `table` is int64 [tensors, Column], `layout` int64 [rows, 1 + OPERANDS + 1]: a dimension's size, then its
+    stride in elements in each operand and in the whole tensor's numbering, outermost dimension first. `cache`
+    is the backend's own.
     """
 
     key: LaunchKey
@@ -171,7 +210,7 @@ class Planner:
             plan = Plan(signature, _launches(batch))
             if self._owned:  # an object's identity is its own only while it lives
                 plan.alive = [batch.params, *batch.averages.values()]
-                plan.alive += [batch.sens_stats, batch.steps, batch.nonfinite]
+                plan.alive += [batch.sens_stats, batch.shares, batch.steps, batch.nonfinite]
             del self._plans[self._capacity - 1 :]
             self._plans.insert(0, plan)
         elif plan is not self._plans[0]:
@@ -189,10 +228,14 @@ def _identities(batch: Batch) -> list[Any]:
     """For tensors that are kept: which they are, and where, as `.data` may be assigned anew."""
     moved = (batch.params, *batch.averages.values())
     return [
-        [list(map(id, tensors)) for tensors in (*moved, batch.sens_stats, batch.steps, batch.nonfinite)],
+        [
+            list(map(id, tensors))
+            for tensors in (*moved, batch.sens_stats, batch.shares, batch.steps, batch.nonfinite)
+        ],
         [_addresses(tensors) for tensors in moved],
         [(g.dtype, g.device, g.shape, g.stride()) for g in batch.grads],
         batch.tensor_ids,
+        batch.shards,
         [h.variant for h in batch.hyperparameters],
     ]
 
@@ -200,7 +243,7 @@ def _identities(batch: Batch) -> list[Any]:
 def _descriptions(batch: Batch) -> list[Any]:
     """For tensors of which nothing is known: all that matters about each, and no reference to it."""
     counters = batch.steps if are_counters(batch.steps) else []
-    kept = (batch.params, *batch.averages.values(), batch.sens_stats, counters, batch.nonfinite)
+    kept = (batch.params, *batch.averages.values(), batch.sens_stats, batch.shares, counters, batch.nonfinite)
     return [
         [
             [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
@@ -208,6 +251,7 @@ def _descriptions(batch: Batch) -> list[Any]:
         ],
         [_addresses(tensors) for tensors in kept],
         batch.tensor_ids,
+        batch.shards,
         [h.variant for h in batch.hyperparameters],
     ]
 
@@ -369,24 +413,46 @@ def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
     nothing = [None] * len(batch.params)
     columns = (batch.params, batch.grads, *(column or nothing for column in batch.averages.values()))
     counters = batch.steps if are_counters(batch.steps) else nothing
-    others = (batch.sens_stats, counters, batch.nonfinite or nothing)
+    shares = [
+        stats if share is None else share
+        for stats, share in zip(batch.sens_stats, batch.shares or nothing, strict=True)
+    ]
+    others = (batch.sens_stats, shares, counters, batch.nonfinite or nothing)
+    shards = batch.shards or nothing
     for row, i in zip(table, index, strict=True):
         param, operands = batch.params[i], [column[i] for column in columns]
         row[: Column.LR_TENSOR] = _addresses(operands + [column[i] for column in others])
+        shard = shards[i] or whole_shard(param.shape)
         strides = [(param if operand is None else operand).stride() for operand in operands]
-        dimensions = collapse(param.shape, strides)
+        in_groups = are_groups_whole(shard.offset, param.numel())
+        dimensions = collapse(param.shape, [*strides, shard.strides], may_vanish=in_groups)
         row[Column.NUMEL] = param.numel()
+        row[Column.WHOLE] = shard.numel if shard.counts else 0
+        row[Column.OFFSET] = shard.offset
         row[Column.NDIM] = len(dimensions)
         row[Column.LAYOUT] = len(layout)
         row[Column.TENSOR_ID] = batch.tensor_ids[i]
         layout += dimensions
-    return Launch(key, index, table, np.array(layout, dtype=np.int64).reshape(-1, 1 + OPERANDS))
+    return Launch(key, index, table, np.array(layout, dtype=np.int64).reshape(-1, 2 + OPERANDS))
 
 
-def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+def whole_shard(shape: Sequence[int]) -> Shard:
+    """The shard that a tensor is of itself."""
+    sizes = [1, *accumulate(reversed(shape), mul)]
+    return Shard(0, tuple(reversed(sizes[:-1])), sizes[-1])
+
+
+def are_groups_whole(offset: int, numel: int) -> bool:
+    """Whether elements numbered from `offset` on are groups of four that a chunk counts in 32 bits."""
+    return offset % 4 == 0 and (offset % COARSEST_CHUNK == 0 or offset + numel <= GROUPS_WITHOUT_CARRY)
+
+
+def collapse(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], may_vanish: bool = True
+) -> list[tuple[int, ...]]:
     """The fewest dimensions that walk all operands in row-major order, as (size, stride, stride, ...).
 
-    None at all where every operand is contiguous.
+    None at all where every operand is contiguous, if they `may_vanish`.
     """
     merged: list[list[int]] = []
     for size, *steps in zip(shape, *strides, strict=True):
@@ -396,8 +462,9 @@ def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tup
             merged[-1] = [merged[-1][0] * size, *steps]
         else:
             merged.append([size, *steps])
-    contiguous = not merged or (len(merged) == 1 and set(merged[0][1:]) == {1})
-    return [] if contiguous else [tuple(dimension) for dimension in merged]
+    if may_vanish and (not merged or (len(merged) == 1 and set(merged[0][1:]) == {1})):
+        return []
+    return [tuple(dimension) for dimension in merged or [[1] * (1 + len(strides))]]
 
 
 def _refresh(plan: Plan, batch: Batch) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pats_kernels.philox import normals, random_words
+from pats_kernels.philox import normals, random_words, words_of_groups
 
 KAPPA = 1.0  # weight of the uncertainty in uncertainty="ucb"
 
@@ -63,18 +63,23 @@ def pats_update_(
     uncertainty: str,
     normalization: str,
     stochastic_rounding: bool,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """One tensor's step, in place. Returns how many elements had a sensitivity that is not finite.
+
+    Of a shard, `numbers` (int64, the parameter's shape) are its elements' row-major numbers in the unsharded
+    tensor, on which its noise depends; the means are its own all the same.
 
     Arithmetic is float32, or float64 for float64 parameters. Both averages are rounded to their storage
     dtype before the means and the gate are computed, so `sens_stats` are the means of what is stored.
     """
-    bits = rounding_bits(param, exp_avg_sens.dtype, seed, step, tensor_id) if stochastic_rounding else None
+    draw = (seed, step, tensor_id, numbers)
+    bits = rounding_bits(param, exp_avg_sens.dtype, *draw) if stochastic_rounding else None
     w, g = (x.to(arithmetic_dtype(param)) for x in (param, grad))
     S, U, finite = update_averages_(w, g, exp_avg_sens, exp_avg_unc, sens_betas, bits)
     means = update_means_(sens_stats, S, U, normalization)
     a = torch.where(finite, gate(S, U, *means, gamma=gamma, uncertainty=uncertainty), 0)
-    store_(param, add_noise(w, a, noise_scale, seed, step, tensor_id), bits, WEIGHT)
+    store_(param, add_noise(w, a, noise_scale, *draw), bits, WEIGHT)
     return (~finite).sum()
 
 
@@ -101,6 +106,7 @@ def pats_adamw_update_(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """The same, followed by AdamW's step on the noised weights, which are not stored in between.
 
@@ -108,7 +114,8 @@ def pats_adamw_update_(
     goes on with its moments as they were computed, before they are rounded to their storage dtype. A
     gradient that is not finite does to them and to the weight what it does in `torch.optim.AdamW`.
     """
-    bits = rounding_bits(param, exp_avg.dtype, seed, step, tensor_id) if stochastic_rounding else None
+    draw = (seed, step, tensor_id, numbers)
+    bits = rounding_bits(param, exp_avg.dtype, *draw) if stochastic_rounding else None
     dtype = arithmetic_dtype(param)
     w, g, m, v = (x.to(dtype) for x in (param, -grad if maximize else grad, exp_avg, exp_avg_sq))
     t = step.to(torch.float64) if isinstance(step, Tensor) else step
@@ -124,7 +131,7 @@ def pats_adamw_update_(
             S, U, finite = moments_sensitivity(w, m / correction1, v / correction2, uncertainty)
         means = update_means_(sens_stats, S, U, normalization)
         a = torch.where(finite, gate(S, U, *means, gamma=gamma, uncertainty=uncertainty), 0)
-        w = add_noise(w, a, noise_scale, seed, step, tensor_id)
+        w = add_noise(w, a, noise_scale, *draw)
         nonfinite = (~finite).sum()
 
     denominator = v.sqrt() / correction2**0.5 + eps
@@ -211,11 +218,17 @@ def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, 
 
 
 def add_noise(
-    w: Tensor, a: Tensor, noise_scale: float, seed: int, step: int | Tensor, tensor_id: int
+    w: Tensor,
+    a: Tensor,
+    noise_scale: float,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Row 6. Where the gate is closed, w is what it was to the last bit."""
-    z = normals(random_words(seed, step, tensor_id, w.numel(), device=w.device))
-    z = z.flatten()[: w.numel()].view(w.shape).to(w.dtype)
+    z = normals(group_words(w, numbers, seed, step, tensor_id))
+    z = own(z, w, numbers).to(w.dtype)
     return torch.where(a > 0, w + noise_scale * a * z, w)
 
 
@@ -223,13 +236,38 @@ WEIGHT, STATE = 0, 16  # from which bit on a word of `rounding_bits` rounds
 
 
 def rounding_bits(
-    param: Tensor, state_dtype: torch.dtype, seed: int, step: int | Tensor, tensor_id: int
+    param: Tensor,
+    state_dtype: torch.dtype,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    numbers: Tensor | None = None,
 ) -> Tensor | None:
     """The random words, int64 of the parameter's shape, that round what is stored as bfloat16, if any is."""
     if torch.bfloat16 not in (param.dtype, state_dtype):
         return None
-    words = random_words(seed, step, tensor_id, param.numel(), rounding=True, device=param.device)
-    return words.flatten()[: param.numel()].view(param.shape)
+    return own(group_words(param, numbers, seed, step, tensor_id, rounding=True), param, numbers)
+
+
+def group_words(
+    x: Tensor,
+    numbers: Tensor | None,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    rounding: bool = False,
+) -> Tensor:
+    """The random words of x's groups of four, [groups, 4]; where elements have numbers, of each one's."""
+    if numbers is None:
+        return random_words(seed, step, tensor_id, x.numel(), rounding=rounding, device=x.device)
+    return words_of_groups(seed, step, tensor_id, numbers.flatten() // 4, rounding=rounding)
+
+
+def own(drawn: Tensor, x: Tensor, numbers: Tensor | None) -> Tensor:
+    """What each element takes of what was drawn for its group: x's shape."""
+    if numbers is None:
+        return drawn.flatten()[: x.numel()].view(x.shape)
+    return drawn.gather(1, numbers.reshape(-1, 1) % 4).view(x.shape)
 
 
 def store_(target: Tensor, value: Tensor, bits: Tensor | None, shift: int) -> Tensor:

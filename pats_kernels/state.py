@@ -1,14 +1,14 @@
 """What `PATS` and `PATSAdamW` share: the state they keep for a parameter, and how it is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pats_kernels.backends.tables import capturing
 from pats_kernels.hyperparameters import Hyperparameters
-from pats_kernels.plan import STATE_DTYPES, averages_of, check_param
+from pats_kernels.plan import STATE_DTYPES, averages_of, check_param, is_dtensor
 
 State = dict[str, Tensor]
 
@@ -56,7 +56,7 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
         TypeError, ValueError: naming the parameter, where no kernel could update it.
         RuntimeError: while a CUDA graph is being captured, as every replay would set the state to zero.
     """
-    check_param(name, param)
+    check_param(name, local(name, param))
     if capturing(param.device):
         raise RuntimeError(
             f"{name}: a CUDA graph is being captured before it has its state: take a step first"
@@ -71,6 +71,29 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
             state[key] = torch.zeros(2, dtype=torch.float32, device=param.device)
         else:
             state[key] = torch.zeros_like(param, dtype=dtype)
+
+
+def local(name: str, param: Tensor) -> Tensor:
+    """What this process holds of a parameter.
+
+    Raises:
+        ValueError: naming it and a placement that no step could work with.
+    """
+    if not is_dtensor(type(param)):
+        return param
+    from pats_kernels import distributed  # half a second, which only they wait who need it
+
+    distributed.layout_of(name, cast(Any, param))
+    return distributed.local(param)
+
+
+def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
+    """A tensor of a parameter's whole shape, split as the parameter is."""
+    if not is_dtensor(type(param)) and not is_dtensor(type(value)):
+        return value
+    from pats_kernels import distributed
+
+    return distributed.laid_out_as(value, name, param)
 
 
 def checked_entry(
@@ -96,8 +119,12 @@ def checked_entry(
             )
         if not value.dtype.is_floating_point and key != "step":
             raise ValueError(f"{name}: {key} is {value.dtype} in the state_dict, which is not a float")
+        if key.startswith("exp_avg"):
+            value = laid_out_as(value, name, param)
         keeps = key.startswith("exp_avg") and value.dtype in STATE_DTYPES
         keeps &= value.dtype != torch.float64 or param.dtype == torch.float64
         dtype = value.dtype if keeps else torch.float32
-        copied[key] = value.to(param.device, dtype, copy=True).reshape(shape)
+        copied[key] = value.to(param.device, dtype, copy=True)
+        if key == "step":
+            copied[key] = copied[key].reshape(())
     return copied

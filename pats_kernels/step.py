@@ -1,37 +1,81 @@
 """The functional API, and the one road from a batch of tensors to a launch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pats_kernels import backends
 from pats_kernels.hyperparameters import Hyperparameters, defaults_of, hyperparameters
-from pats_kernels.plan import Batch, Planner
+from pats_kernels.plan import Batch, Phase, Planner, is_dtensor
 from pats_kernels.reference import betas_per_tensor, per_tensor
 
-_planner = Planner()
+PHASES: tuple[dict[str, Phase], ...] = (
+    {"delayed": "one_pass", "exact": "averages"},
+    {"exact": "noise"},
+)
 
 
-def launch(
-    batch: Batch,
-    planner: Planner,
-    backend: str,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Updates a batch in place: one plan, one launch for each device and combination of dtypes.
+class Launcher:
+    """The one road from batches to launches, with what is kept from one step to the next.
 
-    `grad_scale` and `found_inf` are a GradScaler's one-element tensors: the gradients are divided by the
-    first, and where the second is not 0 nothing is changed. Neither is read on the host.
+    Args:
+        owned: see `Planner`.
     """
-    if not batch.params:
-        return
-    plan = planner.plan(batch)
-    steps = [backends.resolve(backend, work.key.device) for work in plan.launches]
-    for work, step_ in zip(plan.launches, steps, strict=True):
-        step_(work, batch, _on(work.key.device, grad_scale), _on(work.key.device, found_inf))
-    torch.autograd.graph.increment_version(batch.params)
+
+    def __init__(self, owned: bool = False) -> None:
+        self._planner = Planner(owned)
+        self._statistics: Any = None  # of sharded parameters: a `distributed.Statistics`, once there are some
+
+    def launch(
+        self,
+        batch: Batch,
+        backend: str,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        overlap: bool = True,
+    ) -> None:
+        """Updates a batch in place: one plan, one launch for each device and combination of dtypes.
+
+        `grad_scale` and `found_inf` are a GradScaler's one-element tensors: the gradients are divided by the
+        first, and where the second is not 0 nothing is changed. Neither is read on the host. The new means
+        of sharded tensors are on their way when it returns, unless they must not `overlap` with what follows.
+        """
+        if not batch.params:
+            return
+        self.finish()
+        params = batch.params
+        if any(map(is_dtensor, {*map(type, params), *map(type, batch.grads)})):
+            batch = self._shared().localized(batch)
+        plan = self._planner.plan(batch)
+        work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
+        for phases in PHASES:
+            for launch, step_ in work:
+                if phase := phases.get(launch.key.variant.normalization):
+                    device = launch.key.device
+                    step_(launch, batch, phase, _on(device, grad_scale), _on(device, found_inf))
+            if self._statistics is not None and phases is PHASES[0]:
+                self._statistics.start(found_inf)
+                if not overlap or any(h.normalization == "exact" for h in batch.hyperparameters):
+                    self.finish()
+        torch.autograd.graph.increment_version(params)
+
+    def finish(self) -> None:
+        """Waits until the statistics of the last step are those of all shards."""
+        if self._statistics is not None:
+            self._statistics.finish()
+
+    def _shared(self) -> Any:
+        if self._statistics is None:
+            from pats_kernels.distributed import Statistics  # half a second, which only they wait who need it
+
+            self._statistics = Statistics()
+        return self._statistics
+
+
+_launcher = Launcher()
 
 
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
@@ -124,7 +168,7 @@ def pats_step_(
         tensor_ids=[tensor_ids[i] for i in chosen],
         hyperparameters=values,
     )
-    launch(batch, _planner, backend)
+    _launcher.launch(batch, backend, overlap=False)
 
 
 _NAMES = defaults_of(Hyperparameters).keys()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import Pool
 
 from pats_kernels import available_backends
 
@@ -35,8 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if "backend" in getattr(item, "fixturenames", ()):
+    fixtures = getattr(item, "fixturenames", ())
+    if "backend" in fixtures:
         item.add_marker(pytest.mark.backend)
+    if "pool" in fixtures:  # all in one of xdist's processes, which so starts the only pool
+        item.add_marker(pytest.mark.xdist_group("pool"))
 
 
 @pytest.fixture(params=BACKENDS, scope="session")
@@ -46,6 +50,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.fail(f"backend {request.param!r} cannot run on the CPU: {reason}", pytrace=False)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Runs a function on 1 to 4 processes with a process group."""
+    pool = Pool()
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture

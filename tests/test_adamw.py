@@ -19,8 +19,8 @@ from torch.testing._internal.common_optimizers import optim_error_inputs_func_ad
 
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters
-from pats_kernels.plan import Batch, Planner
-from pats_kernels.step import launch
+from pats_kernels.plan import Batch
+from pats_kernels.step import Launcher
 
 SENSITIVITIES = ["ema", "moments"]
 FEW = 5 if INTERPRETED else 20
@@ -111,7 +111,7 @@ def test_groups_of_all_kinds_share_a_launch(backend: str, normalization: str, se
         | {"lr": [1e-3, 1e-2, 1e-4, 2e-3]},
     )
     optimizer = run_checked(backend, case)
-    (plan, *_) = optimizer._planner._plans
+    (plan, *_) = optimizer._launcher._planner._plans
     assert [launch.index for launch in plan.launches] == [[0, 1, 2, 3]]
     kept = [set(optimizer.state[param]) for param in params_of(optimizer)]
     adamw, sens = {"step", "exp_avg", "exp_avg_sq"}, {"exp_avg_sens", "exp_avg_unc"}
@@ -207,7 +207,7 @@ def test_a_learning_rate_on_the_device(backend: str) -> None:
         batch = Batch(
             str, [param], [grad], [None], [None], [None], [3], [], [0], [h], *([a] for a in averages)
         )
-        launch(batch, Planner(), backend)
+        Launcher().launch(batch, backend)
         return param
 
     exact = step(0.25)  # a float32: the same number on both ways
@@ -226,7 +226,7 @@ def test_a_noise_scale_on_the_device(backend: str, kind: type[Hyperparameters]) 
         moments = states[2:] if kind is AdamWHyperparameters else []
         stats = torch.tensor([0.5, 0.5])
         batch = Batch(str, [param], [grad], *states[:2], [stats], [3], [], [0], [h], *moments)
-        launch(batch, Planner(), backend)
+        Launcher().launch(batch, backend)
         return param
 
     exact = step(0.25)

@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 
 from pats_kernels import pats_step_
 from pats_kernels.hyperparameters import Hyperparameters, hyperparameters
-from pats_kernels.plan import Batch, Planner
-from pats_kernels.step import launch
+from pats_kernels.plan import Batch
+from pats_kernels.step import Launcher
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 STATES = {  # what each parameter dtype may keep its averages in
@@ -358,7 +358,7 @@ def launched(
     backend: str, case: Case, scale: float | None, infinite: float | None
 ) -> tuple[Work, list[torch.Tensor], list[torch.Tensor]]:
     """Steps with counters of the steps taken, beginning at 0, and with gradients times `scale`."""
-    work, planner = prepare(case), Planner()
+    work, launcher = prepare(case), Launcher()
     counters = [torch.zeros(()) for _ in work.params]
     counts = [torch.zeros((), dtype=torch.int64) for _ in work.params]
     for number in range(1, 1 + case.steps):
@@ -366,7 +366,7 @@ def launched(
         grads = [g.clone() for g in work.grads]
         grad_scale = None if scale is None else torch.tensor(scale)
         found_inf = None if infinite is None else torch.tensor([infinite])
-        launch(batch_of(case, work, counters, counts), planner, backend, grad_scale, found_inf)
+        launcher.launch(batch_of(case, work, counters, counts), backend, grad_scale, found_inf)
         assert_same_bits(work.grads, grads)
     return work, counters, counts
 
@@ -410,12 +410,12 @@ def test_grad_scale(backend: str, name: str, infinite: float | None) -> None:
 @pytest.mark.parametrize("name", SCALER_CASES)
 def test_found_inf_changes_nothing(backend: str, name: str, scale: float | None) -> None:
     """Not a weight, average, mean, counter or count: some steps are taken, one more is skipped."""
-    case, planner = SCALER_CASES[name], Planner()
+    case, launcher = SCALER_CASES[name], Launcher()
     work, counters, counts = launched(backend, case, scale, 0.0)
     before = [t.clone() for t in [*work.written(), *counters, *counts]]
     grad_scale = None if scale is None else torch.tensor(scale)
     batch = batch_of(case, work, counters, counts)
-    launch(batch, planner, backend, grad_scale, torch.tensor([1.0]))
+    launcher.launch(batch, backend, grad_scale, torch.tensor([1.0]))
     assert_same_bits([*work.written(), *counters, *counts], before)
 
 

@@ -51,6 +51,17 @@ from test_backends import (  # noqa: F401
     test_shapes,
     test_variants,
 )
+from test_rounding import (  # noqa: F401
+    test_each_element_has_its_own_bits,
+    test_every_store_is_the_model,
+    test_the_bits_are_those_of_seed_step_and_tensor,
+)
+from test_shards import (  # noqa: F401
+    test_a_share_that_is_not_counted,
+    test_an_empty_shard_has_an_empty_share,
+    test_parts_are_what_the_whole_is,
+    test_the_noise_is_that_of_the_numbers,
+)
 
 from pats_kernels import backends
 from pats_kernels.backends import cuda

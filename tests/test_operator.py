@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pats_kernels import available_backends
-from pats_kernels.hyperparameters import Hyperparameters, Variant
+from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import OPERANDS, Column
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -27,15 +27,17 @@ def arguments() -> list[Any]:
         Column.SENS: sens,
         Column.UNC: unc,
         Column.STATS: stats,
+        Column.SHARE: stats,
     }
     for column, tensor in addresses.items():
         table[0, column] = tensor.data_ptr()
-    table[0, Column.NUMEL], table[0, Column.STEP] = 100, 1
+    table[0, Column.NUMEL] = table[0, Column.WHOLE] = 100
+    table[0, Column.STEP] = 1
     numbers = torch.tensor(Hyperparameters(noise_scale=0.1).numbers, dtype=torch.float64)
     table.view(torch.float64)[0, Column.NOISE_SCALE :][: len(numbers)] = numbers
-    layout = torch.zeros((0, 1 + OPERANDS), dtype=torch.int64)
+    layout = torch.zeros((0, 2 + OPERANDS), dtype=torch.int64)
     dtypes = (torch.float32, torch.float32)
-    variant = Variant("pats", "product", "delayed", True)
+    variant = ("pats", "product", "one_pass", True)
     return [[param, sens, unc, stats], [grad], table, layout, *dtypes, *variant, None, None]
 
 
@@ -70,5 +72,5 @@ def test_the_row_is_the_same_in_both_languages() -> None:
 def test_the_dimension_is_the_same_in_both_languages() -> None:
     struct = re.search(r"struct Dimension \{\s*int64_t (.*?);", (CSRC / "table.h").read_text())
     assert struct is not None
-    operands = [column.name.lower() for column in list(Column)[:OPERANDS]]
+    operands = [column.name.lower() for column in list(Column)[:OPERANDS]] + ["number"]
     assert struct.group(1).split(", ") == ["size", *operands]

@@ -162,7 +162,7 @@ def test_table() -> None:
     assert table[:, Column.NDIM].tolist() == [0, 2]
     assert table[:, Column.TENSOR_ID].tolist() == [9, 2**32 - 1]
     assert table[:, Column.STEP].tolist() == [1, 1]
-    assert launch.layout.tolist() == [[4, 1, 5, 1, 1, 1, 1], [5, 4, 1, 4, 4, 4, 4]]
+    assert launch.layout.tolist() == [[4, 1, 5, 1, 1, 1, 1, 5], [5, 4, 1, 4, 4, 4, 4, 1]]
 
 
 def test_launches() -> None:

@@ -1,7 +1,7 @@
 """The implementations of one launch, and which of them can run where.
 
 A backend is two functions: `unavailable(device)` gives the reason why it cannot run there, or None;
-`step_(launch, batch, grad_scale, found_inf)` updates the launch's tensors in place.
+`step_(launch, batch, phase, grad_scale, found_inf)` updates the launch's tensors in place.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pats_kernels.backends import cuda, eager, native, triton
-from pats_kernels.plan import Batch, Launch
+from pats_kernels.plan import Batch, Launch, Phase
 
-Step = Callable[[Launch, Batch, Tensor | None, Tensor | None], None]
+Step = Callable[[Launch, Batch, Phase, Tensor | None, Tensor | None], None]
 
 
 class Backend(NamedTuple):

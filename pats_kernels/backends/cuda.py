@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pats_kernels.backends import native
 from pats_kernels.backends.tables import DeviceTables, narrowed
-from pats_kernels.plan import Batch, Column, Launch
+from pats_kernels.plan import Batch, Column, Launch, Phase
 
 CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
 
@@ -23,15 +23,16 @@ def unavailable(device: torch.device) -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
-def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """One call for each phase, which starts its kernels on the current stream."""
-    device, exact = launch.key.device, launch.key.variant.normalization == "exact"
+def step_(
+    launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One call, which starts the phase's kernels on the current stream."""
+    device = launch.key.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # on the CPU: emulated, in tests
-        for phase in ("averages", "noise") if exact else ("one_pass",):
-            _start(launch, phase, grad_scale, found_inf)
+        _start(launch, phase, grad_scale, found_inf)
 
 
-def _start(launch: Launch, phase: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if "cuda" not in launch.cache:
         plain = bool(np.any(launch.table[:, Column.STATS] == 0))
         launch.cache["cuda"] = DeviceTables(launch, CHUNK, narrowed), plain

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pats_kernels.plan import Batch, Launch, are_counters
+from pats_kernels.plan import Batch, Launch, Phase, are_counters
 
 MISSING: str | None = None  # why there is no extension
 try:
@@ -26,11 +26,13 @@ def unavailable(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
 
 
-def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def step_(
+    launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
     """One call for all of a launch's tensors."""
-    key = launch.key
+    key, variant = launch.key, launch.key.variant
     written: list[Sequence[Tensor | None]] = [batch.params, *batch.averages.values()]
-    written += [batch.sens_stats, batch.nonfinite]
+    written += [batch.sens_stats, batch.shares, batch.nonfinite]
     written += [batch.steps] if are_counters(batch.steps) else []
     torch.ops.pats_kernels.step_(
         [tensor for column in written for tensor in launch.of(column)],
@@ -39,7 +41,10 @@ def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Te
         torch.from_numpy(launch.layout),
         key.param_dtype,
         key.state_dtype,
-        *key.variant,
+        variant.form,
+        variant.uncertainty,
+        phase,
+        variant.stochastic_rounding,
         grad_scale,
         found_inf,
     )

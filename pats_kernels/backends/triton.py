@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pats_kernels.backends.tables import DeviceTables, narrowed
-from pats_kernels.plan import Batch, Launch, LaunchKey
+from pats_kernels.plan import Batch, Launch, LaunchKey, Phase
 
 kernels: Any = None
 _MISSING: str | None = None
@@ -37,14 +37,16 @@ def unavailable(device: torch.device) -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU"
 
 
-def step_(launch: Launch, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """One launch over all chunks and one over all tensors; exact normalization needs a third."""
+def step_(
+    launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One launch over all chunks and, but for the noise phase, one over all tensors."""
     device = launch.key.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _start(launch, grad_scale, found_inf)
+        _start(launch, phase, grad_scale, found_inf)
 
 
-def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if "triton" not in launch.cache:
         launch.cache["triton"] = DeviceTables(launch, CHUNK, narrowed)
     tables = launch.cache["triton"].current(launch)
@@ -53,7 +55,8 @@ def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) 
     if launch.key.device.type == "cuda" and torch.version.hip is None:
         constants |= compiler_options(launch.key)
 
-    def run_phase(phase: Any) -> None:
+    phases = {"one_pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
+    if num_chunks > 0:  # there are none where all shards are empty
         kernels.pats_kernel[(num_chunks,)](
             tables.table,
             tables.layout,
@@ -61,17 +64,13 @@ def _start(launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) 
             tables.partials,
             grad_scale,
             found_inf,
-            PHASE=phase,
+            PHASE=phases[phase],
             **constants,
         )
-
-    exact = launch.key.variant.normalization == "exact"
-    run_phase(kernels.AVERAGES if exact else kernels.ONE_PASS)
-    kernels.statistics_kernel[(num_tensors,)](
-        tables.table, tables.starts, tables.partials, num_chunks, found_inf, BLOCK=STATISTICS_BLOCK
-    )
-    if exact:
-        run_phase(kernels.NOISE)
+    if phase != "noise":
+        kernels.statistics_kernel[(num_tensors,)](
+            tables.table, tables.starts, tables.partials, num_chunks, found_inf, BLOCK=STATISTICS_BLOCK
+        )
 
 
 def specialization(key: LaunchKey) -> dict[str, Any]:

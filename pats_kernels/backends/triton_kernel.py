@@ -22,11 +22,14 @@ C_UNC = tl.constexpr(int(Column.UNC))
 C_EXP_AVG = tl.constexpr(int(Column.EXP_AVG))
 C_EXP_AVG_SQ = tl.constexpr(int(Column.EXP_AVG_SQ))
 C_STATS = tl.constexpr(int(Column.STATS))
+C_SHARE = tl.constexpr(int(Column.SHARE))
 C_STEP_COUNT = tl.constexpr(int(Column.STEP_COUNT))
 C_NONFINITE = tl.constexpr(int(Column.NONFINITE))
 C_LR_TENSOR = tl.constexpr(int(Column.LR_TENSOR))
 C_NOISE_SCALE_TENSOR = tl.constexpr(int(Column.NOISE_SCALE_TENSOR))
 C_NUMEL = tl.constexpr(int(Column.NUMEL))
+C_WHOLE = tl.constexpr(int(Column.WHOLE))
+C_OFFSET = tl.constexpr(int(Column.OFFSET))
 C_NDIM = tl.constexpr(int(Column.NDIM))
 C_LAYOUT = tl.constexpr(int(Column.LAYOUT))
 C_VECTOR = tl.constexpr(int(Column.VECTOR))
@@ -49,7 +52,7 @@ C_RATE2 = tl.constexpr(int(Column.RATE2))
 C_LOG_BETA1 = tl.constexpr(int(Column.LOG_BETA1))
 C_LOG_BETA2 = tl.constexpr(int(Column.LOG_BETA2))
 C_GRAD_SIGN = tl.constexpr(int(Column.GRAD_SIGN))
-LAYOUT_COLUMNS = tl.constexpr(1 + OPERANDS)
+LAYOUT_COLUMNS = tl.constexpr(1 + OPERANDS + 1)
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
@@ -201,6 +204,28 @@ def _draw(
 
 
 @triton.jit
+def _draw_each(
+    number,
+    top_bit,
+    tensor_id,
+    step,
+    seed,
+    NORMAL: tl.constexpr,
+    FLOAT: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """The same for elements that are not numbered one after another: each draws its group's and keeps one."""
+    group = number >> 2
+    high = (group >> 32).to(tl.uint32) | top_bit
+    x0, x1, x2, x3 = _philox(group.to(tl.uint32), high, tensor_id, step, seed, APPROX)
+    second, odd = (number & 2) != 0, (number & 1) != 0
+    x0, x1 = tl.where(second, x2, x0), tl.where(second, x3, x1)
+    if NORMAL:
+        x0, x1 = _box_muller(x0, x1, FLOAT, APPROX)
+    return tl.where(odd, x1, x0)
+
+
+@triton.jit
 def _to_float(x, FLOAT: tl.constexpr, APPROX: tl.constexpr):
     """A stored number in the arithmetic's type: two of bfloat16 straight out of the word that holds them."""
     if APPROX and x.dtype == tl.bfloat16:
@@ -246,10 +271,12 @@ def _from_tensor(entry, COLUMN: tl.constexpr, number):
 
 @triton.jit
 def _offsets(entry, layout, index):
-    """Where the elements of row-major number `index` lie in the operands: innermost dimension first."""
+    """Where the elements at row-major `index` lie in the operands, and their numbers in the unsharded tensor:
+    innermost dimension first."""
     ndim = tl.load(entry + C_NDIM).to(tl.int32)
     last = layout + (tl.load(entry + C_LAYOUT) + ndim - 1) * LAYOUT_COLUMNS
     w_at, g_at, s_at, u_at, m_at, v_at = index * 0, index * 0, index * 0, index * 0, index * 0, index * 0
+    number = index * 0 + tl.load(entry + C_OFFSET)
     for i in range(ndim):
         dimension = last - i * LAYOUT_COLUMNS
         size = tl.load(dimension)
@@ -260,8 +287,9 @@ def _offsets(entry, layout, index):
         u_at += position * tl.load(dimension + 4)
         m_at += position * tl.load(dimension + 5)
         v_at += position * tl.load(dimension + 6)
+        number += position * tl.load(dimension + 7)
         index = index // size
-    return w_at, g_at, s_at, u_at, m_at, v_at
+    return w_at, g_at, s_at, u_at, m_at, v_at, number
 
 
 @triton.jit
@@ -432,7 +460,7 @@ def _chunk(
     lanes = tl.arange(0, BLOCK)
     sum_s, sum_u = tl.zeros((BLOCK // 4,), FLOAT), tl.zeros((BLOCK // 4,), FLOAT)
     nonfinite = tl.zeros((BLOCK // 4,), tl.int32)
-    group = start // 4
+    group = (tl.load(entry + C_OFFSET) + start) // 4
     group_low, group_high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
     if PATH != STRIDED:
         param, grad, sens, unc = param + start, grad + start, sens + start, unc + start
@@ -444,15 +472,17 @@ def _chunk(
         low = group_low + (first.to(tl.uint32) >> 2)
         w_at, g_at, s_at, u_at, m_at, v_at = at, at, at, at, at, at
         if PATH == STRIDED:
-            w_at, g_at, s_at, u_at, m_at, v_at = _offsets(entry, layout, start + at)
+            w_at, g_at, s_at, u_at, m_at, v_at, number = _offsets(entry, layout, start + at)
         w_at, g_at, s_at, u_at = param + w_at, grad + g_at, sens + s_at, unc + u_at
         m_at, v_at = exp_avg + m_at, exp_avg_sq + v_at
 
         random = 0
         if ROUNDS:
-            random = _draw(
-                low, group_high | ROUNDING, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK
-            )
+            if PATH == STRIDED:
+                random = _draw_each(number, ROUNDING, tensor_id, step, seed, False, FLOAT, APPROX)
+            else:
+                high = group_high | ROUNDING
+                random = _draw(low, high, tensor_id, step, seed, False, FLOAT, APPROX, VECTOR, BLOCK)
 
         w = _to_float(_load(w_at, mask), FLOAT, APPROX)
         if AVERAGING or MOMENTS:
@@ -494,7 +524,10 @@ def _chunk(
             nonfinite += _sum_groups(tl.where(finite, 0, 1), BLOCK)
 
         if NOISY:
-            z = _draw(low, group_high, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
+            if PATH == STRIDED:
+                z = _draw_each(number, 0, tensor_id, step, seed, True, FLOAT, APPROX)
+            else:
+                z = _draw(low, group_high, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
             a = _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX)
             w = tl.where(finite, w + noise_scale * (a * z), w)
             if FORM == PATS:
@@ -613,6 +646,8 @@ def pats_kernel(
 def statistics_kernel(table, starts, partials, num_chunks, found_inf, BLOCK: tl.constexpr):
     """One program for each tensor: adds its chunks' partial sums in a fixed order, and advances its step.
 
+    Of a shard it writes the share in the means, to which other processes' are still to be added.
+
     Args:
         starts: int64 [tensors + 1], where each tensor's chunks start in `partials`.
     """
@@ -631,12 +666,13 @@ def statistics_kernel(table, starts, partials, num_chunks, found_inf, BLOCK: tl.
         sum_u += tl.load(partials + num_chunks + lanes, mask=mask, other=0.0)
         count += tl.load(partials + 2 * num_chunks + lanes, mask=mask, other=0.0)
 
-    numel = tl.load(entry + C_NUMEL).to(tl.float64)
-    stats = tl.load(entry + C_STATS)
-    if stats != 0:
-        means = stats.to(tl.pointer_type(tl.float32))
-        tl.store(means, (tl.sum(sum_s) / numel).to(tl.float32))
-        tl.store(means + 1, (tl.sum(sum_u) / numel).to(tl.float32))
+    whole = tl.load(entry + C_WHOLE)
+    share = tl.load(entry + C_SHARE)
+    if share != 0:
+        means = share.to(tl.pointer_type(tl.float32))
+        divisor = tl.where(whole == 0, float("inf"), whole.to(tl.float64))
+        tl.store(means, (tl.sum(sum_s) / divisor).to(tl.float32))
+        tl.store(means + 1, (tl.sum(sum_u) / divisor).to(tl.float32))
     nonfinite = tl.load(entry + C_NONFINITE)
     if nonfinite != 0:
         total = nonfinite.to(tl.pointer_type(tl.int64))

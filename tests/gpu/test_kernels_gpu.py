@@ -1,7 +1,7 @@
-"""The Triton kernels on a GPU: against the reference on the CPU, and against their own portable form.
+"""The kernels on a GPU, Triton's and CUDA's: against the reference on the CPU, and against each other.
 
-Collected only where there is a GPU (tests/conftest.py). Here nothing is interpreted: these tests prove the
-approximate instructions, the vector accesses and the real launches.
+Collected only where there is a GPU (tests/conftest.py). Here nothing is interpreted or emulated: these tests
+prove the approximate instructions, the vector accesses and the real launches.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pats_kernels import PATS, PATSAdamW, pats_step_, reference
-from pats_kernels.backends import triton as backend
+from pats_kernels import PATS, PATSAdamW, available_backends, pats_step_, reference
+from pats_kernels.backends import triton as triton_backend
 from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization, Sensitivity, defaults_of
 from pats_kernels.philox import normals, random_words
 
 DEVICE = "cuda"
+BACKENDS = [name for name in ("triton", "cuda") if available_backends(DEVICE)[name] is None]
 NOISE_SCALE = 1e-2
 # Of one step from the same state. S and U: five roundings, in another order than torch's (6e-8 each).
 # w: the contract's 2e-3 on z, and tanh.approx's 2^-11 on a gate of at most 1 times the largest |z|, 6.7.
@@ -26,6 +27,12 @@ ULP = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.float16: 2.0**-10
 
 SHAPES = [(), (1,), (3,), (5,), (1023,), (4096,), (4097,), (33, 65), (8, 4096), (100_003,), (2, 3, 4, 5)]
 State = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor | None], list[Tensor]]
+
+
+@pytest.fixture(params=BACKENDS)
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that there is on this machine."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -98,16 +105,17 @@ def check(got: State, expected: State) -> None:
     ],
 )
 def test_against_the_reference(
+    kernels: str,
     dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str, normalization: str
 ) -> None:
     expected = state(SHAPES, dtype, state_dtype, uncertainty)
     got = on_gpu(expected)
-    step(got, uncertainty=uncertainty, normalization=normalization, backend="triton")
+    step(got, uncertainty=uncertainty, normalization=normalization, backend=kernels)
     step(expected, uncertainty=uncertainty, normalization=normalization)
     check(got, expected)
 
 
-def test_strides() -> None:
+def test_strides(kernels: str) -> None:
     """Misaligned, transposed, channels_last, with holes; gradients of other strides; all in one launch."""
 
     def views(source: Tensor) -> list[Tensor]:
@@ -132,7 +140,7 @@ def test_strides() -> None:
     got = on_gpu((params, grads, sens, list(unc), expected[4]))
     for i, param in enumerate(params):  # `cuda()` keeps dense strides; the view with holes is made again
         got[0][i] = torch.empty_strided(param.shape, param.stride(), device="cuda").copy_(param)
-    step(got, backend="triton")
+    step(got, backend=kernels)
     step(expected)
     check(got, expected)
 
@@ -141,7 +149,7 @@ def test_the_approximate_form_is_the_portable_one(monkeypatch: pytest.MonkeyPatc
     """PTX's instructions against the lines that the interpreter proves on machines without a GPU."""
     results = []
     for approximate in (True, False):
-        monkeypatch.setattr(backend, "_approximate", lambda launch, value=approximate: value)
+        monkeypatch.setattr(triton_backend, "_approximate", lambda launch, value=approximate: value)
         tensors = on_gpu(state([(1 << 20,)], torch.float32, torch.float32))
         step(tensors, backend="triton")
         results.append(tensors)
@@ -160,28 +168,28 @@ def open_gate(numel: int, dtype: torch.dtype = torch.float32) -> State:
     return [zeros.clone()], [zeros.clone()], [S], [S.clone()], [torch.tensor([1.0, 1.0], device="cuda")]
 
 
-def test_normals() -> None:
+def test_normals(kernels: str) -> None:
     """Every normal within the contract's 2e-3 of the exact one, over 2^24 elements."""
     numel = 1 << 24
     tensors = open_gate(numel)
-    step(tensors, noise_scale=1.0, backend="triton")
+    step(tensors, noise_scale=1.0, backend=kernels)
     words = random_words(2**40 + 3, 7, 0, numel, device="cuda")
     error = (tensors[0][0].double() - normals(words).flatten())[:-1].abs().max().item()
     assert error <= 2e-3
 
 
-def test_two_runs_give_the_same_bits() -> None:
+def test_two_runs_give_the_same_bits(kernels: str) -> None:
     results = []
     for _ in range(2):
         tensors = on_gpu(state([(5_000_001,), (77,)], torch.bfloat16, torch.bfloat16))
         for t in range(1, 6):
-            step(tensors, step=t, backend="triton")
+            step(tensors, step=t, backend=kernels)
         results.append(tensors)
     for column, other in zip(*results, strict=True):
         torch.testing.assert_close(column, other, rtol=0, atol=0)
 
 
-def test_nonfinite_gradients() -> None:
+def test_nonfinite_gradients(kernels: str) -> None:
     expected = state([(50_000,)], torch.float32, torch.float32)
     for k, value in enumerate((torch.nan, torch.inf, -torch.inf)):
         expected[1][0][k::1000] = value
@@ -190,16 +198,16 @@ def test_nonfinite_gradients() -> None:
             on_gpu(expected),
             tuple([t.clone() for t in column if t is not None] for column in expected),
         )
-        step(got, normalization=normalization, backend="triton")
+        step(got, normalization=normalization, backend=kernels)
         step(host, normalization=normalization)  # type: ignore[arg-type]
         check(got, host)  # type: ignore[arg-type]
 
 
-def test_more_elements_than_32_bits_count() -> None:
+def test_more_elements_than_32_bits_count(kernels: str) -> None:
     """2^31 + 4099 elements: the last ones get their own noise, and the statistics are those of all."""
     numel = 2**31 + 4099
     tensors = open_gate(numel, torch.bfloat16)
-    step(tensors, noise_scale=1.0, stochastic_rounding=False, backend="triton")
+    step(tensors, noise_scale=1.0, stochastic_rounding=False, backend=kernels)
     first = numel - 5000
     z = reference.philox_normal(2**40 + 3, 7, 0, 4999, first - first % 4)
     got = tensors[0][0][first - first % 4 :][:4999].cpu().double()
@@ -208,7 +216,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 
 Run = tuple[list[Tensor], torch.optim.Optimizer, PATS | PATSAdamW]  # and who keeps the state
-Make = Callable[[int, int], Run]
+Make = Callable[[int, int, str], Run]
 
 
 def parameters(count: int, size: int) -> list[Tensor]:
@@ -216,30 +224,33 @@ def parameters(count: int, size: int) -> list[Tensor]:
     return [torch.nn.Parameter(torch.randn(size, device=DEVICE)) for _ in range(count)]
 
 
-def attached(count: int, size: int) -> Run:
+def attached(count: int, size: int, backend: str) -> Run:
     params = parameters(count, size)
     optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)  # leaves them alone
-    return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
+    return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE, backend=backend)
 
 
-def one_pass(count: int, size: int, sensitivity: Sensitivity = "ema", **keywords: Any) -> Run:
+def one_pass(
+    count: int, size: int, backend: str, sensitivity: Sensitivity = "ema", **keywords: Any
+) -> Run:
     params = parameters(count, size)
-    settings = {"lr": 0.0, "weight_decay": 0.0, "noise_scale": NOISE_SCALE, "sensitivity": sensitivity}
+    settings = {"lr": 0.0, "weight_decay": 0.0, "noise_scale": NOISE_SCALE}
+    settings |= {"sensitivity": sensitivity, "backend": backend}
     optimizer = PATSAdamW(params, **settings | keywords)
     return params, optimizer, optimizer
 
 
-def moments(count: int, size: int) -> Run:
-    return one_pass(count, size, "moments")
+def moments(count: int, size: int, backend: str) -> Run:
+    return one_pass(count, size, backend, "moments")
 
 
 MAKERS = pytest.mark.parametrize("make", [attached, one_pass, moments])
 
 
 @MAKERS
-def test_4000_tiny_tensors_without_sync_or_allocation(make: Make) -> None:
+def test_4000_tiny_tensors_without_sync_or_allocation(kernels: str, make: Make) -> None:
     """After the first step: no synchronization, no new memory of the allocator's, though gradients move."""
-    params, optimizer, pats = make(4000, 7)
+    params, optimizer, pats = make(4000, 7, kernels)
     for t in range(4):
         for param in params:
             param.grad = torch.randn_like(param)
@@ -256,11 +267,11 @@ def test_4000_tiny_tensors_without_sync_or_allocation(make: Make) -> None:
 
 
 @MAKERS
-def test_streams(make: Make) -> None:
+def test_streams(kernels: str, make: Make) -> None:
     """Steps on two streams, each waiting for the other, give the bits of steps on one."""
     results = []
     for streams in ([torch.cuda.current_stream()] * 2, [torch.cuda.Stream(), torch.cuda.Stream()]):
-        params, optimizer, _ = make(20, 100_000)
+        params, optimizer, _ = make(20, 100_000, kernels)
         torch.cuda.synchronize()
         for t in range(6):
             stream = streams[t % 2]
@@ -276,9 +287,9 @@ def test_streams(make: Make) -> None:
 
 
 @MAKERS
-def test_grad_scaler(make: Make) -> None:
+def test_grad_scaler(kernels: str, make: Make) -> None:
     """found_inf leaves every bit as it was, step included; grad_scale divides once."""
-    runs = [make(3, 5000) for _ in range(2)]
+    runs = [make(3, 5000, kernels) for _ in range(2)]
     for (params, optimizer, pats), scale in zip(runs, (1024.0, 1.0), strict=True):
         generator = torch.Generator("cuda").manual_seed(1)
         for _ in range(3):
@@ -316,6 +327,7 @@ ADAMW_KEYS = ("exp_avg_sens", "exp_avg_unc", "sens_stats", "exp_avg", "exp_avg_s
     ],
 )
 def test_adamw_against_the_reference(
+    kernels: str,
     dtype: torch.dtype,
     state_dtype: torch.dtype,
     sensitivity: Sensitivity,
@@ -338,6 +350,7 @@ def test_adamw_against_the_reference(
         sensitivity=sensitivity,
         uncertainty=uncertainty,
         normalization=normalization,
+        backend=kernels,
     )
     entries = {}
     for i, row in enumerate(zip(*columns, strict=True)):
@@ -387,26 +400,50 @@ def steps_with_gradients(run: Run, count: int) -> list[Tensor]:
     return params
 
 
-def test_one_pass_is_two() -> None:
+def test_one_pass_is_two(kernels: str) -> None:
     """PATSAdamW is PATS attached to AdamW: the noise is the same, its approximations in both."""
     params = parameters(3, 10_000)
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-    two = params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE)
-    one = one_pass(3, 10_000, lr=LR, weight_decay=1e-2)
+    two = params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE, backend=kernels)
+    one = one_pass(3, 10_000, kernels, lr=LR, weight_decay=1e-2)
     for a, b in zip(steps_with_gradients(one, 4), steps_with_gradients(two, 4), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
 
 
-def test_adamw_without_noise_is_torchs() -> None:
+def test_adamw_without_noise_is_torchs(kernels: str) -> None:
     params = parameters(3, 10_000)
     torchs = params, torch.optim.AdamW(params, lr=LR, fused=True), PATS(torch.optim.SGD(params))
-    ours = one_pass(3, 10_000, lr=LR, weight_decay=1e-2, noise_scale=0.0)
+    ours = one_pass(3, 10_000, kernels, lr=LR, weight_decay=1e-2, noise_scale=0.0)
     for a, b in zip(steps_with_gradients(ours, 4), steps_with_gradients(torchs, 4), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_a_learning_rate_on_the_gpu() -> None:
+def test_a_learning_rate_on_the_gpu(kernels: str) -> None:
     """Is read there, and gives what the number gives, to the roundings of lr and of 1 - lr weight_decay."""
-    runs = [one_pass(3, 10_000, lr=lr, weight_decay=1e-2) for lr in (LR, torch.tensor(LR, device=DEVICE))]
+    lrs = (LR, torch.tensor(LR, device=DEVICE))
+    runs = [one_pass(3, 10_000, kernels, lr=lr, weight_decay=1e-2) for lr in lrs]
     for a, b in zip(*(steps_with_gradients(run, 4) for run in runs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_backends_agree(dtype: torch.dtype, uncertainty: Any, normalization: Normalization) -> None:
+    """The same random words, formula and instructions: S and U to a few roundings, w to twice what the contract
+    allows; what is rounded stochastically, by the same bits, comes to a neighbour at most."""
+    state_dtype = torch.float32 if dtype == torch.float16 else dtype
+    found = []
+    for backend in BACKENDS:
+        tensors = on_gpu(state(SHAPES, dtype, state_dtype, uncertainty))
+        step(tensors, uncertainty=uncertainty, normalization=normalization, backend=backend)
+        found.append(tensors)
+    for other in found[1:]:
+        for column, (ours, theirs) in enumerate(zip(found[0], other, strict=True)):
+            for a, b in zip(ours, theirs, strict=True):
+                if a is not None and b is not None:
+                    rtol = max(RELATIVE, ULP[a.dtype]) if column < 4 else 1e-5
+                    noise = 2 * NOISE + (6.7 * 5e-3 * NOISE_SCALE if a.dtype == torch.bfloat16 else 0)
+                    # U is made of abs(s - S), S being a few of its size at most.
+                    atol = noise if column == 0 else 1e-4 if column == 3 else 1e-30
+                    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)

@@ -1,0 +1,258 @@
+"""Sharded parameters: where a shard lies in the whole tensor, and the statistics over all shards.
+
+A DTensor (`fully_shard`, hybrid sharding, tensor parallel, or both at once) is updated as the local tensor
+that this process holds of it. Noise depends on an element's number in the whole tensor, so how it is split
+changes nothing, and all that processes tell one another is their share of mean(S) and mean(U): one all-reduce
+of two floats a tensor for all tensors of a mesh, under way while the next step's gradients are computed.
+Plain parameters, as DistributedDataParallel has them, need no word: equal gradients give equal noise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import Shard as Sharded
+
+from pats_kernels.plan import Batch, Shard, whole_shard
+
+Box = tuple[slice, ...]  # what a process holds of a tensor
+
+
+class Layout(NamedTuple):
+    """What this process holds of a DTensor.
+
+    Attributes:
+        box: the local tensor is the whole one's `[box]`.
+        shard: the same in the whole tensor's numbering; None where this process holds all of it.
+    """
+
+    box: Box
+    shard: Shard | None
+
+
+def layout_of(name: str, param: DTensor) -> Layout:
+    """Where this process's part of a parameter lies.
+
+    Raises:
+        ValueError: naming the parameter and the placement that no step could work with.
+    """
+    mesh = param.device_mesh
+    coordinate = mesh.get_coordinate()
+    for placement in param.placements:
+        if not (placement.is_replicate() or isinstance(placement, Sharded) or _is_strided(placement)):
+            raise ValueError(
+                f"{name}: PATS updates what is replicated or sharded, but a placement is {placement!r}"
+            )
+    if coordinate is None:
+        raise ValueError(f"{name}: this process is not in the parameter's {mesh}")
+    layout = _layout(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), tuple(param.placements))
+    expected = tuple(part.stop - part.start for part in layout.box)
+    if expected != tuple(param.to_local().shape):
+        raise ValueError(
+            f"{name}: shape mismatch: placements {param.placements} leave {expected} of {tuple(param.shape)} "
+            f"to this process, but its local tensor is {tuple(param.to_local().shape)}"
+        )
+    return layout
+
+
+@cache
+def _layout(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: tuple[Placement, ...],
+) -> Layout:
+    """Each mesh dimension cuts what those before it left, in `torch.chunk`'s pieces.
+
+    A strided placement says that its mesh dimension comes first and yet cuts last: `fully_shard` over tensor
+    parallelism on one dimension of the tensor.
+    """
+    start, size = [0] * len(shape), list(shape)
+    order = sorted(range(len(placements)), key=lambda i: _is_strided(placements[i]))
+    for i in order:
+        if not placements[i].is_replicate():
+            dim: int = placements[i].dim  # type: ignore[attr-defined]
+            piece = -(-size[dim] // mesh_shape[i])
+            first = min(coordinate[i] * piece, size[dim])
+            start[dim], size[dim] = start[dim] + first, min(piece, size[dim] - first)
+    box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+    if not any(n > 1 and not p.is_replicate() for n, p in zip(mesh_shape, placements, strict=True)):
+        return Layout(box, None)
+    whole = whole_shard(shape)
+    offset = sum(a * stride for a, stride in zip(start, whole.strides, strict=True))
+    counts = all(place == 0 for place, p in zip(coordinate, placements, strict=True) if p.is_replicate())
+    return Layout(box, whole._replace(offset=offset, counts=counts))
+
+
+def _is_strided(placement: Placement) -> bool:
+    """Whether it is torch's private `_StridedShard`, in some versions a `Shard` and in others not."""
+    return hasattr(placement, "split_factor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, once it is there."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    held = tensor.to_local()
+    return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
+
+
+def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
+    """`value`, a tensor of the parameter's whole shape, as this process needs it beside `param`.
+
+    Raises:
+        ValueError: see `layout_of`.
+    """
+    if not isinstance(param, DTensor):
+        return value.full_tensor() if isinstance(value, DTensor) else value
+    mesh, placements = param.device_mesh, param.placements
+    if isinstance(value, DTensor):
+        if (value.device_mesh, value.placements) == (mesh, placements):
+            return value
+        value = value.full_tensor()
+    part = value[layout_of(name, param).box]
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+@dataclass(slots=True)
+class _Message:
+    """The shares of the tensors of one mesh, on their way through its process groups, one after another."""
+
+    shares: Tensor  # float32 [tensors, 2]
+    rows: list[Tensor]
+    sent: Tensor  # the same where the process group can have it
+    groups: list[dist.ProcessGroup]
+    means: list[Tensor]  # where they are to go
+    work: dist.Work
+    found_inf: Tensor | None
+
+
+class Statistics:
+    """The means over all shards of an optimizer's parameters, from their shares.
+
+    `localized` gives a batch whose shares go to one buffer a mesh, `start` sends these, `finish` waits for
+    them and writes the means where the next step reads them. All processes of a mesh have to step the same
+    tensors, and get the same bits, whatever the order in which the sum is taken.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+        self._open: list[tuple[DeviceMesh, Tensor, list[Tensor], list[Tensor]]] = []
+        self._pending: list[_Message] = []
+
+    def localized(self, batch: Batch) -> Batch:
+        """The batch of what this process holds; the same one where nothing is a DTensor.
+
+        Raises:
+            ValueError: naming the parameter, where it and its gradient are not both sharded, or a placement
+                that no step could work with.
+        """
+        kinds = {*map(type, batch.params), *map(type, batch.grads)}
+        if not any(issubclass(kind, DTensor) for kind in kinds):
+            return batch
+        grads = [self._matching(batch, i) for i in range(len(batch.params))]
+        shards = [
+            layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else None
+            for i, param in enumerate(batch.params)
+        ]
+        columns = {name: _localized(column) for name, column in batch.averages.items()}
+        return replace(
+            batch,
+            params=_localized(batch.params),
+            grads=_localized(grads),
+            shards=shards,
+            shares=self._shares(batch, shards),
+            **columns,
+        )
+
+    @staticmethod
+    def _matching(batch: Batch, i: int) -> Tensor:
+        """A gradient laid out as its parameter."""
+        param, grad = batch.params[i], batch.grads[i]
+        if isinstance(param, DTensor) != isinstance(grad, DTensor):
+            kinds = [
+                "a DTensor" if isinstance(tensor, DTensor) else "a plain tensor" for tensor in (param, grad)
+            ]
+            raise ValueError(f"{batch.name(i)}: the parameter is {kinds[0]}, its gradient {kinds[1]}")
+        if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+            return grad.redistribute(param.device_mesh, param.placements)
+        return grad
+
+    def _shares(self, batch: Batch, shards: Sequence[Shard | None]) -> list[Tensor | None]:
+        """Where each tensor's share goes: rows of one buffer for each mesh and device."""
+        of_mesh: dict[Any, list[int]] = {}
+        for i, (param, shard) in enumerate(zip(batch.params, shards, strict=True)):
+            if shard is not None and batch.sens_stats[i] is not None and isinstance(param, DTensor):
+                of_mesh.setdefault((param.device_mesh, param.device), []).append(i)
+        shares: list[Tensor | None] = [None] * len(shards)
+        for (mesh, device), index in of_mesh.items():
+            buffer, rows = self._buffer(mesh, device, len(index))
+            means = [stats for i in index if (stats := batch.sens_stats[i]) is not None]
+            self._open.append((mesh, buffer, rows, means))
+            for i, row in zip(index, rows, strict=True):
+                shares[i] = row
+        return shares
+
+    def _buffer(self, mesh: DeviceMesh, device: torch.device, count: int) -> tuple[Tensor, list[Tensor]]:
+        key = (mesh, device, count)
+        if key not in self._buffers:
+            buffer = torch.zeros((count, 2), dtype=torch.float32, device=device)
+            self._buffers[key] = buffer, list(buffer.unbind())
+        return self._buffers[key]
+
+    def start(self, found_inf: Tensor | None) -> None:
+        """Sends the shares that the kernels have been asked to write."""
+        for mesh, buffer, rows, means in self._open:
+            groups = _groups(mesh)
+            sent = _for_group(buffer, groups[0], mesh)
+            work = dist.all_reduce(sent, group=groups[0], async_op=True)
+            assert work is not None
+            self._pending.append(_Message(buffer, rows, sent, groups[1:], means, work, found_inf))
+        self._open.clear()
+
+    def finish(self) -> None:
+        """Waits for what was sent, and stores the means; where a step was skipped they stay."""
+        self._open.clear()  # of a step that failed
+        for message in self._pending:
+            message.work.wait()
+            for group in message.groups:
+                dist.all_reduce(message.sent, group=group)
+            if message.sent is not message.shares:
+                message.shares.copy_(message.sent)
+            if message.found_inf is not None:
+                found = message.found_inf.to(message.shares.device) != 0
+                message.shares.copy_(torch.where(found, torch.stack(message.means), message.shares))
+            torch._foreach_copy_(message.means, message.rows)  # pyright: ignore[reportPrivateImportUsage]
+        self._pending.clear()
+
+
+def _localized(column: Sequence[Any]) -> list[Any]:
+    return [local(tensor) if isinstance(tensor, DTensor) else tensor for tensor in column]
+
+
+def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """The process groups whose sums, one after another, are the sum over the mesh.
+
+    Replicas are summed over too, though but one of them counts: so all get the same bits, and never drift.
+    """
+    if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
+        return [dist.distributed_c10d._get_default_group()]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+def _for_group(buffer: Tensor, group: dist.ProcessGroup, mesh: DeviceMesh) -> Tensor:
+    """The buffer, or a copy on the mesh's devices where the group has no backend for the buffer's: parameters
+    that are offloaded to the CPU, and NCCL alone."""
+    devices = dist.get_backend_config(group)
+    if f"{buffer.device.type}:" in devices:
+        return buffer
+    return buffer.to(mesh.device_type)
