@@ -1,7 +1,7 @@
 """Builds the C++ extension where torch and a compiler are at hand; without them the package installs too.
 
-With nvcc and a CUDA build of torch the extension has the CUDA kernels, for TORCH_CUDA_ARCH_LIST or else for the GPU
-that is there or else for sm_80, sm_90 and sm_100; where that fails, it is built without them.
+With nvcc and a CUDA build of torch the extension has the CUDA kernels: for TORCH_CUDA_ARCH_LIST, or else for
+the GPUs that are there, or else for sm_80, sm_90 and sm_100. Where that fails, it is built without them.
 
 Build with `pip install --no-build-isolation`: the extension belongs to the torch that is installed.
 """
@@ -56,7 +56,7 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_folders(nvcc: Path, *names: str) -> list[str]:
-    """Those of the toolkit's folders that there are; nvcc itself may be a script that only calls the real one."""
+    """Those of the toolkit's folders that there are. nvcc itself may be a script that calls the real one."""
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
     plan = subprocess.run(command, capture_output=True, text=True, check=True)
     top = re.search(r"TOP=(\S+)", plan.stdout + plan.stderr)
@@ -74,7 +74,9 @@ def architecture_flags(nvcc: Path) -> list[str]:
         wanted = sorted({"{}.{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
     elif wanted == [""]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-        wanted = [arch for arch in ("8.0", "9.0", "10.0") if f"compute_{arch.replace('.', '')}" in known.split()]
+        wanted = [
+            arch for arch in ("8.0", "9.0", "10.0") if f"compute_{arch.replace('.', '')}" in known.split()
+        ]
         wanted[-1] += "+PTX"
     flags = []
     for arch in wanted:
@@ -88,14 +90,16 @@ def setup_with_extension() -> None:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildKernels(BuildExtension):
-        """Compiles the kernels, each once for each instruction set or dtype. A failure leaves a package without
+        """Compiles the kernels, once for each instruction set or dtype. A failure leaves a package without
         extension, one of CUDA alone an extension without CUDA."""
 
         def build_extension(self, ext: Any) -> None:
             nvcc = find_nvcc()
             with ThreadPoolExecutor() as pool:  # half a minute each
                 kernels = [pool.submit(self.compile_kernel, name) for name in INSTRUCTION_SETS]
-                cuda = [pool.submit(self.compile_cuda, nvcc, dtype) for dtype in CUDA_PARAMETERS] if nvcc else []
+                cuda = (
+                    [pool.submit(self.compile_cuda, nvcc, dtype) for dtype in CUDA_PARAMETERS] if nvcc else []
+                )
                 for kernel in kernels:
                     ext.extra_objects += kernel.result()
             if nvcc:
@@ -104,8 +108,10 @@ def setup_with_extension() -> None:
                     ext.extra_objects += [kernel.result() for kernel in cuda]
                     ext.extra_objects += self.compile_operator(nvcc, ext)
                     # The static runtime, as nvcc itself links it: it need not be the one that torch has.
-                    ext.extra_link_args += [f"-L{directory}" for directory in cuda_folders(nvcc, "lib64", "lib")]
-                    ext.extra_link_args += ["-lcudart_static", "-lrt", "-ldl", "-lc10_cuda", "-ltorch_cuda"]
+                    ext.extra_link_args += [
+                        f"-L{directory}" for directory in cuda_folders(nvcc, "lib64", "lib")
+                    ]
+                    ext.extra_link_args += ["-lcudart_static", "-lrt", "-ldl", "-lc10_cuda"]
                     return super().build_extension(ext)
                 except Exception as error:
                     warnings.warn(f"pats_kernels is built without CUDA: {error}", stacklevel=1)

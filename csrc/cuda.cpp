@@ -1,5 +1,6 @@
-// The operator torch.ops.pats_kernels.launch_ on CUDA: starts the kernels of one phase of a step over tables that
-// lie on the device, on the current stream. It neither waits nor allocates, so a CUDA graph can capture it.
+// The operator torch.ops.pats_kernels.launch_ on CUDA: starts the kernels of one phase of a step over tables
+// that lie on the device, on the current stream. It neither waits nor allocates, so a CUDA graph can capture
+// it.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -34,7 +35,8 @@ void launch_cuda(const at::Tensor& table, const at::Tensor& layout, const at::Te
   check_table(chunks, "chunks", at::kInt, table);
   check_table(starts, "starts", at::kLong, table);
   check_table(partials, "partials", at::kDouble, table);
-  TORCH_CHECK(table.size(1) * sizeof(int64_t) == sizeof(Row) && layout.size(1) * sizeof(int64_t) == sizeof(Dimension),
+  TORCH_CHECK(table.size(1) * sizeof(int64_t) == sizeof(Row) &&
+                  layout.size(1) * sizeof(int64_t) == sizeof(Dimension),
               "pats_kernels: the tables are not this version's");
   TORCH_CHECK(chunks.numel() == 2 * chunks.size(0) && partials.numel() == 3 * chunks.size(0) &&
                   starts.numel() == table.size(0) + 1,

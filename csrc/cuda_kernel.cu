@@ -1,15 +1,21 @@
-// The CUDA kernels: one source, which setup.py compiles once for each dtype of the parameters (PATS_PARAM), so
-// that they compile side by side; PATS_LAUNCH names the function that each of the objects exports.
+// The CUDA kernels: one source, which setup.py compiles once for each dtype of the parameters (PATS_PARAM),
+// so that they compile side by side; PATS_LAUNCH names the function that each of the objects exports.
 //
 // The path of the data: a block updates one chunk. Its first thread works out what is the same for the whole
-// tensor, then each thread takes groups of 4 or 8 neighbouring elements: 16 bytes at a time where all operands
-// are aligned, one by one at a ragged end. The random words of neighbours come from one call, so no thread needs
-// another's. Tensors that are not contiguous, and those without noise, are other kernels' work: their code would
-// cost the main one registers.
+// tensor, then each thread takes groups of 4 or 8 neighbouring elements: 16 bytes at a time where all
+// operands are aligned, one by one at a ragged end. The random words of neighbours come from one call, so no
+// thread needs another's. Tensors that are not contiguous, and those without noise, are other kernels' work:
+// their code would cost the main one registers.
 #include "cuda_kernel.h"
 
 #include "step.h"
 #include "storage.h"
+
+#define PATS_DEVICE __device__ __forceinline__
+
+#if !defined(PATS_ONLY_FULL)
+#define PATS_ONLY_FULL 0  // 1 leaves all but the path that counts out, to study the compiler's work on it
+#endif
 
 namespace pats {
 namespace {
@@ -43,7 +49,7 @@ constexpr int kVector = sizeof(P) == 2 || sizeof(S) == 2 ? 8 : 4;
 // ---- what a block knows
 
 struct Draw {
-  uint64_t seed, group;  // group: of the chunk's first element, if the elements are numbered one after another
+  uint64_t seed, group;  // group: of the chunk's first element, where they are numbered one after another
   uint32_t tensor_id, step;
 };
 
@@ -56,16 +62,18 @@ struct Shared {
 };
 
 template <class T>
-__device__ __forceinline__ const typename RowFor<T>::Type& row_of(const CudaLaunch& launch, int64_t number) {
+PATS_DEVICE const typename RowFor<T>::Type& row_of(const CudaLaunch& launch, int64_t number) {
   return static_cast<const typename RowFor<T>::Type*>(launch.table)[number];
 }
 
-__device__ __forceinline__ bool skipped(const CudaLaunch& launch) { return launch.found_inf && *launch.found_inf != 0.0f; }
+PATS_DEVICE bool skipped(const CudaLaunch& launch) {
+  return launch.found_inf && *launch.found_inf != 0.0f;
+}
 
 // By one thread. The noise phase comes after the statistics, which have advanced the counter.
 template <class T, class R>
-__device__ __forceinline__ void prepare(const CudaLaunch& launch, const R& row, Form form, Phase phase, Uncertainty uncertainty,
-                         int64_t start, Shared<T>& shared) {
+PATS_DEVICE void prepare(const CudaLaunch& launch, const R& row, Form form, Phase phase,
+                         Uncertainty uncertainty, int64_t start, Shared<T>& shared) {
   uint32_t step = static_cast<uint32_t>(row.step);
   if (row.step_count) step = static_cast<uint32_t>(*row.step_count) + (phase == Phase::kNoise ? 0u : 1u);
   T grad_scale = launch.grad_scale ? T(1) / static_cast<T>(*launch.grad_scale) : T(1);
@@ -75,18 +83,19 @@ __device__ __forceinline__ void prepare(const CudaLaunch& launch, const R& row, 
   }
   if (form != Form::kAdamW) shared.c = constants<T>(uncertainty, row, row.stats, grad_scale);
   shared.c.grad_scale = grad_scale;
-  shared.draw = {row.seed, static_cast<uint64_t>(row.offset + start) / 4, static_cast<uint32_t>(row.tensor_id), step};
+  const uint64_t group = static_cast<uint64_t>(row.offset + start) / 4;
+  shared.draw = {row.seed, group, static_cast<uint32_t>(row.tensor_id), step};
 }
 
 // ---- random words and normals
 
-__device__ __forceinline__ Words draw_group(const Draw& draw, uint64_t group, uint32_t top_bit) {
-  return philox4x32(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32) | top_bit, draw.tensor_id,
-                    draw.step, draw.seed);
+PATS_DEVICE Words draw_group(const Draw& draw, uint64_t group, uint32_t top_bit) {
+  const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32);
+  return philox4x32(low, high | top_bit, draw.tensor_id, draw.step, draw.seed);
 }
 
 template <class T>
-__device__ __forceinline__ void normals(const Words& x, T scale, T (&z)[4]) {
+PATS_DEVICE void normals(const Words& x, T scale, T (&z)[4]) {
   const Circle<T> first(scale * square_root(minus_two_log(unit<T>(x.x0))));
   const Circle<T> second(scale * square_root(minus_two_log(unit<T>(x.x2))));
   first(turn<T>(x.x1, Circle<T>::kTurn), z[0], z[1]);
@@ -95,13 +104,13 @@ __device__ __forceinline__ void normals(const Words& x, T scale, T (&z)[4]) {
 
 // ---- storage
 
-// As `Storage` will keep it. Only AdamW can compute a NaN, to which no bits may be added; in what is copied from
-// bfloat16 the added bits change nothing.
+// As `Storage` will keep it. Only AdamW can compute a NaN, to which no bits may be added; in what is copied
+// from bfloat16 the added bits change nothing.
 template <class T, class Storage>
 struct Stored {
   bool stochastic;
 
-  __device__ __forceinline__ T operator()(T x, uint32_t random, bool may_be_nan = false) const {
+  PATS_DEVICE T operator()(T x, uint32_t random, bool may_be_nan = false) const {
     if constexpr (same<Storage, Bfloat16>) {
       const uint32_t bits = bits_of(static_cast<float>(x));
       const uint32_t increment = stochastic ? random & 0xFFFFu : 0x7FFFu + (bits >> 16 & 1u);
@@ -116,16 +125,16 @@ struct Stored {
 };
 
 template <class T>
-__device__ __forceinline__ void put(T x, Bfloat16& to) {
+PATS_DEVICE void put(T x, Bfloat16& to) {
   to.bits = static_cast<uint16_t>(bits_of(static_cast<float>(x)) >> 16);
 }
 template <class T, class Storage>
-__device__ __forceinline__ void put(T x, Storage& to) {
+PATS_DEVICE void put(T x, Storage& to) {
   narrow(x, to);
 }
 
 template <bool kStreams, int V, class Storage, class T>
-__device__ __forceinline__ void load(const Storage* from, bool vector, int count, T (&to)[V]) {
+PATS_DEVICE void load(const Storage* from, bool vector, int count, T (&to)[V]) {
   constexpr int kEach = 16 / sizeof(Storage);
   if (vector) {
     PATS_UNROLL
@@ -144,7 +153,7 @@ __device__ __forceinline__ void load(const Storage* from, bool vector, int count
 }
 
 template <bool kStreams, int V, class Storage, class T>
-__device__ __forceinline__ void store(const T (&from)[V], bool vector, int count, Storage* to) {
+PATS_DEVICE void store(const T (&from)[V], bool vector, int count, Storage* to) {
   constexpr int kEach = 16 / sizeof(Storage);
   if (vector) {
     PATS_UNROLL
@@ -185,7 +194,7 @@ struct Group {
 // The step of V elements in registers, as they will be stored. `z` is noise_scale times the normals. Returns
 // whether any was marked as not finite.
 template <class P, class S, int V>
-__device__ __forceinline__ bool step_group(const Does does, Phase phase, Uncertainty uncertainty, bool stochastic,
+PATS_DEVICE bool step_group(const Does does, Phase phase, Uncertainty uncertainty, bool stochastic,
                             const Shared<Float<P>>& shared, const uint32_t (&bits)[V], const Float<P> (&z)[V],
                             Group<Float<P>, V>& e, Sums<Float<P>>& sums) {
   using T = Float<P>;
@@ -215,7 +224,7 @@ __device__ __forceinline__ bool step_group(const Does does, Phase phase, Uncerta
 
 // A thread's share of a chunk of a contiguous tensor. kFull: a whole chunk of aligned operands.
 template <class P, class S, Phase kPhase, bool kFull, class R>
-__device__ __forceinline__ void update(const Does does, Uncertainty uncertainty, bool stochastic, const R& row,
+PATS_DEVICE void update(const Does does, Uncertainty uncertainty, bool stochastic, const R& row,
                         const Shared<Float<P>>& shared, int64_t start, int length, Sums<Float<P>>& sums) {
   using T = Float<P>;
   constexpr int V = kVector<P, S>;
@@ -269,7 +278,7 @@ __device__ __forceinline__ void update(const Does does, Uncertainty uncertainty,
 // ---- the statistics of a chunk
 
 template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
+PATS_DEVICE T warp_sum(T x) {
   PATS_UNROLL
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_down_sync(0xFFFFFFFFu, x, offset);
   return x;
@@ -277,7 +286,7 @@ __device__ __forceinline__ T warp_sum(T x) {
 
 // By all threads; the first one gets the sums. The order is the same in every run.
 template <class A, class B, class C>
-__device__ __forceinline__ void block_sums(double (&shared)[3][kWarps], A a, B b, C c, double (&total)[3]) {
+PATS_DEVICE void block_sums(double (&shared)[3][kWarps], A a, B b, C c, double (&total)[3]) {
   a = warp_sum(a), b = warp_sum(b), c = warp_sum(c);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) shared[0][warp] = a, shared[1][warp] = b, shared[2][warp] = c;
@@ -291,7 +300,7 @@ __device__ __forceinline__ void block_sums(double (&shared)[3][kWarps], A a, B b
 }
 
 template <class T>
-__device__ __forceinline__ void write_partials(const CudaLaunch& launch, const Sums<T>& sums, Shared<T>& shared) {
+PATS_DEVICE void write_partials(const CudaLaunch& launch, const Sums<T>& sums, Shared<T>& shared) {
   double total[3];
   block_sums(shared.sums, sums.sens, sums.unc, sums.nonfinite, total);
   if (threadIdx.x == 0) {
@@ -301,19 +310,17 @@ __device__ __forceinline__ void write_partials(const CudaLaunch& launch, const S
 
 // ---- the kernels
 
-#if !defined(PATS_ONLY_FULL)
-#define PATS_ONLY_FULL 0  // 1 leaves all but one path out, to study the compiler's work on the one that counts
-#endif
-
 // Blocks to a multiprocessor, and so the most registers: what the compiler needs no stack for.
-constexpr int residents(Form form, bool wide, bool low_precision) {
-  return wide ? 3 : low_precision ? (form == Form::kPats ? 5 : 4) : form == Form::kPats ? 8 : 6;
+constexpr int residents(Form form, bool common, bool wide, bool low_precision) {
+  if (wide) return 3;
+  if (low_precision) return form == Form::kPats ? 5 : common ? 4 : 3;
+  return form == Form::kPats ? 8 : 6;
 }
 
-// Of contiguous tensors, those with noise; of form kAdamW those without. kCommon: with the uncertainty and the
-// rounding that nearly everyone uses; the others are decided at run time.
+// Of contiguous tensors, those with noise; of form kAdamW those without. kCommon: with the uncertainty and
+// the rounding that nearly everyone uses; the others are decided at run time.
 template <class P, class S, Form kForm, Phase kPhase, bool kCommon>
-__global__ void __launch_bounds__(kThreads, residents(kForm, sizeof(P) == 8, kVector<P, S> == 8))
+__global__ void __launch_bounds__(kThreads, residents(kForm, kCommon, sizeof(P) == 8, kVector<P, S> == 8))
     update_kernel(const CudaLaunch launch) {
   using T = Float<P>;
   constexpr Does kDoes = does(kForm, kPhase);
@@ -339,7 +346,8 @@ __global__ void __launch_bounds__(kThreads, residents(kForm, sizeof(P) == 8, kVe
   if (kDoes.sums) write_partials(launch, sums, shared);
 }
 
-// Of tensors that are not contiguous: one element at a time, wherever it lies; everything decided at run time.
+// Of tensors that are not contiguous: one element at a time, wherever it lies; everything decided at run
+// time.
 template <class P, class S>
 __global__ void __launch_bounds__(kThreads) strided_kernel(const CudaLaunch launch) {
   using T = Float<P>;
@@ -416,7 +424,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const CudaLaunch l
   if (threadIdx.x == 0 && row.step_count) *row.step_count += 1;
   if (!row.stats) return;
   double own[3] = {0, 0, 0}, total[3];
-  for (int64_t i = launch.starts[blockIdx.x] + threadIdx.x; i < launch.starts[blockIdx.x + 1]; i += kThreads) {
+  const int64_t end = launch.starts[blockIdx.x + 1];
+  for (int64_t i = launch.starts[blockIdx.x] + threadIdx.x; i < end; i += kThreads) {
     for (int k = 0; k < 3; ++k) own[k] += launch.partials[k * launch.num_chunks + i];
   }
   __shared__ double shared[3][kWarps];

@@ -1,5 +1,5 @@
-// What a step does to one element, once for the CPU's loop and for CUDA's threads: the formula is in update.h,
-// and here is which of its rows a phase of a form takes, and in which order.
+// What a step does to one element, once for the CPU's loop and for CUDA's threads: the formula is in
+// update.h, and here is which of its rows a phase of a form takes, and in which order.
 #pragma once
 #include "update.h"
 
@@ -13,7 +13,8 @@ struct Does {
 
 PATS_INLINE constexpr Does does(Form form, Phase phase) {
   const bool first = phase == Phase::kAverages, second = phase == Phase::kNoise;
-  const bool kept = form == Form::kPats || form == Form::kPatsAdamW, from_moments = form == Form::kMomentsAdamW;
+  const bool kept = form == Form::kPats || form == Form::kPatsAdamW;
+  const bool from_moments = form == Form::kMomentsAdamW;
   return {kept,
           kept && !second,
           from_moments,
@@ -25,8 +26,9 @@ PATS_INLINE constexpr Does does(Form form, Phase phase) {
 
 // What the form does not have is not looked at. `stored` rounds S and U as their storage will, with `random`;
 // `noise` is noise_scale z. Returns whether the sensitivity is finite. Between the two phases of the exact
-// normalization the sign of S marks the elements where it was not: they get no noise, and the second phase need
-// not read the gradient again to know them. (Of a struct of these numbers GCC would not vectorize the loop.)
+// normalization the sign of S marks the elements where it was not: they get no noise, and the second phase
+// need not read the gradient again to know them. (Of a struct of these numbers GCC would not vectorize the
+// loop.)
 template <class T, class Stored>
 PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<T>& c, const AdamW<T>& adam,
                       const Stored& stored, uint32_t random, T noise, T g, T& w, T& S, T& U, T& m, T& v) {

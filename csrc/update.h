@@ -79,8 +79,8 @@ struct AdamW {
   T root_factor, m_factor;       // sqrt(v^) = root_factor sqrt(v), v^ - m^^2 = root_factor^2 (v - (m_factor m)^2)
 };
 
-// Computed in the type of the row's numbers: where they are floats each is right to a few roundings, and so is
-// what comes of them, expm1 included.
+// Computed in the type of the row's numbers: where they are floats each is right to a few roundings, and so
+// is what comes of them, expm1 included.
 template <class T, class Number>
 PATS_INLINE AdamW<T> adamw_constants(const RowOf<Number>& row, uint32_t step) {
   using N = decltype(+row.lr);
@@ -105,8 +105,9 @@ PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
   v = c.beta2 * v + c.rate2 * (g * g);
 }
 
-// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few roundings:
-// m_factor, by more than that too large, puts it below 0, so that these do not decide who gets noise.
+// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few
+// roundings: m_factor, by more than that too large, puts it below 0, so that these do not decide who gets
+// noise.
 template <class T>
 PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
   const T scale = magnitude(w) * c.root_factor, scaled_m = c.m_factor * m;

@@ -20,6 +20,8 @@ NO_EXTENSION = os.environ.get("PATS_KERNELS_NO_EXTENSION") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager", "cpp"]
 
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+if INTERPRETED:
+    collect_ignore.append("test_cuda_emulation.py")  # proves another backend, once
 
 settings.register_profile(
     "pats",

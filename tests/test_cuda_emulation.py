@@ -1,11 +1,13 @@
-"""The CUDA kernels' own source, run on the CPU, against the oracle: no GPU is needed to see that they index right.
+"""The CUDA kernels' own source, run on the CPU, against the oracle: that they index right needs no GPU.
 
-tests/cuda_emulation/ stands in for CUDA: threads are fibers, barriers and shuffles really wait. What it cannot
-show is the GPU's approximate instructions (tests/gpu/) and what the compiler makes of it (test_cuda_build.py).
+tests/cuda_emulation/ stands in for CUDA: threads are fibers, barriers and shuffles really wait. What it
+cannot show is the GPU's approximate instructions (tests/gpu/) and what the compiler makes of it
+(test_cuda_build.py).
 """
 
 import ctypes
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 # What every backend has to pass, here with the fixture of this file.
 from test_adamw import (  # noqa: F401
@@ -33,8 +34,8 @@ from test_adamw import test_variants as test_adamw_variants  # noqa: F401
 from test_backends import (  # noqa: F401
     test_a_sensitivity_that_overflows_never_enters,
     test_anything,
-    test_big_tensor,
     test_bfloat16_is_held_to_the_bit,
+    test_big_tensor,
     test_counters,
     test_found_inf_changes_nothing,
     test_grad_scale,
@@ -62,10 +63,15 @@ from test_shards import (  # noqa: F401
     test_parts_are_what_the_whole_is,
     test_the_noise_is_that_of_the_numbers,
 )
+from torch import Tensor
 
 from pats_kernels import backends
-from pats_kernels.backends import cuda
+from pats_kernels.backends import cuda, native
 
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+    pytest.mark.xdist_group("cuda emulation"),  # compiled in one of xdist's processes
+]
 ROOT = Path(__file__).parent.parent
 DTYPES = {
     torch.float32: "float",
@@ -86,7 +92,9 @@ def compiled(dtype: torch.dtype, folder: Path) -> Any:
     command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-shared", "-fPIC", f"-DPATS_PARAM={DTYPES[dtype]}", "-DPATS_LAUNCH=launch_it"]
     command += [f"-I{ROOT / 'tests' / 'cuda_emulation'}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, str(ROOT / "tests/cuda_emulation/emulation.cpp"), "-o", str(library)], check=True)
+    subprocess.run(
+        [*command, str(ROOT / "tests/cuda_emulation/emulation.cpp"), "-o", str(library)], check=True
+    )
     return ctypes.CDLL(str(library)).launch
 
 
@@ -122,7 +130,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert kernels[param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
 
     library = torch.library.Library("pats_kernels", "FRAGMENT")
-    if not hasattr(torch.ops.pats_kernels, "launch_"):
+    if not cuda.built():
         library.define(schema())
     library.impl("launch_", launch_, "CPU")
     own = backends._BACKENDS["cuda"]
@@ -139,6 +147,19 @@ def schema() -> str:
     definition = re.search(r"library\.def\((.*?)\);", source, re.DOTALL)
     assert definition is not None
     return "".join(re.findall(r'"(.*?)"', definition.group(1)))
+
+
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reason each: no extension, one without CUDA, another device, no GPU."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "built", lambda: False)
+    assert "built without CUDA" in str(cuda.unavailable(gpu))
+    monkeypatch.setattr(cuda, "built", lambda: True)
+    assert cuda.unavailable(cpu) == "it runs on GPUs, not on cpu"
+    assert cuda.unavailable(gpu) == "there is no GPU"
+    monkeypatch.setattr(native, "MISSING", "no extension")
+    assert cuda.unavailable(gpu) == "no extension"
 
 
 def test_the_chunk_is_the_same_in_both_languages() -> None:

@@ -13,11 +13,25 @@ from pats_kernels.plan import Batch, Column, Launch, Phase
 CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
 
 
+def built() -> bool:
+    """Whether the extension has the CUDA kernels."""
+    return hasattr(torch.ops.pats_kernels, "launch_")
+
+
+if built():
+
+    @torch.library.register_fake("pats_kernels::launch_")
+    def _(*_arguments: object) -> None:
+        """Updates what its tables name and returns nothing: there is no output to describe."""
+
+
 def unavailable(device: torch.device) -> str | None:
     if native.MISSING is not None:
         return native.MISSING
-    if not hasattr(torch.ops.pats_kernels, "launch_"):
-        return "the C++ extension was built without CUDA; reinstall with nvcc and a CUDA build of torch at hand"
+    if not built():
+        return (
+            "the C++ extension was built without CUDA; reinstall with nvcc and a CUDA build of torch at hand"
+        )
     if device.type != "cuda":
         return f"it runs on GPUs, not on {device.type}"
     return None if torch.cuda.is_available() else "there is no GPU"
@@ -28,7 +42,9 @@ def step_(
 ) -> None:
     """One call, which starts the phase's kernels on the current stream."""
     device = launch.key.device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # on the CPU: emulated, in tests
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    ):  # on the CPU: emulated, in tests
         _start(launch, phase, grad_scale, found_inf)
 
 

@@ -1,5 +1,5 @@
-// As much of CUDA as csrc/cuda_kernel.cu asks for, on the host: found in the place of CUDA's own header, it makes
-// the very same source a program that tests can run where there is no GPU.
+// As much of CUDA as csrc/cuda_kernel.cu asks for, on the host: found in the place of CUDA's own header, it
+// makes the very same source a program that tests can run where there is no GPU.
 //
 // A block's threads are fibers, which one after another run as far as the next point where they wait for each
 // other. Every other round the last one goes first, so that what needs a barrier and has none shows. Blocks
@@ -96,7 +96,8 @@ inline void run_block(unsigned threads) {
       switch_to(fibers[thread.x]);
     }
     for (const Fiber& fiber : fibers) {
-      if (fiber.done != fibers[0].done || fiber.waits != fibers[0].waits) fail("threads part ways at a barrier");
+      const Fiber& first = fibers[0];
+      if (fiber.done != first.done || fiber.waits != first.waits) fail("threads part ways at a barrier");
     }
   }
 }

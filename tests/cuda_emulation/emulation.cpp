@@ -1,13 +1,13 @@
-// One dtype's kernels on the host, behind a C function that Python can call. PATS_PARAM and PATS_LAUNCH as for
-// csrc/cuda_kernel.cu.
+// One dtype's kernels on the host, behind a C function that Python can call. PATS_PARAM and PATS_LAUNCH as
+// for csrc/cuda_kernel.cu.
 #include "../../csrc/cuda_kernel.cu"
 
 using namespace pats;
 
 extern "C" int launch(int state, int form, int uncertainty, int phase, int stochastic_rounding, int strided,
-                      int plain, const void* table, const void* layout, const void* chunks, const int64_t* starts,
-                      double* partials, int64_t num_chunks, int64_t num_tensors, const float* grad_scale,
-                      const float* found_inf) {
+                      int plain, const void* table, const void* layout, const void* chunks,
+                      const int64_t* starts, double* partials, int64_t num_chunks, int64_t num_tensors,
+                      const float* grad_scale, const float* found_inf) {
   CudaLaunch launch{};
   launch.state = static_cast<Storage>(state);
   launch.form = static_cast<Form>(form);

@@ -105,8 +105,7 @@ def check(got: State, expected: State) -> None:
     ],
 )
 def test_against_the_reference(
-    kernels: str,
-    dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str, normalization: str
+    kernels: str, dtype: torch.dtype, state_dtype: torch.dtype, uncertainty: str, normalization: str
 ) -> None:
     expected = state(SHAPES, dtype, state_dtype, uncertainty)
     got = on_gpu(expected)
@@ -230,9 +229,7 @@ def attached(count: int, size: int, backend: str) -> Run:
     return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE, backend=backend)
 
 
-def one_pass(
-    count: int, size: int, backend: str, sensitivity: Sensitivity = "ema", **keywords: Any
-) -> Run:
+def one_pass(count: int, size: int, backend: str, sensitivity: Sensitivity = "ema", **keywords: Any) -> Run:
     params = parameters(count, size)
     settings = {"lr": 0.0, "weight_decay": 0.0, "noise_scale": NOISE_SCALE}
     settings |= {"sensitivity": sensitivity, "backend": backend}
@@ -430,8 +427,8 @@ def test_a_learning_rate_on_the_gpu(kernels: str) -> None:
 @pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_backends_agree(dtype: torch.dtype, uncertainty: Any, normalization: Normalization) -> None:
-    """The same random words, formula and instructions: S and U to a few roundings, w to twice what the contract
-    allows; what is rounded stochastically, by the same bits, comes to a neighbour at most."""
+    """The same random words, formula and instructions: S and U to a few roundings, w to twice what the
+    contract allows; what is rounded stochastically, by the same bits, comes to a neighbour at most."""
     state_dtype = torch.float32 if dtype == torch.float16 else dtype
     found = []
     for backend in BACKENDS:
