@@ -60,11 +60,11 @@ def kernel_of(symbol: str) -> Kernel:
     match = re.search(r"(\w+)<(.*)>\(", readable)
     assert match is not None, readable
     name, arguments = match.group(1), match.group(2).split(", ")
-    dtypes = [DTYPES[argument] for argument in arguments if argument in DTYPES]
+    param, state = (DTYPES.get(argument, "") for argument in (*arguments, "")[:2])
     if name != "update_kernel":
-        return Kernel(name, *dtypes)
+        return Kernel(name, param, state)
     form, phase = (int(argument[-1]) for argument in arguments[2:4])
-    return Kernel(name, *dtypes, FORMS[form], PHASES[phase], arguments[4] == "true")
+    return Kernel(name, param, state, FORMS[form], PHASES[phase], arguments[4] == "true")
 
 
 def reports(arch: str, params: tuple[str, ...] = ("float32", "bfloat16")) -> Iterator[Report]:
