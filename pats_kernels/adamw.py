@@ -19,9 +19,13 @@ from pats_kernels.hyperparameters import (
 )
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
+    TENSOR_ID,
     State,
+    check_order,
+    check_position,
     checked_entry,
     complete,
+    is_distributed,
     keys_of,
     name_finder,
     nonfinite_counts,
@@ -219,7 +223,14 @@ class PATSAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if (
+            is_distributed()
+        ):  # torch.distributed.checkpoint goes by the parameters' names, and loses their order
+            state_dict["state"] = {
+                position: {**entry, TENSOR_ID: position} for position, entry in state_dict["state"].items()
+            }
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
@@ -265,15 +276,18 @@ class PATSAdamW(Optimizer):
             )
         for group, own in zip(groups, self.param_groups, strict=True):
             _values(group, own)
+        check_order(groups, self.param_groups)
         ids = chain.from_iterable(group["params"] for group in groups)
-        names = dict(zip(ids, parameter_names(self.param_groups).items(), strict=True))
+        params = enumerate(parameter_names(self.param_groups).items())
+        places = dict(zip(ids, params, strict=True))
         state: dict[Tensor, State] = {}
         for key, entry in state_dict["state"].items():
-            if key not in names:
+            if key not in places:
                 raise ValueError(
                     f"the state_dict has state of parameter {key!r}, which is in none of its groups"
                 )
-            param, name = names[key]
+            position, (param, name) = places[key]
+            check_position(name, position, entry.get(TENSOR_ID))
             if entry:
                 state[param] = checked_entry(name, param, entry, _ADAMW_STATE, _PATS_STATE)
         return state

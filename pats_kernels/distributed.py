@@ -54,10 +54,11 @@ def layout_of(name: str, param: DTensor) -> Layout:
         raise ValueError(f"{name}: this process is not in the parameter's {mesh}")
     layout = _layout(tuple(param.shape), tuple(mesh.shape), tuple(coordinate), tuple(param.placements))
     expected = tuple(part.stop - part.start for part in layout.box)
-    if expected != tuple(param.to_local().shape):
+    held = tuple(local(param).shape)
+    if expected != held:
         raise ValueError(
             f"{name}: shape mismatch: placements {param.placements} leave {expected} of {tuple(param.shape)} "
-            f"to this process, but its local tensor is {tuple(param.to_local().shape)}"
+            f"to this process, but its local tensor is {held}"
         )
     return layout
 
@@ -100,7 +101,7 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, once it is there."""
     if not isinstance(tensor, DTensor):
         return tensor
-    held = tensor.to_local()
+    held = tensor._local_tensor  # to_local() makes a new view of a parameter each time
     return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
 
 
@@ -145,47 +146,36 @@ class Statistics:
     """
 
     def __init__(self) -> None:
+        self._params: list[Tensor] = []  # those of the last step, and where they lie
+        self._shards: list[Shard | None] = []
         self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
         self._open: list[tuple[DeviceMesh, Tensor, list[Tensor], list[Tensor]]] = []
         self._pending: list[_Message] = []
 
     def localized(self, batch: Batch) -> Batch:
-        """The batch of what this process holds; the same one where nothing is a DTensor.
+        """The batch of what this process holds of each tensor.
 
         Raises:
             ValueError: naming the parameter, where it and its gradient are not both sharded, or a placement
                 that no step could work with.
         """
-        kinds = {*map(type, batch.params), *map(type, batch.grads)}
-        if not any(issubclass(kind, DTensor) for kind in kinds):
-            return batch
-        grads = [self._matching(batch, i) for i in range(len(batch.params))]
-        shards = [
-            layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else None
-            for i, param in enumerate(batch.params)
-        ]
-        columns = {name: _localized(column) for name, column in batch.averages.items()}
+        if list(map(id, batch.params)) != list(map(id, self._params)):
+            self._shards = [
+                layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else None
+                for i, param in enumerate(batch.params)
+            ]
+            self._params = batch.params
+        pairs = enumerate(zip(batch.params, batch.grads, strict=True))
+        grads = [_matching(batch, i, param, grad) for i, (param, grad) in pairs]
+        averages = {name: _localized(column) for name, column in batch.averages.items()}
         return replace(
             batch,
             params=_localized(batch.params),
-            grads=_localized(grads),
-            shards=shards,
-            shares=self._shares(batch, shards),
-            **columns,
+            grads=grads,
+            shards=self._shards,
+            shares=self._shares(batch, self._shards),
+            **averages,
         )
-
-    @staticmethod
-    def _matching(batch: Batch, i: int) -> Tensor:
-        """A gradient laid out as its parameter."""
-        param, grad = batch.params[i], batch.grads[i]
-        if isinstance(param, DTensor) != isinstance(grad, DTensor):
-            kinds = [
-                "a DTensor" if isinstance(tensor, DTensor) else "a plain tensor" for tensor in (param, grad)
-            ]
-            raise ValueError(f"{batch.name(i)}: the parameter is {kinds[0]}, its gradient {kinds[1]}")
-        if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
-            return grad.redistribute(param.device_mesh, param.placements)
-        return grad
 
     def _shares(self, batch: Batch, shards: Sequence[Shard | None]) -> list[Tensor | None]:
         """Where each tensor's share goes: rows of one buffer for each mesh and device."""
@@ -213,7 +203,7 @@ class Statistics:
         """Sends the shares that the kernels have been asked to write."""
         for mesh, buffer, rows, means in self._open:
             groups = _groups(mesh)
-            sent = _for_group(buffer, groups[0], mesh)
+            sent = _for_group(buffer, groups[0], mesh.device_type)
             work = dist.all_reduce(sent, group=groups[0], async_op=True)
             assert work is not None
             self._pending.append(_Message(buffer, rows, sent, groups[1:], means, work, found_inf))
@@ -235,8 +225,24 @@ class Statistics:
         self._pending.clear()
 
 
+def _matching(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
+    """What this process holds of a gradient, once it is laid out as its parameter."""
+    sharded = isinstance(param, DTensor)
+    if sharded != isinstance(grad, DTensor):
+        kinds = ["a DTensor" if isinstance(tensor, DTensor) else "a plain tensor" for tensor in (param, grad)]
+        raise ValueError(f"{batch.name(i)}: the parameter is {kinds[0]}, its gradient {kinds[1]}")
+    if not sharded:
+        return grad
+    own, other = param._spec, grad._spec  # type: ignore[attr-defined]
+    if own.mesh != other.mesh:
+        raise ValueError(f"{batch.name(i)}: the parameter is on {own.mesh}, its gradient on {other.mesh}")
+    if own.placements != other.placements:
+        grad = grad.redistribute(own.mesh, own.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
 def _localized(column: Sequence[Any]) -> list[Any]:
-    return [local(tensor) if isinstance(tensor, DTensor) else tensor for tensor in column]
+    return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in column]
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
@@ -249,10 +255,8 @@ def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
-def _for_group(buffer: Tensor, group: dist.ProcessGroup, mesh: DeviceMesh) -> Tensor:
-    """The buffer, or a copy on the mesh's devices where the group has no backend for the buffer's: parameters
-    that are offloaded to the CPU, and NCCL alone."""
+def _for_group(buffer: Tensor, group: dist.ProcessGroup, device_type: str) -> Tensor:
+    """The buffer, or a copy on a device of another type where the group has no backend for the buffer's: as
+    where parameters are offloaded to the CPU, and there is NCCL alone."""
     devices = dist.get_backend_config(group)
-    if f"{buffer.device.type}:" in devices:
-        return buffer
-    return buffer.to(mesh.device_type)
+    return buffer if f"{buffer.device.type}:" in devices else buffer.to(device_type)

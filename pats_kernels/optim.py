@@ -1,6 +1,7 @@
 """PATS attached to an optimizer."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from pats_kernels.hyperparameters import (
 )
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
+    TENSOR_ID,
     State,
+    check_order,
+    check_position,
     checked_entry,
     complete,
+    is_distributed,
     keys_of,
     name_finder,
     nonfinite_counts,
@@ -29,6 +34,7 @@ from pats_kernels.step import Launcher
 
 VERSION = 1  # of the state_dict
 STATE_KEY = "pats"  # where an optimizer's state_dict carries PATS's
+PREFIX = "pats_"  # of its state in the parameters' own entries
 
 
 class PATS:
@@ -216,18 +222,58 @@ class PATS:
         }
 
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict[STATE_KEY] = self.state_dict()
+        own = self.state_dict()
+        state_dict[STATE_KEY] = own
+        if is_distributed():  # torch.distributed.checkpoint takes but groups and parameters' entries along
+            entries = state_dict["state"]
+            state_dict["state"] = entries | {
+                position: {**entries.get(position, {}), **_prefixed(entry | {TENSOR_ID: position})}
+                for position, entry in own["state"].items()
+            }
+            groups = state_dict["param_groups"]
+            state_dict["param_groups"] = [{**group, STATE_KEY: own["defaults"]} for group in groups]
 
-    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks PATS's part before the optimizer loads its own: an error leaves both as they were."""
-        part = state_dict.get(STATE_KEY)
+        check_order(state_dict["param_groups"], optimizer.param_groups)
+        rest, part = self._split(state_dict)
+        part = state_dict.get(STATE_KEY, part)
         empty = {"defaults": self.defaults, "state": {}}  # the checkpoint is of a run without PATS
         self._loaded = self._checked(part) if part is not None else empty
+        return rest
+
+    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What is the optimizer's own, and what the groups and the parameters' entries hold of PATS's."""
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        defaults = [group.pop(STATE_KEY) for group in groups if STATE_KEY in group]
+        rest: dict[Any, Any] = {}
+        state: dict[int, Any] = {}
+        names = list(parameter_names(self.optimizer.param_groups).values())
+        positions = {key: i for i, key in enumerate(chain.from_iterable(group["params"] for group in groups))}
+        for key, entry in state_dict["state"].items():
+            own = {name.removeprefix(PREFIX): value for name, value in entry.items() if _is_prefixed(name)}
+            others = {name: value for name, value in entry.items() if not _is_prefixed(name)}
+            if own and key in positions and positions[key] < len(names):
+                position = positions[key]
+                check_position(names[position], position, own.pop(TENSOR_ID, None))
+                state[position] = own
+            if others or not own:
+                rest[key] = others
+        part = {"defaults": defaults[0], "state": state} if defaults else None
+        return {**state_dict, "state": rest, "param_groups": groups}, part
 
     def _after_load(self, optimizer: Optimizer) -> None:
         if self._loaded is not None:
             self._commit(self._loaded)
             self._loaded = None
+
+
+def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{PREFIX}{name}": value for name, value in entry.items()}
+
+
+def _is_prefixed(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith(PREFIX)
 
 
 _REQUIRED = ("exp_avg_sens", "sens_stats", "step")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pats_kernels.backends.tables import capturing
@@ -11,6 +12,7 @@ from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import STATE_DTYPES, averages_of, check_param, is_dtensor
 
 State = dict[str, Tensor]
+TENSOR_ID = "tensor_id"  # in a state_dict's entry: the position on which a parameter's noise depends
 
 
 def parameter_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
@@ -71,6 +73,33 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
             state[key] = torch.zeros(2, dtype=torch.float32, device=param.device)
         else:
             state[key] = torch.zeros_like(param, dtype=dtype)
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where the param groups of a state_dict hold known parameters in another order.
+
+    A parameter's position decides what noise it gets. Other names (of a wrapped model, say) prove nothing.
+    """
+    saved_names, own_names = (
+        [n for group in gs for n in group.get("param_names", ())] for gs in (saved, own)
+    )
+    known = set(own_names)
+    for position, (theirs, ours) in enumerate(zip(saved_names, own_names, strict=False)):
+        if theirs != ours and theirs in known:
+            raise ValueError(f"{ours}: another order: parameter {position} of the state_dict is {theirs}")
+
+
+def check_position(name: str, position: int, saved: Any) -> None:
+    """Raises ValueError where the state of a parameter, found by its name, comes from another position."""
+    if saved is not None and int(saved) != position:
+        raise ValueError(
+            f"{name}: another order: parameter {int(saved)} of the state_dict is the optimizer's {position}"
+        )
 
 
 def local(name: str, param: Tensor) -> Tensor:

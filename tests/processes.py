@@ -1,7 +1,7 @@
 """Runs functions on several processes: ranks of a default process group, as a user's script has one.
 
 The processes are forked, ready to run, from a server that has imported torch, and stay from test to test: a
-call costs about 30 ms, where starting Python and torch costs seconds for each. A call that fails or hangs
+call costs some 50 ms, where starting Python and torch costs seconds for each. A call that fails or hangs
 costs the processes, and the next one gets new ones.
 """
 
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -156,13 +157,15 @@ def _serve(rank: int, pipe: Any, trace: str) -> None:
 def _answer(rank: int, work: bytes) -> bytes:
     try:
         store, world_size, function, args = pickle.loads(work)
-        # As torchrun sets them: Accelerate asks them, not torch.
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        torch.manual_seed(0)
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
-        result = function(*args)
-        dist.barrier()  # nobody leaves while another still needs it
-        dist.destroy_process_group()
+        # As torchrun sets them: Accelerate asks them, not torch. What else a call sets ends with it.
+        own = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        all_ = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+        with patch.dict(os.environ, own | all_):
+            torch.manual_seed(0)
+            dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+            result = function(*args)
+            dist.barrier()  # nobody leaves while another still needs it
+            dist.destroy_process_group()
         return pickle.dumps((True, result))
     except BaseException:  # whatever it is, it is the test's
         return pickle.dumps((False, traceback.format_exc()))

@@ -277,10 +277,15 @@ def _offsets(entry, layout, index):
     last = layout + (tl.load(entry + C_LAYOUT) + ndim - 1) * LAYOUT_COLUMNS
     w_at, g_at, s_at, u_at, m_at, v_at = index * 0, index * 0, index * 0, index * 0, index * 0, index * 0
     number = index * 0 + tl.load(entry + C_OFFSET)
+    is_narrow = tl.load(entry + C_NUMEL) <= 0x7FFFFFFF
     for i in range(ndim):
         dimension = last - i * LAYOUT_COLUMNS
         size = tl.load(dimension)
-        position = index % size
+        if is_narrow:  # a division of 64 bits takes four times as many instructions
+            rest = (index.to(tl.uint32) // size.to(tl.uint32)).to(tl.int64)
+        else:
+            rest = index // size
+        position = index - rest * size
         w_at += position * tl.load(dimension + 1)
         g_at += position * tl.load(dimension + 2)
         s_at += position * tl.load(dimension + 3)
@@ -288,7 +293,7 @@ def _offsets(entry, layout, index):
         m_at += position * tl.load(dimension + 5)
         v_at += position * tl.load(dimension + 6)
         number += position * tl.load(dimension + 7)
-        index = index // size
+        index = rest
     return w_at, g_at, s_at, u_at, m_at, v_at, number
 
 

@@ -27,10 +27,13 @@ def test_runs_on_a_group_of_the_size_asked_for(pool: Pool) -> None:
 
 
 def process_and_random() -> tuple[int, float]:
+    assert os.environ["WORLD_SIZE"] == "2"
+    assert "LEFT_BEHIND" not in os.environ
+    os.environ["LEFT_BEHIND"] = "1"
     return os.getpid(), float(torch.rand(()))
 
 
-def test_the_processes_stay_and_the_seed_is_new(pool: Pool) -> None:
+def test_the_processes_stay_and_begin_anew(pool: Pool) -> None:
     first, second = pool(2, process_and_random), pool(2, process_and_random)
     assert first == second
     assert first[0][0] != first[1][0]

@@ -30,8 +30,8 @@ def optimizer_of(kind: str, model: SmallModel, **kwargs: Any) -> tuple[torch.opt
     """An optimizer, and what keeps the state of PATS."""
     if kind == "attached":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        return optimizer, PATS(optimizer, **NOISE, **kwargs)
-    optimizer = PATSAdamW(model.parameters(), lr=1e-2, sensitivity=kind, **NOISE, **kwargs)
+        return optimizer, PATS(optimizer, **{**NOISE, **kwargs})
+    optimizer = PATSAdamW(model.parameters(), lr=1e-2, sensitivity=kind, **{**NOISE, **kwargs})
     return optimizer, optimizer
 
 

@@ -1,0 +1,89 @@
+"""A check for who wants to see that replicas never drift: a debugging aid, for no step needs it."""
+
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from pats_kernels.distributed import local
+from pats_kernels.optim import PATS
+from pats_kernels.state import parameter_names
+
+
+def check_replicas(optimizer: Optimizer | PATS, group: dist.ProcessGroup | None = None) -> None:
+    """Makes sure that replicas have the same bits: parameters, and all state of the optimizer or of PATS.
+
+    Costs a pass over the memory, and two small all-reduces a process group; every process has to call it.
+
+    Args:
+        optimizer: a `PATSAdamW`, any other optimizer, or the `PATS` attached to one.
+        group: the processes that hold replicas of plain tensors; None: all. DTensors know theirs.
+
+    Raises:
+        RuntimeError: on all of a group's processes, naming the first tensor that is not the same on them.
+    """
+    owner = optimizer.optimizer if isinstance(optimizer, PATS) else optimizer
+    states = [owner.state, *([optimizer.state] if isinstance(optimizer, PATS) else [])]
+    everyone = group or dist.distributed_c10d._get_default_group()
+    entries: dict[dist.ProcessGroup, list[tuple[str, Tensor]]] = {}
+    for param, name in parameter_names(owner.param_groups).items():
+        tensors: dict[str, Any] = {name: param}
+        for state in states:
+            tensors |= {f"{key} of {name}": value for key, value in state.get(param, {}).items()}
+        for label, tensor in tensors.items():
+            if isinstance(tensor, Tensor):
+                digest = _digest(local(tensor))
+                for replicas in _replica_groups(tensor, everyone):
+                    entries.setdefault(replicas, []).append((label, digest))
+    for replicas, labelled in entries.items():
+        labels, digests = zip(*labelled, strict=True)
+        device = (
+            torch.device("cuda") if "cpu:" not in dist.get_backend_config(replicas) else torch.device("cpu")
+        )
+        low = torch.stack([digest.to(device) for digest in digests])
+        high = low.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=replicas)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=replicas)
+        different = (low != high).nonzero().flatten().tolist()
+        if different:
+            raise RuntimeError(
+                f"replicas have drifted apart: {labels[different[0]]} is not the same on all of "
+                f"{dist.get_world_size(replicas)} processes, nor are {len(different) - 1} other tensors"
+            )
+
+
+def watch_replicas(
+    optimizer: Optimizer | PATS, every: int = 100, group: dist.ProcessGroup | None = None
+) -> RemovableHandle:
+    """`check_replicas` after every so many steps, until the handle's `remove()`."""
+    owner = optimizer.optimizer if isinstance(optimizer, PATS) else optimizer
+    steps = count(1)
+
+    def check(*_: Any) -> None:
+        if next(steps) % every == 0:
+            check_replicas(optimizer, group)
+
+    return owner.register_step_post_hook(check)
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """A number, int64, that depends on every bit of a tensor and on where it stands."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().flatten().view(integers[tensor.element_size()]).to(torch.int64)
+    odd = 2 * torch.arange(bits.numel(), device=bits.device) + 1
+    return (
+        (bits + odd) * (odd * -0x61C8864680B583EB)
+    ).sum()  # the golden ratio's 64 bits, as Philox has its 32
+
+
+def _replica_groups(tensor: Tensor, everyone: dist.ProcessGroup) -> list[dist.ProcessGroup]:
+    """The groups whose processes hold the same as this one."""
+    if not isinstance(tensor, DTensor):
+        return [everyone]
+    mesh = tensor.device_mesh
+    return [mesh.get_group(dim) for dim, p in enumerate(tensor.placements) if p.is_replicate()]
