@@ -2,8 +2,9 @@
 // makes the very same source a program that tests can run where there is no GPU.
 //
 // A block's threads are fibers, which one after another run as far as the next point where they wait for each
-// other. Every other round the last one goes first, so that what needs a barrier and has none shows. Blocks
-// run one after another. A vector access that is not aligned aborts, and so do threads that part ways.
+// other. Every other round the last one goes first, and in the next block it is the other rounds, so that what
+// needs a barrier and has none shows. Blocks run one after another. A vector access that is not aligned aborts,
+// and so do threads that part ways.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -90,7 +91,7 @@ inline void run_block(unsigned threads) {
     fiber.waits = 0, fiber.done = false;
     makecontext(&fiber.start, run, 0);
   }
-  for (bool backwards = true; !fibers[0].done; backwards = !backwards) {
+  for (bool backwards = block.x % 2 == 0; !fibers[0].done; backwards = !backwards) {
     for (unsigned i = 0; i < threads; ++i) {
       thread.x = backwards ? threads - 1 - i : i;
       switch_to(fibers[thread.x]);
