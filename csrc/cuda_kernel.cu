@@ -218,7 +218,11 @@ PATS_DEVICE bool step_group(const Does does, Phase phase, Uncertainty uncertaint
     if (does.sums) {
       sums.sens += e.S[j];
       sums.unc += e.U[j];
-      count_unless(finite, sums.nonfinite);
+      if constexpr (V == 4) {
+        count_unless(finite, sums.nonfinite);
+      } else {  // of 8 elements bfloat16's AdamW has two spills then
+        sums.nonfinite += !finite;
+      }
     }
     if (does.averages && phase == Phase::kAverages) e.S[j] = finite ? e.S[j] : negative(e.S[j]);
     any |= !finite;

@@ -52,7 +52,7 @@ def test_neither_stack_nor_spills(units: dict[tuple[str, bool], Compiled]) -> No
 def test_registers(units: dict[tuple[str, bool], Compiled], param: str, form: str, most: int) -> None:
     """As many blocks to a multiprocessor as csrc/cuda_kernel.cu, residents, means there to be."""
     for kernel, sass in units[param, False].items():
-        if kernel.state == param and kernel.form and (kernel.form == "pats") == (form == "pats"):
+        if kernel.common and kernel.state == param and (kernel.form == "pats") == (form == "pats"):
             assert sass.registers <= most, kernel
 
 
