@@ -1,11 +1,12 @@
 """What the compiler makes of the Triton kernels, on a machine with or without a GPU.
 
-    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100] [--json FILE]
+    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100] [--cuda] [--json FILE]
 
 Every form of the step is compiled offline for the architecture and its machine code is read: registers,
 stack, spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
 chunk's blocks counts once for each block, the others once for each chunk, so that the figure is what a
 thread really executes on full, aligned chunks, table look-ups and the reduction of the statistics included.
+With --cuda, where nvcc is, the same of the CUDA kernels (`benchmarks.nvcc`).
 """
 
 import argparse
@@ -128,16 +129,18 @@ def disassemble(cubin: bytes) -> Sass:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        code, usage = (_cuobjdump(option, file.name) for option in ("-sass", "-res-usage"))
-    instructions = [
-        (int(address, 16), text.strip())
-        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)
-    ]
+        code, usage = (cuobjdump(option, file.name) for option in ("-sass", "-res-usage"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    return Sass([i for i in instructions if not i[1].startswith("NOP")], int(registers), int(stack))
+    return Sass(instructions_of(code), int(registers), int(stack))
 
 
-def _cuobjdump(option: str, path: str) -> str:
+def instructions_of(code: str) -> list[tuple[int, str]]:
+    """Out of what cuobjdump prints, without those that only fill up."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)
+    return [(int(address, 16), text.strip()) for address, text in found if not text.startswith("NOP")]
+
+
+def cuobjdump(option: str, path: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     result = subprocess.run([str(tool), option, path], capture_output=True, text=True, check=True)
     return result.stdout + result.stderr
@@ -252,10 +255,15 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.codegen", description="What the compiler makes of the kernels."
     )
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels too, by nvcc")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     reports = [report(key, phase, options.arch) for key, phase in combinations()]
     reports.append(statistics_report(options.arch))
+    if options.cuda:
+        from benchmarks import nvcc
+
+        reports += nvcc.reports(options.arch)
     print_table(reports)
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}

@@ -27,12 +27,10 @@ PATS_INLINE float float_of(uint32_t bits) { return reinterpret<float>(bits); }
 constexpr uint32_t kInfinity = 0x7F800000u, kSign = 0x80000000u;
 constexpr uint64_t kInfinity64 = 0x7FF0000000000000u, kSign64 = 0x8000000000000000u;
 
-PATS_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
 PATS_INLINE bool is_finite(double x) { return (bits_of(x) & ~kSign64) < kInfinity64; }
 PATS_INLINE bool is_nan(float x) { return (bits_of(x) & ~kSign) > kInfinity; }
 PATS_INLINE bool is_negative(float x) { return bits_of(x) >= kSign; }
 PATS_INLINE bool is_negative(double x) { return bits_of(x) >= kSign64; }
-PATS_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
 PATS_INLINE double magnitude(double x) { return reinterpret<double>(bits_of(x) & ~kSign64); }
 PATS_INLINE float negative(float x) { return float_of(bits_of(x) | kSign); }
 PATS_INLINE double negative(double x) { return reinterpret<double>(bits_of(x) | kSign64); }
@@ -47,19 +45,46 @@ PATS_INLINE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-PATS_INLINE float square_root(float x) { return sqrtf(x); }
 PATS_INLINE double square_root(double x) { return sqrt(x); }
+PATS_INLINE double ratio(double a, double b) { return a / b; }
 
-// U(x) = (x + 1/2) 2^-32, and the same less one where x is in the upper half: the angle of a full turn,
-// from a signed conversion.
+#if defined(__CUDA_ARCH__)
+// A GPU's approximations, each one instruction; what is subnormal may be 0 to them.
+#define PATS_PTX(name, instruction)                 \
+  PATS_INLINE float name(float x) {                 \
+    float y;                                        \
+    asm(instruction " %0, %1;" : "=f"(y) : "f"(x)); \
+    return y;                                       \
+  }
+PATS_PTX(square_root, "sqrt.approx.ftz.f32")
+PATS_PTX(reciprocal, "rcp.approx.ftz.f32")
+PATS_PTX(log2_of, "lg2.approx.ftz.f32")
+PATS_PTX(cosine_of, "cos.approx.ftz.f32")
+PATS_PTX(sine_of, "sin.approx.ftz.f32")
+PATS_PTX(tanh_of, "tanh.approx.f32")
+
+PATS_INLINE bool is_finite(float x) { return fabsf(x) <= 0x1.fffffep127f; }
+PATS_INLINE float magnitude(float x) { return fabsf(x); }
+PATS_INLINE float larger(float a, float b) { return fmaxf(a, b); }
+PATS_INLINE float smaller(float a, float b) { return fminf(a, b); }
+PATS_INLINE float ratio(float a, float b) { return a * reciprocal(b); }
+#else
+PATS_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
+PATS_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
+PATS_INLINE float square_root(float x) { return sqrtf(x); }
+PATS_INLINE float ratio(float a, float b) { return a / b; }
+#endif
+
+// U(x) = (x + 1/2) 2^-32, and the same less one where x is in the upper half, in parts of a full turn: the
+// angle, from a signed conversion.
 template <class T>
 PATS_INLINE T unit(uint32_t x) {
   return static_cast<T>(x) * T(0x1p-32) + T(0x1p-33);
 }
 
 template <class T>
-PATS_INLINE T turn(uint32_t x) {
-  return static_cast<T>(static_cast<int32_t>(x)) * T(0x1p-32) + T(0x1p-33);
+PATS_INLINE T turn(uint32_t x, T full) {
+  return static_cast<T>(static_cast<int32_t>(x)) * (full * T(0x1p-32)) + full * T(0x1p-33);
 }
 
 // -2 ln(u) for u in (0, 1].
@@ -67,7 +92,7 @@ PATS_INLINE double minus_two_log(double u) { return -2.0 * log(u); }
 
 PATS_INLINE float minus_two_log(float u) {
 #if defined(__CUDA_ARCH__)
-  return -2.0f * __logf(u);
+  return -1.38629436f * log2_of(u);
 #else
   // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f P(f), minimax, 7e-6 relative, so
   // that the radius keeps its precision where u nears 1.
@@ -84,21 +109,30 @@ PATS_INLINE float minus_two_log(float u) {
 #endif
 }
 
-// scale * (cos, sin) of 2 pi y, for y in [-1/2, 1/2].
+// scale * (cos, sin) of an angle of half a turn at most, where a full turn is kTurn.
 template <class T>
 struct Circle {
+  static constexpr T kTurn = T(6.283185307179586476925);
   T scale;
   PATS_INLINE explicit Circle(T scale) : scale(scale) {}
-  PATS_INLINE void operator()(T y, T& cosine, T& sine) const {
-    const T angle = y * T(6.283185307179586476925);
+  PATS_INLINE void operator()(T angle, T& cosine, T& sine) const {
     cosine = scale * cos(angle);
     sine = scale * sin(angle);
   }
 };
 
-#if !defined(__CUDA_ARCH__)
 template <>
-struct Circle<float> {  // minimax polynomials, 8e-7 and 6e-6 absolute, with the scale in the coefficients
+struct Circle<float> {
+#if defined(__CUDA_ARCH__)
+  static constexpr float kTurn = 6.2831853f;
+  float scale;
+  PATS_INLINE explicit Circle(float scale) : scale(scale) {}
+  PATS_INLINE void operator()(float angle, float& cosine, float& sine) const {
+    cosine = scale * cosine_of(angle);
+    sine = scale * sine_of(angle);
+  }
+#else  // minimax polynomials, 8e-7 and 6e-6 absolute, with the scale in the coefficients
+  static constexpr float kTurn = 1.0f;
   float c0, c1, c2, c3, c4, c5, s0, s1, s2, s3, s4;
   PATS_INLINE explicit Circle(float scale)
       : c0(0.999999222f * scale), c1(-19.7389825f * scale), c2(64.9287266f * scale),
@@ -110,18 +144,20 @@ struct Circle<float> {  // minimax polynomials, 8e-7 and 6e-6 absolute, with the
     cosine = ((((c5 * y2 + c4) * y2 + c3) * y2 + c2) * y2 + c1) * y2 + c0;
     sine = y * ((((s4 * y2 + s3) * y2 + s2) * y2 + s1) * y2 + s0);
   }
-};
 #endif
+};
 
-// tanh(max(n / q, 0)) for q >= 0: 1 where q is 0 and n is not.
-PATS_INLINE double tanh_ratio(double n, double q) { return n > 0 ? tanh(n / q) : 0.0; }
+// tanh(max(k / q - gamma, 0)) for q >= 0: 1 where q is 0. Times q it is k - gamma q that decides.
+PATS_INLINE double open_gate(double k, double gamma, double q) {
+  const double n = k - gamma * q;
+  return n > 0 ? tanh(n / q) : 0.0;
+}
 
-PATS_INLINE float tanh_ratio(float n, float q) {
+PATS_INLINE float open_gate(float k, float gamma, float q) {
 #if defined(__CUDA_ARCH__)
-  float a;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(a) : "f"(__fdividef(larger(n, 0.0f), q)));
-  return a;
+  return tanh_of(larger(k * reciprocal(q) - gamma, 0.0f));
 #else
+  float n = k - gamma * q;
   // tanh(x) = x N(x^2) / D(x^2), cut off at 1: 6e-5 absolute on [0, 8]. With x = n / q both divisions
   // become one. The bounds on q keep its fifth power a float, those on n / q keep x in [0, 8].
   q = smaller(larger(q, 1e-6f), 1e6f);
@@ -135,14 +171,25 @@ PATS_INLINE float tanh_ratio(float n, float q) {
 
 // IEEE half and float, to nearest even.
 PATS_INLINE float float_of_half(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
+#else
   const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
   const uint32_t special = magnitude >= 0x7C00u ? 112u << 23 : 0u;  // infinity and NaN keep their exponent
   const uint32_t normal = (magnitude << 13) + (112u << 23) + special;
   const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return float_of(sign | (magnitude < 0x400u ? subnormal : normal));
+#endif
 }
 
 PATS_INLINE uint16_t half_of_float(float x) {
+#if defined(__CUDA_ARCH__)
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+#else
   const uint32_t sign = bits_of(x) >> 16 & 0x8000u, magnitude = bits_of(x) & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
   // Adding 1/2 leaves 2^-24, the spacing of subnormal halves, as the last bit: the sum is rounded to it.
@@ -150,6 +197,7 @@ PATS_INLINE uint16_t half_of_float(float x) {
   const uint32_t infinite = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? infinite : finite));
+#endif
 }
 
 // How a float is rounded to what its storage keeps: stochastically to bfloat16 (16 random bits are added,

@@ -9,7 +9,8 @@
 // and it might be one with instructions that the machine does not have.
 #include "cpu_kernel.h"
 
-#include "update.h"
+#include "step.h"
+#include "storage.h"
 
 namespace pats {
 namespace {
@@ -47,8 +48,8 @@ static inline void normals(const Draw& d, uint64_t group, const Circle<T>& circl
     const T r0 = square_root(minus_two_log(unit<T>(x[0][k])));
     const T r1 = square_root(minus_two_log(unit<T>(x[2][k])));
     T cos0, sin0, cos1, sin1;
-    circle(turn<T>(x[1][k]), cos0, sin0);
-    circle(turn<T>(x[3][k]), cos1, sin1);
+    circle(turn<T>(x[1][k], Circle<T>::kTurn), cos0, sin0);
+    circle(turn<T>(x[3][k], Circle<T>::kTurn), cos1, sin1);
     z[4 * k] = r0 * cos0;
     z[4 * k + 1] = r0 * sin0;
     z[4 * k + 2] = r1 * cos1;
@@ -83,7 +84,7 @@ static void normals(const Draw& d, const int64_t* numbers, const Circle<T>& circ
     const Words x = draw_one(d, numbers[i], 0);
     const bool second = numbers[i] & 2;
     T cosine, sine;
-    circle(turn<T>(second ? x.x3 : x.x1), cosine, sine);
+    circle(turn<T>(second ? x.x3 : x.x1, Circle<T>::kTurn), cosine, sine);
     z[i] = square_root(minus_two_log(unit<T>(second ? x.x2 : x.x0))) * (numbers[i] & 1 ? sine : cosine);
   }
 }
@@ -112,35 +113,19 @@ struct Block {
   const int64_t* numbers;  // of all its elements; null: they follow one another
 };
 
-// What a phase of a form does. The first phase of the exact normalization knows no means yet and writes
-// averages only; the second gives noise, and AdamW's step goes with it.
-template <Form kForm, Phase kPhase>
-struct Does {
-  static constexpr bool averages =
-      (kForm == Form::kPats || kForm == Form::kPatsAdamW) && kPhase != Phase::kNoise;
-  static constexpr bool moments =
-      kForm == Form::kMomentsAdamW || (kForm != Form::kPats && kPhase != Phase::kAverages);
-  static constexpr bool noise = kForm != Form::kAdamW && kPhase != Phase::kAverages;
-  static constexpr bool adamw = kForm != Form::kPats && kPhase != Phase::kAverages;
-  static constexpr bool sums = kForm != Form::kAdamW && kPhase != Phase::kNoise;
-  static constexpr bool reads_averages = kForm == Form::kPats || kForm == Form::kPatsAdamW;
-};
-
-// Between the two phases of the exact normalization the sign of S marks the elements whose sensitivity was
-// not finite: they get no noise, and the second phase need not read the gradient again to know them.
 template <class T, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
 __attribute__((noinline)) void update_block(const Constants<T>& constants, const AdamW<T>& adamw_constants,
                                             const Circle<T>& circle, const Draw& d, const Roundings& roundings,
                                             const Block<T>& block, Partial& partial) {
-  using Phases = Does<kForm, kPhase>;
-  constexpr bool kHasUnc = Phases::reads_averages && kUncertainty != Uncertainty::kNone;
+  constexpr Does kDoes = does(kForm, kPhase);
+  constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
   alignas(64) T z[kBlock];
   alignas(64) uint32_t bits[kBlock] = {};
   if (block.numbers) {
-    if (Phases::noise) normals(d, block.numbers, circle, z);
+    if (kDoes.noise) normals(d, block.numbers, circle, z);
     if (kRounds && roundings.draws) rounding_bits(d, block.numbers, bits);
   } else {
-    if (Phases::noise) normals(d, block.group, circle, z);
+    if (kDoes.noise) normals(d, block.group, circle, z);
     if (kRounds && roundings.draws) rounding_bits(d, block.group, bits);
   }
 
@@ -148,11 +133,11 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
   const AdamW<T> adam = adamw_constants;
   const Rounding round_param = roundings.param, round_state = roundings.state;
   // As they are stored: state narrower than double is always a float's, a double parameter a double's.
-  const auto state = [&](T x, int i) -> T {
-    return kRounds ? T(round_state(static_cast<float>(x), bits[i] >> 16)) : x;
+  const auto state = [&](T x, uint32_t random) -> T {
+    return kRounds ? T(round_state(static_cast<float>(x), random)) : x;
   };
-  const auto param = [&](T x, int i) -> T {
-    return kRounds && sizeof(T) == sizeof(float) ? T(round_param(static_cast<float>(x), bits[i])) : x;
+  const auto param = [&](T x, uint32_t random) -> T {
+    return kRounds && sizeof(T) == sizeof(float) ? T(round_param(static_cast<float>(x), random)) : x;
   };
   T* __restrict W = block.w;
   const T* __restrict G = block.g;
@@ -165,40 +150,26 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
 #pragma omp simd reduction(+ : sum_s, sum_u, nonfinite)
   for (int i = 0; i < kBlock; ++i) {
     T w = W[i], g = 0, m = 0, v = 0, s = 0, u = 0;
-    bool finite = true;
-    if (Phases::averages || Phases::moments) g = G[i] * c.grad_scale;
-    if (Phases::moments) {
-      m = M[i], v = V[i];
-      update_moments(adam, g, m, v);
-    }
-    if (Phases::reads_averages) {
-      s = S[i], u = kHasUnc ? U[i] : T(0);
-      if (Phases::averages) {
-        finite = update_averages<kUncertainty>(c, w, g, s, u);
-        s = state(s, i), u = state(u, i);
-        S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
-        if (kHasUnc) U[i] = u;
-      } else {
-        finite = !is_negative(s);
-        s = magnitude(s);
-      }
-    } else if (kForm == Form::kMomentsAdamW) {
-      finite = moments_sensitivity<kUncertainty>(adam, w, m, v, s, u);
-    }
-    if (Phases::sums) {
+    if (kDoes.averages || kDoes.moments) g = G[i];
+    if (kDoes.moments) m = M[i], v = V[i];
+    if (kDoes.reads_averages) s = S[i], u = kHasUnc ? U[i] : T(0);
+    const uint32_t random = bits[i] >> 16;
+    const T noise = kDoes.noise ? z[i] : T(0);
+    const bool finite = step(kDoes, kUncertainty, c, adam, state, random, noise, g, w, s, u, m, v);
+    if (kDoes.sums) {
       sum_s += s;
       sum_u += u;
     }
     nonfinite += !finite;
-    if (Phases::noise) w += (finite ? gate<kUncertainty>(c, s, u) : T(0)) * z[i];
-    if (Phases::adamw) {
-      w = adamw(adam, w, m, v);
-      M[i] = state(m, i);
-      V[i] = state(v, i);
+    if (kDoes.averages) S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
+    if (kDoes.averages && kHasUnc) U[i] = u;
+    if (kDoes.adamw) {
+      M[i] = state(m, random);
+      V[i] = state(v, random);
     }
-    if (Phases::noise || Phases::adamw) W[i] = param(w, i);
+    if (kDoes.noise || kDoes.adamw) W[i] = param(w, bits[i]);
   }
-  if (Phases::reads_averages && kPhase == Phase::kNoise && nonfinite > 0) {
+  if (kDoes.reads_averages && kPhase == Phase::kNoise && nonfinite > 0) {
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) S[i] = magnitude(S[i]);
   }
@@ -208,27 +179,6 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
 }
 
 // ---- storage: a block of it in the arithmetic's type, where it lies or in a buffer
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-struct Float16 {
-  uint16_t bits;
-};
-
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-static inline float widen(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-static inline float widen(Float16 x) { return float_of_half(x.bits); }
-
-// A float that goes to bfloat16 has been rounded already: its low half is zero, or it is NaN.
-static inline void narrow(double x, float& to) { to = static_cast<float>(x); }
-static inline void narrow(double x, double& to) { to = x; }
-static inline void narrow(float x, Bfloat16& to) {
-  to.bits = static_cast<uint16_t>((bits_of(x) >> 16) | (is_nan(x) ? 0x40u : 0u));
-}
-static inline void narrow(float x, Float16& to) { to.bits = half_of_float(x); }
 
 // Where each of a block's elements lies in an operand that is not contiguous, or what its number is.
 using Offsets = int64_t[kBlock];
@@ -289,11 +239,11 @@ template <class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase>
 Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimensions, const float* stats,
               uint32_t step, int64_t begin, int64_t end) {
   using T = decltype(widen(P{}));
-  using Phases = Does<kForm, kPhase>;
-  constexpr bool kHasUnc = Phases::reads_averages && kUncertainty != Uncertainty::kNone;
+  constexpr Does kDoes = does(kForm, kPhase);
+  constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
   constexpr bool kRounds = sizeof(T) != sizeof(S) || sizeof(T) != sizeof(P);
   const T grad_scale = static_cast<T>(kForm == Form::kPats ? args.grad_scale : args.grad_scale * row.grad_sign);
-  const Constants<T> c = constants<kUncertainty, T>(row, stats, grad_scale);
+  const Constants<T> c = constants<T>(kUncertainty, row, stats, grad_scale);
   const AdamW<T> adam = kForm == Form::kPats ? AdamW<T>{} : adamw_constants<T>(row, step);
   const Circle<T> circle(c.noise_scale);
   const Draw d{row.seed, static_cast<uint32_t>(row.tensor_id), step};
@@ -312,11 +262,11 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
     const int n = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
     Block<T> block{};
     block.w = w.load(row, dimensions, i, n);
-    if (Phases::averages || Phases::moments) block.g = g.load(row, dimensions, i, n);
-    if (Phases::reads_averages) block.S = s.load(row, dimensions, i, n);
+    if (kDoes.averages || kDoes.moments) block.g = g.load(row, dimensions, i, n);
+    if (kDoes.reads_averages) block.S = s.load(row, dimensions, i, n);
     if (kHasUnc) block.U = u.load(row, dimensions, i, n);
-    if (Phases::moments) block.m = m.load(row, dimensions, i, n);
-    if (Phases::moments) block.v = v.load(row, dimensions, i, n);
+    if (kDoes.moments) block.m = m.load(row, dimensions, i, n);
+    if (kDoes.moments) block.v = v.load(row, dimensions, i, n);
     block.group = static_cast<uint64_t>(row.offset + i) / 4;
     if (row.ndim > 0) {
       walk(row, dimensions, &Dimension::number, row.offset, i, n, numbers);
@@ -324,12 +274,12 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
     }
     Partial partial{0, 0, 0};
     update_block<T, kForm, kUncertainty, kPhase, kRounds>(c, adam, circle, d, roundings, block, partial);
-    const bool unmarks = Phases::reads_averages && kPhase == Phase::kNoise && partial.nonfinite > 0;
-    if (Phases::averages || unmarks) s.store(block.S, row, i, n);
-    if (Phases::averages && kHasUnc) u.store(block.U, row, i, n);
-    if (Phases::adamw) m.store(block.m, row, i, n);
-    if (Phases::adamw) v.store(block.v, row, i, n);
-    if (Phases::noise || Phases::adamw) w.store(block.w, row, i, n);
+    const bool unmarks = kDoes.reads_averages && kPhase == Phase::kNoise && partial.nonfinite > 0;
+    if (kDoes.averages || unmarks) s.store(block.S, row, i, n);
+    if (kDoes.averages && kHasUnc) u.store(block.U, row, i, n);
+    if (kDoes.adamw) m.store(block.m, row, i, n);
+    if (kDoes.adamw) v.store(block.v, row, i, n);
+    if (kDoes.noise || kDoes.adamw) w.store(block.w, row, i, n);
     total.sens += partial.sens;
     total.unc += partial.unc;
     total.nonfinite += partial.nonfinite;

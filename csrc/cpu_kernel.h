@@ -6,8 +6,6 @@
 
 namespace pats {
 
-enum class Storage { kFloat32, kBfloat16, kFloat16, kFloat64 };
-
 // What a launch's tensors have in common.
 struct LaunchArgs {
   Storage param, state;

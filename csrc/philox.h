@@ -27,6 +27,16 @@ using Lane = uint64_t;
 using Lane = uint32_t;
 #endif
 
+PATS_INLINE uint64_t product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t p;  // one instruction; of a product of 64-bit numbers nvcc adds up the halves that are zero too
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(a), "r"(b));
+  return p;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 // The words that are the same in all lanes of a loop (group_high, tensor_id, step) cost their rounds only
 // once: the compiler hoists them.
 PATS_INLINE Words philox4x32(Lane group_low, Lane group_high, Lane tensor_id, Lane step, uint64_t seed) {
@@ -34,8 +44,8 @@ PATS_INLINE Words philox4x32(Lane group_low, Lane group_high, Lane tensor_id, La
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   PATS_UNROLL
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t p0 = uint64_t{static_cast<uint32_t>(c0)} * 0xD2511F53u;
-    const uint64_t p1 = uint64_t{static_cast<uint32_t>(c2)} * 0xCD9E8D57u;
+    const uint64_t p0 = product(static_cast<uint32_t>(c0), 0xD2511F53u);
+    const uint64_t p1 = product(static_cast<uint32_t>(c2), 0xCD9E8D57u);
     c0 = static_cast<Lane>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<Lane>(p1);
     c2 = static_cast<Lane>(p0 >> 32) ^ c3 ^ k1;

@@ -4,7 +4,15 @@
 
 namespace pats {
 
-struct Row {
+// A float in the place of a double.
+struct alignas(8) Narrowed {
+  float value;
+  constexpr operator float() const { return value; }
+};
+
+// `Number` is double, or on a GPU `Narrowed`: an instruction in float64 may take as long there as 64 others.
+template <class Number>
+struct RowOf {
   void* param;
   const void* grad;
   void* sens;           // these and those that follow are null where a tensor has none
@@ -26,29 +34,33 @@ struct Row {
   int64_t tensor_id;
   int64_t step;         // t, where there is no counter
   uint64_t seed;
-  double noise_scale;   // where there is no noise_scale_tensor
-  double gamma;
-  double sens_beta;     // b_s, and 1 - b_s as a rate
-  double sens_rate;
-  double unc_beta;
-  double unc_rate;
-  double lr;            // where there is no lr_tensor
-  double weight_decay;
-  double decay;         // 1 - lr weight_decay
-  double eps;
-  double rate1;         // 1 - b_1
-  double beta2;
-  double rate2;
-  double log_beta1;
-  double log_beta2;
-  double grad_sign;     // -1: maximize
+  Number noise_scale;   // where there is no noise_scale_tensor
+  Number gamma;
+  Number sens_beta;     // b_s, and 1 - b_s as a rate
+  Number sens_rate;
+  Number unc_beta;
+  Number unc_rate;
+  Number lr;            // where there is no lr_tensor
+  Number weight_decay;
+  Number decay;         // 1 - lr weight_decay
+  Number eps;
+  Number rate1;         // 1 - b_1
+  Number beta2;
+  Number rate2;
+  Number log_beta1;
+  Number log_beta2;
+  Number grad_sign;     // -1: maximize
 };
+
+using Row = RowOf<double>;
 
 // A dimension of a tensor that is not contiguous, outermost first: strides in elements, the last one in the
 // unsharded tensor's row-major numbering.
 struct Dimension {
   int64_t size, param, grad, sens, unc, exp_avg, exp_avg_sq, number;
 };
+
+enum class Storage { kFloat32, kBfloat16, kFloat16, kFloat64 };
 
 enum class Uncertainty { kProduct, kUcb, kNone };
 

@@ -24,21 +24,22 @@ PATS_INLINE T reciprocal_mean(T mean) {
 }
 
 // `stats` are mean(S) and mean(U) of the state that the normalization asks for.
-template <Uncertainty kUncertainty, class T>
-PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_scale) {
-  constexpr bool kIsProduct = kUncertainty == Uncertainty::kProduct;
+template <class T, class Number>
+PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>& row, const float* stats,
+                                   T grad_scale) {
+  const bool is_product = uncertainty == Uncertainty::kProduct;
   const T mean_s = stats[0], mean_u = stats[1];
   const T gamma = static_cast<T>(row.gamma), k = larger(gamma, T(1));
-  const T importance = kUncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
-  const bool known = importance > 0 && (!kIsProduct || mean_u > 0);
-  const T noise_scale = static_cast<T>(row.noise_scale_tensor ? *row.noise_scale_tensor : row.noise_scale);
+  const T importance = uncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
+  const bool known = importance > 0 && (!is_product || mean_u > 0);
+  const T noise_scale = static_cast<T>(row.noise_scale_tensor ? *row.noise_scale_tensor : +row.noise_scale);
   return {grad_scale,
           static_cast<T>(row.sens_beta),
           static_cast<T>(row.unc_beta),
           static_cast<T>(row.sens_rate),
           static_cast<T>(row.unc_rate),
           reciprocal_mean(importance) * k,
-          kIsProduct ? reciprocal_mean(mean_u) : T(1),
+          is_product ? reciprocal_mean(mean_u) : T(1),
           gamma,
           k,
           known ? noise_scale : T(0)};
@@ -46,12 +47,12 @@ PATS_INLINE Constants<T> constants(const Row& row, const float* stats, T grad_sc
 
 // Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. `g` is unscaled. A
 // sensitivity that is not finite leaves both averages as they were.
-template <Uncertainty kUncertainty, class T>
-PATS_INLINE bool update_averages(const Constants<T>& c, T w, T g, T& S, T& U) {
+template <class T>
+PATS_INLINE bool update_averages(Uncertainty uncertainty, const Constants<T>& c, T w, T g, T& S, T& U) {
   const T s = magnitude(w * g);
   const bool finite = is_finite(s);
   const T S_new = c.sens_beta * S + c.sens_rate * s;
-  if (kUncertainty != Uncertainty::kNone) {
+  if (uncertainty != Uncertainty::kNone) {
     const T U_new = c.unc_beta * U + c.unc_rate * magnitude(s - S_new);
     U = finite ? U_new : U;
   }
@@ -60,12 +61,12 @@ PATS_INLINE bool update_averages(const Constants<T>& c, T w, T g, T& S, T& U) {
 }
 
 // Rows 4 and 5.
-template <Uncertainty kUncertainty, class T>
-PATS_INLINE T gate(const Constants<T>& c, T S, T U) {
+template <class T>
+PATS_INLINE T gate(Uncertainty uncertainty, const Constants<T>& c, T S, T U) {
   T q = S * c.sens_factor;
-  if (kUncertainty == Uncertainty::kProduct) q *= U * c.unc_factor;
-  if (kUncertainty == Uncertainty::kUcb) q = (S + U) * c.sens_factor;
-  return tanh_ratio(c.k - c.gamma * q, q);
+  if (uncertainty == Uncertainty::kProduct) q *= U * c.unc_factor;
+  if (uncertainty == Uncertainty::kUcb) q = (S + U) * c.sens_factor;
+  return open_gate(c.k, c.gamma, q);
 }
 
 // torch.optim.AdamW's constants, for moments without their bias corrections:
@@ -78,19 +79,23 @@ struct AdamW {
   T root_factor, m_factor;       // sqrt(v^) = root_factor sqrt(v), v^ - m^^2 = root_factor^2 (v - (m_factor m)^2)
 };
 
-template <class T>
-PATS_INLINE AdamW<T> adamw_constants(const Row& row, uint32_t step) {
-  const double lr = row.lr_tensor ? *row.lr_tensor : row.lr;
-  const double correction1 = -expm1(step * row.log_beta1), correction2 = -expm1(step * row.log_beta2);
-  const double root2 = sqrt(correction2);
+// Computed in the type of the row's numbers: where they are floats each is right to a few roundings, and so
+// is what comes of them, expm1 included.
+template <class T, class Number>
+PATS_INLINE AdamW<T> adamw_constants(const RowOf<Number>& row, uint32_t step) {
+  using N = decltype(+row.lr);
+  const N lr = row.lr_tensor ? *row.lr_tensor : +row.lr, t = static_cast<N>(step);
+  const N correction1 = -expm1(t * row.log_beta1), correction2 = -expm1(t * row.log_beta2);
+  const N root2 = sqrt(correction2);
+  const N above_one = N(1) + (sizeof(T) == sizeof(double) ? N(0x1p-49) : N(0x1p-20));
   return {static_cast<T>(row.rate1),
           static_cast<T>(row.beta2),
           static_cast<T>(row.rate2),
-          static_cast<T>(row.lr_tensor ? 1.0 - lr * row.weight_decay : row.decay),
+          static_cast<T>(row.lr_tensor ? N(1) - lr * row.weight_decay : +row.decay),
           static_cast<T>(lr * root2 / correction1),
           static_cast<T>(row.eps * root2),
-          static_cast<T>(1.0 / root2),
-          static_cast<T>((1.0 + (sizeof(T) == sizeof(double) ? 0x1p-49 : 0x1p-20)) * root2 / correction1)};
+          static_cast<T>(N(1) / root2),
+          static_cast<T>(above_one * root2 / correction1)};
 }
 
 // Row 7.
@@ -100,16 +105,17 @@ PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
   v = c.beta2 * v + c.rate2 * (g * g);
 }
 
-// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few roundings:
-// m_factor, by more than that too large, puts it below 0, so that these do not decide who gets noise.
-template <Uncertainty kUncertainty, class T>
-PATS_INLINE bool moments_sensitivity(const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
+// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few
+// roundings: m_factor, by more than that too large, puts it below 0, so that these do not decide who gets
+// noise.
+template <class T>
+PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
   const T scale = magnitude(w) * c.root_factor, scaled_m = c.m_factor * m;
   const T s = scale * square_root(v);
   const bool finite = is_finite(s);
   S = finite ? s : T(0);
   U = 0;
-  if (kUncertainty != Uncertainty::kNone) {
+  if (uncertainty != Uncertainty::kNone) {
     const T u = scale * square_root(larger(v - scaled_m * scaled_m, T(0)));
     U = finite ? u : T(0);
   }
@@ -119,7 +125,7 @@ PATS_INLINE bool moments_sensitivity(const AdamW<T>& c, T w, T m, T v, T& S, T& 
 // Row 8.
 template <class T>
 PATS_INLINE T adamw(const AdamW<T>& c, T w, T m, T v) {
-  return c.decay * w - c.step_size * m / (square_root(v) + c.eps);
+  return c.decay * w - ratio(c.step_size * m, square_root(v) + c.eps);
 }
 
 }  // namespace pats

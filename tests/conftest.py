@@ -22,6 +22,8 @@ BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager
 REHEARSAL = os.environ.get("PATS_GPU_REHEARSAL") == "1"  # of tests/gpu, on the CPU: tests/gpu/device.py
 
 collect_ignore = [] if torch.cuda.is_available() or REHEARSAL else ["gpu"]
+if INTERPRETED:
+    collect_ignore.append("test_cuda_emulation.py")  # proves another backend, once
 
 settings.register_profile(
     "pats",

@@ -38,7 +38,7 @@ class Tolerance(NamedTuple):
     gate: float = 1e-3
 
 
-TOLERANCES = {"eager": Tolerance(z=5e-7, gate=5e-7), "cpp": Tolerance(), "triton": Tolerance()}
+TOLERANCES = {"eager": Tolerance(z=5e-7, gate=5e-7)} | dict.fromkeys(("cpp", "triton", "cuda"), Tolerance())
 
 Layout = Callable[[tuple[int, ...], torch.dtype], Tensor]
 

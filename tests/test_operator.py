@@ -62,8 +62,8 @@ def test_tables_of_another_version(arguments: list[Any], which: int) -> None:
 
 
 def test_the_row_is_the_same_in_both_languages() -> None:
-    """The fields of csrc/table.h's Row, in their order, are the names of `Column`."""
-    struct = re.search(r"struct Row \{(.*?)\};", (CSRC / "table.h").read_text(), re.DOTALL)
+    """The fields of csrc/table.h's RowOf, in their order, are the names of `Column`."""
+    struct = re.search(r"struct RowOf \{(.*?)\};", (CSRC / "table.h").read_text(), re.DOTALL)
     assert struct is not None
     fields = re.findall(r"^\s*[\w ]+?[ *]+(\w+);", struct.group(1), re.MULTILINE)
     assert fields == [column.name.lower() for column in Column]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pats_kernels.backends import eager, native, triton
+from pats_kernels.backends import cuda, eager, native, triton
 from pats_kernels.plan import Batch, Launch, Phase
 
 Step = Callable[[Launch, Batch, Phase, Tensor | None, Tensor | None], None]
@@ -25,8 +25,8 @@ class Backend(NamedTuple):
 AUTO = "auto"
 _BACKENDS = {  # in the order in which "auto" prefers them
     "triton": Backend(triton.unavailable, triton.step_),
-    "cuda": Backend(native.cuda_unavailable, native.step_),
-    "cpp": Backend(native.cpp_unavailable, native.step_),
+    "cuda": Backend(cuda.unavailable, cuda.step_),
+    "cpp": Backend(native.unavailable, native.step_),
     "eager": Backend(eager.unavailable, eager.step_),
 }
 NAMES = (AUTO, *_BACKENDS)

@@ -1,4 +1,4 @@
-"""The compiled extension (csrc/): one operator, `torch.ops.pats_kernels.step_`, over the plan's tables."""
+"""The compiled extension (csrc/) on the CPU: `torch.ops.pats_kernels.step_`, over the plan's tables."""
 
 import importlib
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from pats_kernels.plan import Batch, Launch, Phase, are_counters
 
-_MISSING = None
+MISSING: str | None = None  # why there is no extension
 try:
     importlib.import_module("pats_kernels._C")  # registers the operator
 except ImportError as error:
-    _MISSING = f"the C++ extension could not be loaded ({error}); reinstall with a C++17 compiler at hand"
+    MISSING = f"the C++ extension could not be loaded ({error}); reinstall with a C++17 compiler at hand"
 else:
 
     @torch.library.register_fake("pats_kernels::step_")
@@ -20,14 +20,10 @@ else:
         """Updates its arguments in place and returns nothing: there is no output to describe."""
 
 
-def cpp_unavailable(device: torch.device) -> str | None:
-    if _MISSING is not None:
-        return _MISSING
+def unavailable(device: torch.device) -> str | None:
+    if MISSING is not None:
+        return MISSING
     return None if device.type == "cpu" else f"it runs on the CPU, not on {device.type}"
-
-
-def cuda_unavailable(device: torch.device) -> str | None:
-    return _MISSING or "this build of the C++ extension has no CUDA kernel"
 
 
 def step_(

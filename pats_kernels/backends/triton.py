@@ -9,11 +9,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pats_kernels.backends.tables import DeviceTables
+from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase, chunk_table
 
 kernels: Any = None
@@ -92,7 +91,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
     tuning = _tuning[-1]
     place = "triton", tuning
     if place not in launch.cache:
-        launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, _pack), _groups(launch, tuning))
+        launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, narrowed), _groups(launch, tuning))
     tables, groups = launch.cache[place].tables.current(launch), launch.cache[place].groups
     constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
     if launch.key.device.type == "cuda" and torch.version.hip is None:
@@ -222,12 +221,3 @@ def _approximate(launch: Launch) -> bool:
         return False
     capable = torch.cuda.get_device_capability(launch.key.device) >= (7, 5)
     return capable and launch.key.param_dtype != torch.float64
-
-
-def _pack(launch: Launch, packed: np.ndarray) -> None:
-    """The table with its numbers in what the kernel computes in: on many GPUs an instruction in float64, a
-    conversion even, takes as long as 64 others."""
-    np.copyto(packed, launch.table)
-    if launch.key.param_dtype != torch.float64:
-        numbers = launch.table.view(np.float64)[:, Column.NOISE_SCALE :]
-        packed.view(np.float32)[:, 2 * Column.NOISE_SCALE :: 2] = numbers

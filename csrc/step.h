@@ -1,0 +1,55 @@
+// What a step does to one element, once for the CPU's loop and for CUDA's threads: the formula is in
+// update.h, and here is which of its rows a phase of a form takes, and in which order.
+#pragma once
+#include "update.h"
+
+namespace pats {
+
+// The first phase of the exact normalization knows no means yet and writes averages only; the second gives
+// noise, and AdamW's step goes with it. Values, not templates: constants where the form is one, else not.
+struct Does {
+  bool reads_averages, averages, from_moments, moments, noise, adamw, sums;
+};
+
+PATS_INLINE constexpr Does does(Form form, Phase phase) {
+  const bool first = phase == Phase::kAverages, second = phase == Phase::kNoise;
+  const bool kept = form == Form::kPats || form == Form::kPatsAdamW;
+  const bool from_moments = form == Form::kMomentsAdamW;
+  return {kept,
+          kept && !second,
+          from_moments,
+          from_moments || (form != Form::kPats && !first),
+          form != Form::kAdamW && !first,
+          form != Form::kPats && !first,
+          form != Form::kAdamW && !second};
+}
+
+// What the form does not have is not looked at. `stored` rounds S and U as their storage will, with `random`;
+// `noise` is noise_scale z. Returns whether the sensitivity is finite. Between the two phases of the exact
+// normalization the sign of S marks the elements where it was not: they get no noise, and the second phase
+// need not read the gradient again to know them. (Of a struct of these numbers GCC would not vectorize the
+// loop.)
+template <class T, class Stored>
+PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<T>& c, const AdamW<T>& adam,
+                      const Stored& stored, uint32_t random, T noise, T g, T& w, T& S, T& U, T& m, T& v) {
+  bool finite = true;
+  g *= c.grad_scale;
+  if (does.moments) update_moments(adam, g, m, v);
+  if (does.averages) {
+    finite = update_averages(uncertainty, c, w, g, S, U);
+    S = stored(S, random), U = stored(U, random);
+  } else if (does.reads_averages) {
+    finite = !is_negative(S);
+    S = magnitude(S);
+  } else if (does.from_moments) {
+    finite = moments_sensitivity(uncertainty, adam, w, m, v, S, U);
+  }
+  if (does.noise) {
+    const T noised = w + gate(uncertainty, c, S, U) * noise;
+    w = finite ? noised : w;
+  }
+  if (does.adamw) w = adamw(adam, w, m, v);
+  return finite;
+}
+
+}  // namespace pats

@@ -1,0 +1,68 @@
+"""The CUDA backend: the extension's kernels (csrc/cuda_kernel.cu) over a launch's tables on the device."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pats_kernels.backends import native
+from pats_kernels.backends.tables import DeviceTables, narrowed
+from pats_kernels.plan import Batch, Column, Launch, Phase
+
+CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
+
+
+def built() -> bool:
+    """Whether the extension has the CUDA kernels."""
+    return hasattr(torch.ops.pats_kernels, "launch_")
+
+
+if built():
+
+    @torch.library.register_fake("pats_kernels::launch_")
+    def _(*_arguments: object) -> None:
+        """Updates what its tables name and returns nothing: there is no output to describe."""
+
+
+def unavailable(device: torch.device) -> str | None:
+    if native.MISSING is not None:
+        return native.MISSING
+    if not built():
+        return (
+            "the C++ extension was built without CUDA; reinstall with nvcc and a CUDA build of torch at hand"
+        )
+    if device.type != "cuda":
+        return f"it runs on GPUs, not on {device.type}"
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
+def step_(
+    launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One call, which starts the phase's kernels on the current stream."""
+    device = launch.key.device
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    ):  # on the CPU: emulated, in tests
+        _start(launch, phase, grad_scale, found_inf)
+
+
+def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if "cuda" not in launch.cache:
+        plain = bool(np.any(launch.table[:, Column.STATS] == 0))
+        launch.cache["cuda"] = DeviceTables(launch, CHUNK, narrowed), plain
+    tables, plain = launch.cache["cuda"]
+    key, variant = launch.key, launch.key.variant
+    torch.ops.pats_kernels.launch_(
+        *tables.current(launch),
+        key.param_dtype,
+        key.state_dtype,
+        variant.form,
+        variant.uncertainty,
+        phase,
+        variant.stochastic_rounding,
+        plain,
+        grad_scale,
+        found_inf,
+    )

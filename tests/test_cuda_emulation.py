@@ -1,0 +1,167 @@
+"""The CUDA kernels' own source, run on the CPU, against the oracle: that they index right needs no GPU.
+
+tests/cuda_emulation/ stands in for CUDA: threads are fibers, barriers and shuffles really wait. What it
+cannot show is the GPU's approximate instructions (tests/gpu/) and what the compiler makes of it
+(test_cuda_build.py).
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# What every backend has to pass, here with the fixture of this file.
+from test_adamw import (  # noqa: F401
+    test_a_learning_rate_on_the_device,
+    test_a_noise_scale_on_the_device,
+    test_groups_of_all_kinds_share_a_launch,
+    test_hyperparameters_of_adamw,
+    test_it_is_pats_attached_to_adamw,
+)
+from test_adamw import test_anything as test_adamw_with_anything  # noqa: F401
+from test_adamw import test_layouts as test_adamw_layouts  # noqa: F401
+from test_adamw import test_nonfinite_gradients as test_adamw_nonfinite_gradients  # noqa: F401
+from test_adamw import test_round_to_nearest as test_adamw_round_to_nearest  # noqa: F401
+from test_adamw import test_shapes as test_adamw_shapes  # noqa: F401
+from test_adamw import test_variants as test_adamw_variants  # noqa: F401
+from test_backends import (  # noqa: F401
+    test_a_sensitivity_that_overflows_never_enters,
+    test_anything,
+    test_bfloat16_is_held_to_the_bit,
+    test_big_tensor,
+    test_counters,
+    test_found_inf_changes_nothing,
+    test_grad_scale,
+    test_hyperparameters_of_each_tensor,
+    test_late_steps,
+    test_layouts,
+    test_loss_scale_changes_nothing,
+    test_mixed_layouts,
+    test_mixed_layouts_in_one_launch,
+    test_nonfinite_gradients,
+    test_nonfinite_gradients_everywhere,
+    test_offsets_beyond_31_bits,
+    test_round_to_nearest,
+    test_shapes,
+    test_variants,
+)
+from test_rounding import (  # noqa: F401
+    test_each_element_has_its_own_bits,
+    test_every_store_is_the_model,
+    test_the_bits_are_those_of_seed_step_and_tensor,
+)
+from test_shards import (  # noqa: F401
+    test_a_share_that_is_not_counted,
+    test_an_empty_shard_has_an_empty_share,
+    test_parts_are_what_the_whole_is,
+    test_the_noise_is_that_of_the_numbers,
+)
+from torch import Tensor
+
+from pats_kernels import backends
+from pats_kernels.backends import cuda, native
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+    pytest.mark.xdist_group("cuda emulation"),  # compiled in one of xdist's processes
+]
+ROOT = Path(__file__).parent.parent
+DTYPES = {
+    torch.float32: "float",
+    torch.bfloat16: "Bfloat16",
+    torch.float16: "Float16",
+    torch.float64: "double",
+}
+# In the order of csrc/table.h's enums.
+STORAGES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FORMS = ["pats", "pats_adamw", "moments_adamw"]
+UNCERTAINTIES = ["product", "ucb", "none"]
+PHASES = ["one_pass", "averages", "noise"]
+
+
+def compiled(dtype: torch.dtype, folder: Path) -> Any:
+    """The kernels for parameters of `dtype` as a function of the host's."""
+    library = folder / f"{DTYPES[dtype]}.so"
+    command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += ["-shared", "-fPIC", f"-DPATS_PARAM={DTYPES[dtype]}", "-DPATS_LAUNCH=launch_it"]
+    command += [f"-I{ROOT / 'tests' / 'cuda_emulation'}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(
+        [*command, str(ROOT / "tests/cuda_emulation/emulation.cpp"), "-o", str(library)], check=True
+    )
+    return ctypes.CDLL(str(library)).launch
+
+
+@pytest.fixture(scope="session")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """ "cuda", on the CPU: the operator that csrc/cuda.cpp defines, with the emulated kernels behind it."""
+    folder = tmp_path_factory.mktemp("cuda_emulation")
+    with ThreadPoolExecutor(2) as pool:
+        kernels = dict(zip(DTYPES, pool.map(lambda dtype: compiled(dtype, folder), DTYPES), strict=True))
+
+    def launch_(
+        table: Tensor,
+        layout: Tensor,
+        chunks: Tensor,
+        starts: Tensor,
+        partials: Tensor,
+        param_dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        form: str,
+        uncertainty: str,
+        phase: str,
+        stochastic_rounding: bool,
+        plain: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        enums = (STORAGES.index(state_dtype), FORMS.index(form), UNCERTAINTIES.index(uncertainty))
+        flags = (PHASES.index(phase), stochastic_rounding, len(layout) > 0, plain)
+        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (table, layout, chunks, starts, partials)]
+        sizes = (ctypes.c_int64(len(chunks)), ctypes.c_int64(len(table)))
+        scaler = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (grad_scale, found_inf)]
+        partials.fill_(torch.nan)  # nothing may rely on what an earlier launch left there
+        assert kernels[param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
+
+    library = torch.library.Library("pats_kernels", "FRAGMENT")
+    if not cuda.built():
+        library.define(schema())
+    library.impl("launch_", launch_, "CPU")
+    own = backends._BACKENDS["cuda"]
+    backends._BACKENDS["cuda"] = backends.Backend(lambda device: None, cuda.step_)
+    backends._choose.cache_clear()
+    yield "cuda"
+    backends._BACKENDS["cuda"] = own
+    backends._choose.cache_clear()
+    library._destroy()
+
+
+def schema() -> str:
+    source = (ROOT / "csrc" / "cuda.cpp").read_text()
+    definition = re.search(r"library\.def\((.*?)\);", source, re.DOTALL)
+    assert definition is not None
+    return "".join(re.findall(r'"(.*?)"', definition.group(1)))
+
+
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reason each: no extension, one without CUDA, another device, no GPU."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "built", lambda: False)
+    assert "built without CUDA" in str(cuda.unavailable(gpu))
+    monkeypatch.setattr(cuda, "built", lambda: True)
+    assert cuda.unavailable(cpu) == "it runs on GPUs, not on cpu"
+    assert cuda.unavailable(gpu) == "there is no GPU"
+    monkeypatch.setattr(native, "MISSING", "no extension")
+    assert cuda.unavailable(gpu) == "no extension"
+
+
+def test_the_chunk_is_the_same_in_both_languages() -> None:
+    header = (ROOT / "csrc" / "cuda_kernel.h").read_text()
+    assert re.findall(r"kChunk = (\d+);", header) == [str(cuda.CHUNK)]
