@@ -327,7 +327,7 @@ PATS_DEVICE void write_partials(const CudaLaunch& launch, const Sums<T>& sums, S
 constexpr int residents(Form form, bool common, bool wide, bool low_precision) {
   if (wide) return 3;
   if (low_precision) return form == Form::kPats ? 5 : common ? 4 : 3;
-  return form == Form::kPats ? 8 : 6;
+  return form == Form::kPats ? 8 : common ? 6 : 5;
 }
 
 // Of contiguous tensors, those with noise; of form kAdamW those without. kCommon: with the uncertainty and
