@@ -101,7 +101,12 @@ def run(case: Case, how: str | None) -> dict[str, Tensor]:
         for param in model.unused.parameters():
             nn.init.ones_(param)
     wrapped = spread(model, how, case)
-    optimizer, keeper = optimizer_of(case.kind, model, **case.kwargs)
+    optimizer: Any
+    if case.kind == "attached, fused":  # torch's own optimizer that a GradScaler leaves unscaling to
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        keeper: Any = PATS(optimizer, **NOISE, **case.kwargs)
+    else:
+        optimizer, keeper = optimizer_of(case.kind, model, **case.kwargs)
     group: dict[str, Any] = optimizer.param_groups[0]
     held_back = [group["params"].pop() for _ in range(2)] if case.added is not None else []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=case.scaler)
@@ -179,6 +184,8 @@ CASES = {
     "skipped step, exact": (Case(kwargs=EXACT, scaler=True, poison=2), ["fsdp"]),
     "skipped first step, moments": (Case("moments", scaler=True, poison=0), ["fsdp"]),
     "skipped step, attached": (Case("attached", scaler=True, poison=2), ["fsdp"]),
+    "skipped step, fused": (Case("attached, fused", scaler=True, poison=2), ["fsdp"]),
+    "skipped step, fused, exact": (Case("attached, fused", EXACT, scaler=True, poison=2), ["fsdp"]),
 }
 
 
