@@ -231,6 +231,7 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], list[Placement]]] = {  # of 4 proce
     "hybrid": ((2, 2), [Replicate(), Shard(0)]),
     "both": ((2, 2), [Shard(0), Shard(0)]),
     "last": ((4,), [Shard(-1)]),
+    "two meshes": ((2, 1, 2), [Replicate(), Shard(0)]),  # of two processes each, both of the same tensors
 }
 
 
@@ -240,7 +241,9 @@ def rounded(kind: str, steps: int, placing: str | None, normalization: str) -> l
     values = [torch.randn(shape, generator=random).to(torch.bfloat16) for shape in SHAPES]
     grads = [[torch.randn(s, generator=random).to(torch.bfloat16) for s in SHAPES] for _ in range(steps)]
     shape, placements = PLACEMENTS[placing or "rows"]
-    mesh = init_device_mesh("cpu", shape) if placing else None
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc")[: len(shape)]) if placing else None
+    if mesh is not None and placing == "two meshes":
+        mesh = mesh["b", "c"]
 
     def placed(value: Tensor) -> Tensor:
         if mesh is None:
@@ -377,11 +380,10 @@ class Witnessed:
         return self.work.wait()
 
 
-def messages(kind: str, normalization: str) -> list[list[str]]:
+def messages(kind: str, normalization: str, how: str) -> list[list[str]]:
     """What happens in each step of ours, and in `state_dict` after the last."""
-    model: Any = small_model()
-    for module in (model.first, model.second, model):
-        fully_shard(module)
+    model = small_model()
+    spread(model, how, Case())
     optimizer, keeper = optimizer_of(kind, model, normalization=normalization)
     steps: list[list[str]] = []
     original = dist.all_reduce
@@ -402,12 +404,13 @@ def messages(kind: str, normalization: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "moments"])
-def test_one_message_a_step(pool: Pool, kind: str) -> None:
+@pytest.mark.parametrize("how", ["fsdp", "hsdp"])
+def test_one_message_a_step(pool: Pool, how: str, kind: str) -> None:
     """Delayed, it is under way until the next step begins."""
     send = f"send ({len(list(small_model().parameters()))}, 2)"
-    for steps in pool(2, messages, kind, "delayed"):
+    for steps in pool(4, messages, kind, "delayed", how):
         assert steps == [[send], ["wait", send], ["wait", send], ["wait"]]
-    for steps in pool(2, messages, kind, "exact"):
+    for steps in pool(4, messages, kind, "exact", how):
         assert steps == [[send, "wait"]] * 3 + [[]]
 
 
