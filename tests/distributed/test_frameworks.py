@@ -210,7 +210,8 @@ def mixed(kind: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     optimizer, keeper = optimizer_of(kind, model, **kwargs)
     for step in range(STEPS):
         loss_of(model, step).backward()
-        assert all(param.grad.dtype == param.dtype == torch.float32 for param in model.parameters())
+        params: list[Any] = list(model.parameters())
+        assert all(param.grad.dtype == param.dtype == torch.float32 for param in params)
         optimizer.step()
         optimizer.zero_grad()
     keeper.state_dict()
@@ -308,7 +309,8 @@ def sequence_parallel(kind: str | None, kwargs: dict[str, Any]) -> tuple[dict[st
     seen: set[str] = set()
     for step in range(STEPS):
         loss_of(model, step).backward()
-        for param in model.parameters():
+        params: list[Any] = list(model.parameters())
+        for param in params:
             if isinstance(param.grad, DTensor) and param.grad.placements != param.placements:
                 seen |= {type(p).__name__ for p in param.grad.placements}
         optimizer.step()
