@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from pats_kernels.hyperparameters import Hyperparameters, hyperparameters
 from pats_kernels.optim import PATS
+from pats_kernels.plan import is_dtensor
 from pats_kernels.reference import arithmetic_dtype, gate, moments_sensitivity
 from pats_kernels.state import parameter_names
 
@@ -164,7 +165,8 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
     sensitivity="moments" S and U are of the weights as they are now, after AdamW's step.
 
     Nothing waits for the device. Tensors are read in pieces, so the memory it takes does not grow with them;
-    those that are not contiguous are copied.
+    those that are not contiguous are copied. Of sharded parameters each process reads what it holds, waits
+    for the last step's means and adds up with the others: all of them have to call it.
 
     Args:
         source: a `PATS` or a `PATSAdamW`.
@@ -173,15 +175,26 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
         TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
     """
     groups = _optimizer(source).param_groups
+    if any(is_dtensor(type(param)) for param in source.state):
+        source.state_dict()  # waits for the means
     gates: list[Tensor] = []  # of each tensor: sum of a, number of a > 0
+    sharded: list[tuple[Tensor, Tensor]] = []  # the parameter, and that of its part
     numel = 0
     for group in groups:
         values = hyperparameters(group, source.defaults)
         for param in group["params"]:
             state = source.state.get(param, {})
             if values.noisy and "sens_stats" in state:
-                gates.append(_gate_sums(_gates(param, state, group, values), param.device))
+                sums = _gate_sums(_gates(param, state, group, values), param.device)
+                if is_dtensor(type(param)):
+                    sharded.append((param, sums))
+                else:
+                    gates.append(sums)
                 numel += param.numel()
+    if sharded:
+        from pats_kernels.distributed import sums_over_shards  # only where there are some
+
+        gates += sums_over_shards(sharded)
     if not gates:
         return GateSummary(torch.tensor(torch.nan), torch.tensor(torch.nan), 0)
     device = gates[0].device
@@ -211,6 +224,7 @@ def _gates(
         corrections = []
         S = state["exp_avg_sens"]
         operands = [S, state.get("exp_avg_unc", S)]  # "none" keeps no U, and reads none
+    operands = [x._local_tensor if is_dtensor(type(x)) else x for x in operands]  # type: ignore[attr-defined]
     for pieces in zip(*(x.reshape(-1).split(PIECE) for x in operands), strict=True):
         first, *others = (piece.to(dtype) for piece in pieces)
         if moments:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as Sharded
 
 from pats_kernels.plan import Batch, Shard, whole_shard
@@ -122,6 +122,20 @@ def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
     return DTensor.from_local(
         part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+
+
+def sums_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Sums over all shards of (parameter, what this process has to add): one for each way of splitting."""
+    sums: dict[tuple[DeviceMesh, tuple[Placement, ...]], Tensor] = {}
+    for param, part in parts:
+        assert isinstance(param, DTensor)
+        sum_over = tuple(Replicate() if p.is_replicate() else Partial() for p in param.placements)
+        key = (param.device_mesh, sum_over)
+        sums[key] = sums[key] + part if key in sums else part
+    return [
+        DTensor.from_local(part, mesh, placements, run_check=False).full_tensor()
+        for (mesh, placements), part in sums.items()
+    ]
 
 
 @dataclass(slots=True)

@@ -27,7 +27,8 @@ class PATSCallback(TrainerCallback):
         pats/nonfinite      gradient elements that were not finite since the run began or was resumed
 
     The first two are left out while there is no state. Nothing is computed, and nothing waits for the device,
-    at any step but those at which the Trainer logs, where it has just waited for the loss.
+    at any step but those at which the Trainer logs, where it has just waited for the loss. The gates
+    are those of all processes, which have to log at the same steps, as they do; pats/nonfinite is this one's.
 
     The Trainer tells its callbacks in order, and the reporters (TensorBoard, Weights & Biases, ...) come
     before those of `callbacks=[...]` and `add_callback`: there a reporter has written its line before this

@@ -318,7 +318,7 @@ def _check_disjoint(batch: Batch) -> None:
     columns |= {"sens_stats": batch.sens_stats, "grads": batch.grads}
     for key, tensors in columns.items():
         for i, tensor in enumerate(tensors):
-            if tensor is not None:
+            if tensor is not None and tensor.numel() > 0:  # a shard may be empty
                 dense = tensor.numel() * tensor.element_size()
                 extent = 1 + sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
                 size = dense if extent == tensor.numel() else 1

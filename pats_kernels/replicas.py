@@ -40,6 +40,7 @@ def check_replicas(optimizer: Optimizer | PATS, group: dist.ProcessGroup | None 
                 digest = _digest(local(tensor))
                 for replicas in _replica_groups(tensor, everyone):
                     entries.setdefault(replicas, []).append((label, digest))
+    messages: list[str] = []
     for replicas, labelled in entries.items():
         labels, digests = zip(*labelled, strict=True)
         device = (
@@ -51,10 +52,12 @@ def check_replicas(optimizer: Optimizer | PATS, group: dist.ProcessGroup | None 
         dist.all_reduce(high, dist.ReduceOp.MAX, group=replicas)
         different = (low != high).nonzero().flatten().tolist()
         if different:
-            raise RuntimeError(
+            messages.append(
                 f"replicas have drifted apart: {labels[different[0]]} is not the same on all of "
                 f"{dist.get_world_size(replicas)} processes, nor are {len(different) - 1} other tensors"
             )
+    if messages:  # not before: processes of another group would wait for this one
+        raise RuntimeError(messages[0])
 
 
 def watch_replicas(

@@ -56,9 +56,7 @@ def save(kind: str, how: str | None, path: str, kwargs: dict[str, Any]) -> None:
     model, optimizer, _ = built(kind, how, **kwargs)
     train(model, optimizer, 0, BEFORE)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save(  # pyright: ignore[reportPrivateImportUsage]
-        {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path
-    )
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def load(kind: str, how: str | None, path: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -66,9 +64,7 @@ def load(kind: str, how: str | None, path: str, kwargs: dict[str, Any]) -> dict[
     model, optimizer, keeper = built(kind, how, **{**kwargs, "seed": 1, "noise_scale": 3.0})
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(  # pyright: ignore[reportPrivateImportUsage]
-        state, checkpoint_id=path
-    )
+    dcp.load(state, checkpoint_id=path)  # pyright: ignore[reportPrivateImportUsage]
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     train(model, optimizer, BEFORE, AFTER)
     return gathered(model, keeper)
