@@ -183,23 +183,36 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
 // Where each of a block's elements lies in an operand that is not contiguous, or what its number is.
 using Offsets = int64_t[kBlock];
 
-static void walk(const Row& row, const Dimension* dimensions, int64_t Dimension::*stride, int64_t first,
+// True: they follow one another, and only the first is written. Divisions are dear: it goes by runs along the
+// innermost dimension.
+static bool walk(const Row& row, const Dimension* dimensions, int64_t Dimension::*stride, int64_t first,
                  int64_t begin, int n, Offsets& offsets) {
-  for (int i = 0; i < n; ++i) {
+  const Dimension& innermost = dimensions[row.layout + row.ndim - 1];
+  const int64_t step = innermost.*stride;
+  for (int i = 0, run; i < n; i += run) {
     int64_t index = begin + i, offset = first;
     for (int64_t d = row.ndim - 1; d >= 0; --d) {
       const Dimension& dimension = dimensions[row.layout + d];
       offset += index % dimension.size * (dimension.*stride);
       index /= dimension.size;
     }
-    offsets[i] = offset;
+    const int64_t left = innermost.size - (begin + i) % innermost.size;
+    run = left < n - i ? static_cast<int>(left) : n - i;
+    if (run == n && step == 1) {
+      offsets[0] = offset;
+      return true;
+    }
+    for (int k = 0; k < run; ++k) offsets[i + k] = offset + k * step;
   }
+  return false;
 }
 
 template <class T, class Storage>
 struct Operand {
   Storage* const data;
   int64_t Dimension::*const stride;
+  bool scattered = false;
+  int64_t from = 0;  // where they are not, the block's first element
   Offsets offsets;
   alignas(64) T buffer[kBlock];
 
@@ -207,13 +220,14 @@ struct Operand {
 
   // Elements [begin, begin + n), followed by zeros up to a full block, which change no statistic.
   T* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
-    if (row.ndim > 0) {
-      walk(row, dimensions, stride, 0, begin, n, offsets);
+    scattered = row.ndim > 0 && !walk(row, dimensions, stride, 0, begin, n, offsets);
+    from = row.ndim > 0 ? offsets[0] : begin;
+    if (scattered) {
       for (int i = 0; i < n; ++i) buffer[i] = widen(data[offsets[i]]);
     } else if (sizeof(T) == sizeof(Storage) && n == kBlock) {
-      return reinterpret_cast<T*>(data) + begin;
+      return reinterpret_cast<T*>(data) + from;
     } else {
-      const Storage* p = data + begin;
+      const Storage* p = data + from;
 #pragma omp simd
       for (int i = 0; i < n; ++i) buffer[i] = widen(p[i]);
     }
@@ -221,12 +235,12 @@ struct Operand {
     return buffer;
   }
 
-  void store(const T* block, const Row& row, int64_t begin, int n) {
+  void store(const T* block, int n) {
     if (block != buffer) return;
-    if (row.ndim > 0) {
+    if (scattered) {
       for (int i = 0; i < n; ++i) narrow(buffer[i], data[offsets[i]]);
     } else {
-      Storage* p = data + begin;
+      Storage* p = data + from;
 #pragma omp simd
       for (int i = 0; i < n; ++i) narrow(buffer[i], p[i]);
     }
@@ -269,17 +283,22 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
     if (kDoes.moments) block.v = v.load(row, dimensions, i, n);
     block.group = static_cast<uint64_t>(row.offset + i) / 4;
     if (row.ndim > 0) {
-      walk(row, dimensions, &Dimension::number, row.offset, i, n, numbers);
-      block.numbers = numbers;
+      const bool follow = walk(row, dimensions, &Dimension::number, row.offset, i, n, numbers);
+      block.group = static_cast<uint64_t>(numbers[0]) / 4;
+      const bool wraps = static_cast<uint32_t>(block.group) > ~uint32_t{0} - kGroups;  // within the block
+      if (!follow || numbers[0] % 4 != 0 || wraps) block.numbers = numbers;
+      if (follow && block.numbers) {
+        for (int k = 1; k < n; ++k) numbers[k] = numbers[0] + k;
+      }
     }
     Partial partial{0, 0, 0};
     update_block<T, kForm, kUncertainty, kPhase, kRounds>(c, adam, circle, d, roundings, block, partial);
     const bool unmarks = kDoes.reads_averages && kPhase == Phase::kNoise && partial.nonfinite > 0;
-    if (kDoes.averages || unmarks) s.store(block.S, row, i, n);
-    if (kDoes.averages && kHasUnc) u.store(block.U, row, i, n);
-    if (kDoes.adamw) m.store(block.m, row, i, n);
-    if (kDoes.adamw) v.store(block.v, row, i, n);
-    if (kDoes.noise || kDoes.adamw) w.store(block.w, row, i, n);
+    if (kDoes.averages || unmarks) s.store(block.S, n);
+    if (kDoes.averages && kHasUnc) u.store(block.U, n);
+    if (kDoes.adamw) m.store(block.m, n);
+    if (kDoes.adamw) v.store(block.v, n);
+    if (kDoes.noise || kDoes.adamw) w.store(block.w, n);
     total.sens += partial.sens;
     total.unc += partial.unc;
     total.nonfinite += partial.nonfinite;

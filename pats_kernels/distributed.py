@@ -138,6 +138,15 @@ def sums_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     ]
 
 
+class _Route(NamedTuple):
+    """Where the shares of the tensors of one mesh are written, and where their means are to go."""
+
+    mesh: DeviceMesh
+    shares: Tensor  # float32 [tensors, 2]
+    rows: list[Tensor]
+    means: list[Tensor]
+
+
 @dataclass(slots=True)
 class _Message:
     """The shares of the tensors of one mesh, on their way through its process groups, one after another."""
@@ -160,10 +169,12 @@ class Statistics:
     """
 
     def __init__(self) -> None:
-        self._params: list[Tensor] = []  # those of the last step, and where they lie
+        self._known: list[list[Any]] = [[], []]  # tensors and means of the last step, and what follows
         self._shards: list[Shard | None] = []
+        self._shares: list[Tensor | None] = []
+        self._routes: list[_Route] = []
         self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
-        self._open: list[tuple[DeviceMesh, Tensor, list[Tensor], list[Tensor]]] = []
+        self._open: list[_Route] = []
         self._pending: list[_Message] = []
 
     def localized(self, batch: Batch) -> Batch:
@@ -173,38 +184,44 @@ class Statistics:
             ValueError: naming the parameter, where it and its gradient are not both sharded, or a placement
                 that no step could work with.
         """
-        if list(map(id, batch.params)) != list(map(id, self._params)):
+        known: list[list[Any]] = [batch.params, list(batch.sens_stats)]
+        if [list(map(id, tensors)) for tensors in known] != [list(map(id, last)) for last in self._known]:
             self._shards = [
                 layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else None
                 for i, param in enumerate(batch.params)
             ]
-            self._params = batch.params
+            self._shares, self._routes = self._routed(batch, self._shards)
+            self._known = known
         pairs = enumerate(zip(batch.params, batch.grads, strict=True))
         grads = [_matching(batch, i, param, grad) for i, (param, grad) in pairs]
         averages = {name: _localized(column) for name, column in batch.averages.items()}
+        self._open = list(self._routes)
         return replace(
             batch,
             params=_localized(batch.params),
             grads=grads,
             shards=self._shards,
-            shares=self._shares(batch, self._shards),
+            shares=self._shares,
             **averages,
         )
 
-    def _shares(self, batch: Batch, shards: Sequence[Shard | None]) -> list[Tensor | None]:
-        """Where each tensor's share goes: rows of one buffer for each mesh and device."""
+    def _routed(
+        self, batch: Batch, shards: Sequence[Shard | None]
+    ) -> tuple[list[Tensor | None], list[_Route]]:
+        """Where each tensor's share goes, rows of one buffer for each mesh and device; and on from there."""
         of_mesh: dict[Any, list[int]] = {}
         for i, (param, shard) in enumerate(zip(batch.params, shards, strict=True)):
             if shard is not None and batch.sens_stats[i] is not None and isinstance(param, DTensor):
                 of_mesh.setdefault((param.device_mesh, param.device), []).append(i)
         shares: list[Tensor | None] = [None] * len(shards)
+        routes: list[_Route] = []
         for (mesh, device), index in of_mesh.items():
             buffer, rows = self._buffer(mesh, device, len(index))
             means = [stats for i in index if (stats := batch.sens_stats[i]) is not None]
-            self._open.append((mesh, buffer, rows, means))
+            routes.append(_Route(mesh, buffer, rows, means))
             for i, row in zip(index, rows, strict=True):
                 shares[i] = row
-        return shares
+        return shares, routes
 
     def _buffer(self, mesh: DeviceMesh, device: torch.device, count: int) -> tuple[Tensor, list[Tensor]]:
         key = (mesh, device, count)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
@@ -318,17 +319,22 @@ def _check_disjoint(batch: Batch) -> None:
     columns |= {"sens_stats": batch.sens_stats, "grads": batch.grads}
     for key, tensors in columns.items():
         for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel() > 0:  # a shard may be empty
-                dense = tensor.numel() * tensor.element_size()
-                extent = 1 + sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-                size = dense if extent == tensor.numel() else 1
-                extents.append((tensor.data_ptr(), tensor.data_ptr() + size, i, key))
+            if tensor is not None and tensor.numel() > 0 and not tensor.is_meta:  # others have no memory
+                start, dense = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+                extents.append((start, start + (dense if _has_no_holes(tensor) else 1), i, key))
     extents.sort()
     for (_, end, i, key), (start, _, j, other) in pairwise(extents):
         if start < end and not (key == other == "grads"):
             raise ValueError(
                 f"{batch.name(j)}: overlapping memory: its {other} shares some with {key} of {batch.name(i)}"
             )
+
+
+def _has_no_holes(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    extent = 1 + sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return extent == tensor.numel()
 
 
 def check_param(name: str, param: Tensor) -> None:
@@ -380,7 +386,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements share memory."""
-    if tensor.numel() < 2:
+    if tensor.is_contiguous() or tensor.numel() < 2:
         return False
     dimensions = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
     if dimensions[0][0] == 0:
@@ -436,7 +442,8 @@ def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
     return Launch(key, index, table, np.array(layout, dtype=np.int64).reshape(-1, 2 + OPERANDS))
 
 
-def whole_shard(shape: Sequence[int]) -> Shard:
+@cache
+def whole_shard(shape: tuple[int, ...]) -> Shard:
     """The shard that a tensor is of itself."""
     sizes = [1, *accumulate(reversed(shape), mul)]
     return Shard(0, tuple(reversed(sizes[:-1])), sizes[-1])
@@ -454,6 +461,9 @@ def collapse(
 
     None at all where every operand is contiguous, if they `may_vanish`.
     """
+    plain = whole_shard(tuple(shape)).strides
+    if may_vanish and all(tuple(operand) == plain for operand in strides):  # most tensors are
+        return []
     merged: list[list[int]] = []
     for size, *steps in zip(shape, *strides, strict=True):
         if size == 1:

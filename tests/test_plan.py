@@ -174,6 +174,16 @@ def test_launches() -> None:
     assert [launch.key.param_dtype for launch in plan.launches] == [torch.float32, torch.bfloat16]
 
 
+def test_interleaved_tensors_have_no_memory_in_common() -> None:
+    """Two views with holes that lie in each other's, and one that does not fit in."""
+    work, memory = work_of(Case([(8,)])), torch.zeros(16)
+    work.params, work.sens = [memory[::2]], [memory[1::2]]
+    assert len(Planner().plan(batch(work)).launches) == 1
+    work.sens = [memory[::2]]
+    with pytest.raises(ValueError, match="overlapping memory"):
+        Planner().plan(batch(work))
+
+
 # Reuse.
 
 

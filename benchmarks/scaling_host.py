@@ -1,0 +1,260 @@
+"""What the host does for a step over very many tensors, measured: a rank of 4,096 in a process group that
+sends nothing, with tensors that have no memory where their number is the question, and small real ones where
+the step itself is.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.scaling_counts import MODELS, STATISTICS_BYTES, sizes, table_bytes
+from pats_kernels import PATSAdamW
+from pats_kernels.backends.tables import DeviceTables
+from pats_kernels.backends.triton import CHUNK, _pack
+from pats_kernels.distributed import Statistics, _layout
+from pats_kernels.plan import Planner
+
+WORLD, RANK = 4096, 1234
+TRIES = 7
+SMALL = (8, 8)  # the shape of a real tensor
+Shapes = list[tuple[int, ...]]
+
+
+class Planned(TypedDict):
+    """A model's tensors on one rank: seconds, of all tensors together, the least of several tries but for
+    what happens once. `kept_bytes`: by which the process grew for the plan and what it keeps."""
+
+    model: str
+    params: int
+    tensors: int
+    state_s: float
+    first_layout_s: float
+    first_plan_s: float
+    first_upload_s: float
+    gather_s: float
+    layout_s: float
+    plan_s: float
+    upload_s: float
+    step_s: float
+    kept_bytes: int
+    table_bytes: int
+    message_bytes: int
+
+
+class Stepped(TypedDict):
+    """Real steps on the CPU, in microseconds a tensor."""
+
+    optimizer: str
+    tensors: int
+    plain_us: float
+    sharded_us: float
+
+
+class Strided(TypedDict):
+    """Real steps over one big shard on one thread, in nanoseconds an element."""
+
+    shape: list[int]
+    rows_ns: float
+    columns_ns: float
+
+
+def deepseek_v3() -> Shapes:
+    """671 B parameters, its 256 experts in 58 of 61 layers unstacked: three matrices each."""
+    hidden, expert, ffn, heads, vocabulary = 7168, 2048, 18432, 128, 129280
+    mlp = lambda width: [(width, hidden), (width, hidden), (hidden, width)]  # noqa: E731
+    attention = [(1536, hidden), (1536,), (heads * 192, 1536), (576, hidden), (512,), (heads * 256, 512)]
+    attention += [(hidden, heads * 128), (hidden,), (hidden,)]
+    dense = [*attention, *mlp(ffn)]
+    sparse = [*attention, (256, hidden), *mlp(expert) * 257]
+    return [(vocabulary, hidden), *dense * 3, *sparse * 58, (hidden,), (vocabulary, hidden)]
+
+
+def many(count: int) -> Shapes:
+    return [(2048, 7168)] * count
+
+
+def join_nobody() -> DeviceMesh:
+    dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
+    return init_device_mesh("cpu", (WORLD,))
+
+
+def sharded(shape: tuple[int, ...], mesh: DeviceMesh, device: str) -> DTensor:
+    """As `fully_shard` lays a parameter out."""
+    layout = _layout(shape, tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), (Shard(0),))
+    stride = torch.empty(shape, device="meta").stride()
+    local = torch.zeros(sizes(layout), device=device)
+    return DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def least(run: Callable[[], Any], tries: int = TRIES) -> float:
+    return min(once(run)[0] for _ in range(tries))
+
+
+def once(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def planned(name: str, shapes: Shapes, mesh: DeviceMesh) -> Planned:
+    """All that happens before a kernel starts, on a GPU that is not there."""
+    params = [nn.Parameter(sharded(shape, mesh, "meta")) for shape in shapes]
+    for param, shape in zip(params, shapes, strict=True):
+        param.grad = sharded(shape, mesh, "meta")
+    optimizer, statistics, planner = PATSAdamW(params), Statistics(), Planner(owned=True)
+    with torch.no_grad():
+        state_s, batch = once(optimizer._batch)
+        gather_s = least(optimizer._batch)
+    gc.collect()
+    before = resident()
+    first_layout_s, held = once(lambda: statistics.localized(batch))
+    layout_s = least(lambda: statistics.localized(batch))
+    first_plan_s, plan = once(lambda: planner.plan(held))
+    plan_s = least(lambda: planner.plan(held))
+    (launch,) = plan.launches
+    on_cpu = replace(launch, key=launch.key._replace(device=torch.device("cpu")), cache={})
+    first_upload_s, tables = once(lambda: DeviceTables(on_cpu, CHUNK, _pack))
+    tables.current(on_cpu)
+
+    def upload() -> None:
+        on_cpu.table[:, 1] ^= np.int64(16)  # the gradients have moved
+        tables.current(on_cpu)
+
+    upload_s = least(upload)
+    return {
+        "model": name,
+        "params": sum(map(math.prod, shapes)),
+        "tensors": len(shapes),
+        "state_s": state_s,
+        "first_layout_s": first_layout_s,
+        "first_plan_s": first_plan_s,
+        "first_upload_s": first_upload_s,
+        "gather_s": gather_s,
+        "layout_s": layout_s,
+        "plan_s": plan_s,
+        "upload_s": upload_s,
+        "step_s": gather_s + layout_s + plan_s + upload_s,
+        "kept_bytes": resident() - before,
+        "table_bytes": table_bytes(launch),
+        "message_bytes": STATISTICS_BYTES * len(shapes),
+    }
+
+
+def resident() -> int:
+    """Bytes of memory this process has; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def stepped(mesh: DeviceMesh, count: int) -> Iterator[Stepped]:
+    """Whole steps, kernels included, over tensors so small that the host's part is what counts."""
+    makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+        "PATSAdamW": lambda ps: PATSAdamW(ps),
+        'PATSAdamW(sensitivity="moments")': lambda ps: PATSAdamW(ps, sensitivity="moments"),
+        "torch.optim.AdamW(fused=True)": lambda ps: torch.optim.AdamW(ps, fused=True),
+    }
+    for name, make in makers.items():
+        times: list[float] = []
+        for split in (False, True):
+            # As many elements either way, so that the kernels' part is the same.
+            local = SMALL if not split else (SMALL[0] * WORLD, *SMALL[1:])
+            params = [
+                nn.Parameter(sharded(local, mesh, "cpu") if split else torch.zeros(local))
+                for _ in range(count)
+            ]
+            for param in params:
+                param.grad = sharded(local, mesh, "cpu") if split else torch.zeros(local)
+            optimizer = make(params)
+            for _ in range(2):
+                optimizer.step()
+            times.append(1e6 * least(optimizer.step) / count)
+        yield {"optimizer": name, "tensors": count, "plain_us": times[0], "sharded_us": times[1]}
+
+
+def strided(mesh: DeviceMesh, rows: int = 2048, columns: int = 2048) -> Strided:
+    """A shard of columns, which tensor parallelism leaves, beside one of rows: the numbers of its elements do
+    not all follow one another."""
+    times: list[float] = []
+    for dim in (0, 1):
+        whole = [rows, columns]
+        whole[dim] *= WORLD
+        tensors = [
+            DTensor.from_local(
+                torch.ones(rows, columns),
+                mesh,
+                [Shard(dim)],
+                run_check=False,
+                shape=torch.Size(whole),
+                stride=(whole[1], 1),
+            )
+            for _ in range(2)
+        ]
+        param = nn.Parameter(tensors[0])
+        param.grad = tensors[1]
+        optimizer = PATSAdamW([param])
+        for _ in range(2):
+            optimizer.step()
+        times.append(1e9 * least(optimizer.step) / (rows * columns))
+    return {"shape": [rows, columns], "rows_ns": times[0], "columns_ns": times[1]}
+
+
+class Host(TypedDict):
+    world_size: int
+    rank: int
+    tries: int
+    threads: int
+    planned: list[Planned]
+    stepped: list[Stepped]
+    strided: Strided
+
+
+def models_of(counts: tuple[int, ...]) -> dict[str, Shapes]:
+    """What is planned: the largest model, one of many experts, and as many made-up ones as are asked for."""
+    largest = MODELS[-1]
+    models = {largest.name: [weight.shape for weight in largest.sizes.weights()]}
+    models["DeepSeek-V3, experts unstacked"] = deepseek_v3()
+    return models | {f"{count} matrices (2048, 7168)": many(count) for count in counts}
+
+
+def measure(models: dict[str, Shapes], real: int, tell: Callable[[str], None] = lambda doing: None) -> Host:
+    """Everything, in a process group that is gone afterwards; `real`: tensors of the real steps."""
+    threads = torch.get_num_threads()
+    mesh = join_nobody()
+    try:
+        torch.set_num_threads(1)
+        tell("real steps")
+        steps = list(stepped(mesh, real))
+        columns = strided(mesh)
+        plans: list[Planned] = []
+        for name, shapes in models.items():
+            tell(name)
+            plans.append(planned(name, shapes, mesh))
+            gc.collect()
+    finally:
+        torch.set_num_threads(threads)
+        dist.destroy_process_group()
+    return {
+        "world_size": WORLD,
+        "rank": RANK,
+        "tries": TRIES,
+        "threads": 1,
+        "planned": plans,
+        "stepped": steps,
+        "strided": columns,
+    }
