@@ -20,8 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scaling_counts import MODELS, STATISTICS_BYTES, sizes, table_bytes
 from pats_kernels import PATSAdamW
-from pats_kernels.backends.tables import DeviceTables
-from pats_kernels.backends.triton import CHUNK, _pack
+from pats_kernels.backends.tables import DeviceTables, narrowed
+from pats_kernels.backends.triton import Tuning
 from pats_kernels.distributed import Statistics, _layout
 from pats_kernels.plan import Planner
 
@@ -126,7 +126,7 @@ def planned(name: str, shapes: Shapes, mesh: DeviceMesh) -> Planned:
     plan_s = least(lambda: planner.plan(held))
     (launch,) = plan.launches
     on_cpu = replace(launch, key=launch.key._replace(device=torch.device("cpu")), cache={})
-    first_upload_s, tables = once(lambda: DeviceTables(on_cpu, CHUNK, _pack))
+    first_upload_s, tables = once(lambda: DeviceTables(on_cpu, Tuning().chunk, narrowed))
     tables.current(on_cpu)
 
     def upload() -> None:
