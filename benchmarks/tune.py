@@ -28,6 +28,8 @@ DEFAULT = "default"
 REPEATS = {"cpu": 1, "cuda": 60}
 SECONDS = 8.0  # of a case's contest, once all is compiled
 MIB = 1 << 20
+# What is told of a compiled kernel: its spills may all be in paths that hardly ever run.
+OFFLINE = ("registers", "spills", "full_path_spills", "stack_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ def offline(case: Case, chosen: Sequence[Candidate], arch: str) -> list[dict[str
     for candidate in [Candidate(DEFAULT, Tuning(), (1.0, 1.0)), *chosen]:
         reports = [codegen.report(key, phase, arch, candidate.tuning) for phase in phases]
         row: dict[str, Any] = {"candidate": candidate.name, "tuning": asdict(candidate.tuning)}
-        row |= {name: [getattr(r, name) for r in reports] for name in ("registers", "spills", "stack_bytes")}
+        row |= {name: [getattr(r, name) for r in reports] for name in OFFLINE}
         row["instructions_per_element"] = [r.instructions_per_element for r in reports]
         rows.append(row | {"predicted": candidate.predicted, "error": None})
     return rows

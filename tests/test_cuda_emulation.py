@@ -98,7 +98,7 @@ def compiled(dtype: torch.dtype, folder: Path) -> Any:
     return ctypes.CDLL(str(library)).launch
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: "auto" would take it in other tests of the process
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """ "cuda", on the CPU: the operator that csrc/cuda.cpp defines, with the emulated kernels behind it."""
     folder = tmp_path_factory.mktemp("cuda_emulation")

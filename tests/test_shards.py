@@ -23,13 +23,17 @@ STEP, TENSOR_ID, SEED = 5, 3, 2**40 + 9
 COLUMNS = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "exp_avg", "exp_avg_sq")
 
 
-def tensors_of(shape: tuple[int, ...], dtype: torch.dtype, state: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(
+    shape: tuple[int, ...], dtype: torch.dtype, state: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     """A tensor in the middle of its training: no element's number is like another's."""
     random = torch.Generator().manual_seed(7)
     drawn = {key: torch.randn(shape, generator=random, dtype=torch.float64) for key in COLUMNS}
     dtypes = {"params": dtype, "grads": dtype}
     return {
-        key: (value if key in ("params", "grads", "exp_avg") else value.square()).to(dtypes.get(key, state))
+        key: (value if key in ("params", "grads", "exp_avg") else value.square()).to(
+            device, dtypes.get(key, state)
+        )
         for key, value in drawn.items()
     }
 
@@ -44,7 +48,7 @@ def step(
         keys = [key for key in keys if key not in ("exp_avg_sens", "exp_avg_unc")]
     columns: dict[str, Any] = {key: [tensors[key]] for key in keys}
     missing: dict[str, Any] = {key: [None] for key in ("exp_avg_sens", "exp_avg_unc") if key not in keys}
-    share = torch.full((2,), torch.nan)
+    share = torch.full((2,), torch.nan, device=stats.device)
     batch = Batch(
         name=lambda i: f"params[{i}]",
         **columns | missing,

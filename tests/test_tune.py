@@ -79,7 +79,7 @@ def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert case["case"] == "fused none delayed float32"
     assert [row["candidate"] for row in case["candidates"]] == ["default", "48 registers"]
     assert [row["registers"] for row in case["candidates"]] == [[64], [48]]
-    assert [row["spills"] for row in case["candidates"]] == [[0], [0]]
+    assert [row["full_path_spills"] for row in case["candidates"]] == [[0], [0]]
     assert "48 registers" in capsys.readouterr().out
 
 
