@@ -78,7 +78,7 @@ static inline Words draw_one(const Draw& d, uint64_t number, uint32_t top_bit) {
 }
 
 template <class T>
-static void normals(const Draw& d, const int64_t* numbers, const Circle<T>& circle, T* z) {
+__attribute__((noinline)) static void normals(const Draw& d, const int64_t* numbers, const Circle<T>& circle, T* z) {
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
     const Words x = draw_one(d, numbers[i], 0);
@@ -89,7 +89,7 @@ static void normals(const Draw& d, const int64_t* numbers, const Circle<T>& circ
   }
 }
 
-static void rounding_bits(const Draw& d, const int64_t* numbers, uint32_t* bits) {
+__attribute__((noinline)) static void rounding_bits(const Draw& d, const int64_t* numbers, uint32_t* bits) {
 #pragma omp simd
   for (int i = 0; i < kBlock; ++i) {
     const Words x = draw_one(d, numbers[i], kRoundingBit);
