@@ -224,9 +224,8 @@ class PATSAdamW(Optimizer):
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()
         state_dict = super().state_dict()
-        if (
-            is_distributed()
-        ):  # torch.distributed.checkpoint goes by the parameters' names, and loses their order
+        if is_distributed():
+            # torch.distributed.checkpoint goes by the parameters' names, and loses their order.
             state_dict["state"] = {
                 position: {**entry, TENSOR_ID: position} for position, entry in state_dict["state"].items()
             }

@@ -151,11 +151,9 @@ class _Route(NamedTuple):
 class _Message:
     """The shares of the tensors of one mesh, on their way through its process groups, one after another."""
 
-    shares: Tensor  # float32 [tensors, 2]
-    rows: list[Tensor]
-    sent: Tensor  # the same where the process group can have it
-    groups: list[dist.ProcessGroup]
-    means: list[Tensor]  # where they are to go
+    route: _Route
+    sent: Tensor  # the route's shares, or a copy where the process group can have it
+    groups: list[dist.ProcessGroup]  # those that are still to come
     work: dist.Work
     found_inf: Tensor | None
 
@@ -232,12 +230,12 @@ class Statistics:
 
     def start(self, found_inf: Tensor | None) -> None:
         """Sends the shares that the kernels have been asked to write."""
-        for mesh, buffer, rows, means in self._open:
-            groups = _groups(mesh)
-            sent = _for_group(buffer, groups[0], mesh.device_type)
+        for route in self._open:
+            groups = _groups(route.mesh)
+            sent = _for_group(route.shares, groups[0], route.mesh.device_type)
             work = dist.all_reduce(sent, group=groups[0], async_op=True)
             assert work is not None
-            self._pending.append(_Message(buffer, rows, sent, groups[1:], means, work, found_inf))
+            self._pending.append(_Message(route, sent, groups[1:], work, found_inf))
         self._open.clear()
 
     def finish(self) -> None:
@@ -247,12 +245,13 @@ class Statistics:
             message.work.wait()
             for group in message.groups:
                 dist.all_reduce(message.sent, group=group)
-            if message.sent is not message.shares:
-                message.shares.copy_(message.sent)
+            _, shares, rows, means = message.route
+            if message.sent is not shares:
+                shares.copy_(message.sent)
             if message.found_inf is not None:
-                found = message.found_inf.to(message.shares.device) != 0
-                message.shares.copy_(torch.where(found, torch.stack(message.means), message.shares))
-            torch._foreach_copy_(message.means, message.rows)  # pyright: ignore[reportPrivateImportUsage]
+                found = message.found_inf.to(shares.device) != 0
+                shares.copy_(torch.where(found, torch.stack(means), shares))
+            torch._foreach_copy_(means, rows)  # pyright: ignore[reportPrivateImportUsage]
         self._pending.clear()
 
 

@@ -79,9 +79,8 @@ def _digest(tensor: Tensor) -> Tensor:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().flatten().view(integers[tensor.element_size()]).to(torch.int64)
     odd = 2 * torch.arange(bits.numel(), device=bits.device) + 1
-    return (
-        (bits + odd) * (odd * -0x61C8864680B583EB)
-    ).sum()  # the golden ratio's 64 bits, as Philox has its 32
+    golden = -0x61C8864680B583EB  # the golden ratio's 64 bits, as Philox has its 32
+    return ((bits + odd) * (odd * golden)).sum()
 
 
 def _replica_groups(tensor: Tensor, everyone: dist.ProcessGroup) -> list[dist.ProcessGroup]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters
-from pats_kernels.plan import Batch, Column, Planner, Shard, are_groups_whole, whole_shard
+from pats_kernels.plan import Batch, Column, Planner, Shard, are_groups_whole, averages_of, whole_shard
 from pats_kernels.reference import philox_normal
 from pats_kernels.step import Launcher
 
@@ -42,10 +42,7 @@ def step(
     backend: str, tensors: dict[str, Tensor], shard: Shard | None, h: Hyperparameters, stats: Tensor
 ) -> Tensor:
     """One step in place; returns the share of the new means."""
-    keys = [key for key in COLUMNS if isinstance(h, AdamWHyperparameters) or not key.startswith("exp_avg_sq")]
-    keys = [key for key in keys if isinstance(h, AdamWHyperparameters) or key != "exp_avg"]
-    if h.variant.form == "moments_adamw":
-        keys = [key for key in keys if key not in ("exp_avg_sens", "exp_avg_unc")]
+    keys = ["params", "grads", *averages_of(h.variant)]
     columns: dict[str, Any] = {key: [tensors[key]] for key in keys}
     missing: dict[str, Any] = {key: [None] for key in ("exp_avg_sens", "exp_avg_unc") if key not in keys}
     share = torch.full((2,), torch.nan, device=stats.device)
