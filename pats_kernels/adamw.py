@@ -31,6 +31,7 @@ from pats_kernels.state import (
     name_finder,
     nonfinite_counts,
     parameter_names,
+    saved,
 )
 from pats_kernels.step import Launcher
 
@@ -235,6 +236,8 @@ class PATSAdamW(Optimizer):
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()
         state_dict = super().state_dict()
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        state_dict["state"] = {i: saved(params[i], entry) for i, entry in state_dict["state"].items()}
         if is_distributed():
             # torch.distributed.checkpoint goes by the parameters' names, and loses their order.
             state_dict["state"] = {
