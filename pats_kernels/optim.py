@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels import backends
+from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     Hyperparameters,
     Normalization,
@@ -136,6 +137,7 @@ class PATS:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
 
+    @uncompiled
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rows: list[tuple[Any, ...]] = []
