@@ -38,7 +38,7 @@ def refuse_functionalization(operator: str) -> None:
     def refuse(*_arguments: object, **_keywords: object) -> None:
         raise RuntimeError(
             f"torch.ops.pats_kernels.{operator} writes through the addresses in its table, and would be "
-            "given copies here: call it from a function under torch.compiler.disable, as PATS and PATSAdamW do"
+            "given copies here: call it from a function under torch.compiler.disable, as a step does"
         )
 
     _library.impl(operator, refuse, "Functionalize")
