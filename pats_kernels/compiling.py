@@ -20,7 +20,8 @@ REASON = (
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable` with `REASON`, without its import of torch._dynamo, which takes a second.
 
-    torch.optim's own way: the import waits until there is an optimizer, whose construction needs it anyway.
+    torch.optim's own way: the import waits until the function is first called, and by then there mostly is an
+    optimizer, whose construction needs it anyway.
     """
     disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     call = disable(function)
