@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pats_kernels import backends
+from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Normalization,
@@ -158,6 +159,7 @@ class PATSAdamW(Optimizer):
             raise
         self._numbering.groups = len(self.param_groups)
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step over all parameters that have a gradient.

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from pats_kernels import backends
 from pats_kernels.adamw import PATSAdamW
+from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     Hyperparameters,
     Normalization,
@@ -152,6 +153,7 @@ class PATS:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Steps on the gradients that the optimizer will step on: a closure has yet to compute them."""
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -178,6 +180,7 @@ class PATS:
 
         return wrapped
 
+    @uncompiled
     @torch.no_grad()
     def _step(self) -> None:
         optimizer = self.optimizer
