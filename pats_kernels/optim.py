@@ -268,6 +268,12 @@ class PATS:
             self._loaded = None
 
 
+def attached_to(optimizer: Optimizer) -> PATS | None:
+    """The `PATS` that is attached to an optimizer, the first if there are several."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, PATS)), None)
+
+
 def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{PREFIX}{name}": value for name, value in entry.items()}
 
