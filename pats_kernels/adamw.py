@@ -220,6 +220,19 @@ class PATSAdamW(Optimizer):
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
         return nonfinite_counts(self.param_groups, self._nonfinite)
 
+    def pats_summary(self) -> dict[str, float]:
+        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+
+            print(optimizer.pats_summary()["noise_to_weight"])
+
+        The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
+        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        """
+        from pats_kernels.analysis import gate_summary  # which imports this module
+
+        return gate_summary(self).to_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()

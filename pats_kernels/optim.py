@@ -132,6 +132,19 @@ class PATS:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
         return nonfinite_counts(self.optimizer.param_groups, self._nonfinite)
 
+    def pats_summary(self) -> dict[str, float]:
+        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+
+            print(pats.pats_summary()["noise_to_weight"])
+
+        The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
+        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        """
+        from pats_kernels.analysis import gate_summary  # which imports this module
+
+        return gate_summary(self).to_dict()
+
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
