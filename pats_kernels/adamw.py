@@ -248,7 +248,9 @@ class PATSAdamW(Optimizer):
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
         empty, and the param groups keep their hyperparameters of PATS.
 
-        Every tensor is copied and keeps its dtype, where torch casts to the parameter's.
+        Every tensor is copied and keeps its dtype, where torch casts to the parameter's. A checkpoint of
+        PATSAdamW brings back its own noise_scale, gamma, seed, ..., as torch does with lr: set them in the
+        param groups after loading if they are to be others.
 
         Raises:
             ValueError: the state is of other parameters or shapes, naming the first, or needs amsgrad;

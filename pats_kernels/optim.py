@@ -198,6 +198,10 @@ class PATS:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave; every tensor is copied and keeps its dtype.
 
+        The checkpoint's noise_scale, gamma, seed, ... come back with it, as lr does in torch: set them after
+        loading, in `defaults` or in the optimizer's param groups, if they are to be others. Loading by the
+        optimizer's own `load_state_dict` does the same.
+
         Raises:
             ValueError: the state is of other parameters or shapes, naming the first; nothing was changed.
         """

@@ -182,6 +182,30 @@ def test_resuming_needs_the_state(tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in pairs if a.numel() > 100)
 
 
+class LessNoise(TrainerCallback):
+    """What docs/trainer.md says of a noise_scale that is to be another one from a checkpoint on."""
+
+    def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            group["noise_scale"] = 1e-4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_brings_back_its_hyperparameters(fused: bool, tmp_path: Path) -> None:
+    """Whatever the script says; what is set after loading stays."""
+    Run(tmp_path / "full", fused=fused).train()
+    for changed in (False, True):
+        run = Run(
+            tmp_path / f"resumed{changed}",
+            settings={"noise_scale": 1.0, "gamma": 2.0, "seed": 6},
+            trainer_arguments={"callbacks": [LessNoise(), PATSCallback()] if changed else [PATSCallback()]},
+            fused=fused,
+        ).train(tmp_path / "full" / f"checkpoint-{STEPS // 2}")
+        used = run.pats.defaults | run.groups[0]
+        assert {name: used[name] for name in ("gamma", "seed")} == {"gamma": 0.5, "seed": 5}
+        assert logs(run)[-1]["pats/noise_scale"] == (1e-4 if changed else SETTINGS["noise_scale"])
+
+
 def test_autocast(tmp_path: Path) -> None:
     """bf16=True: the matrix products are bfloat16's, parameters and averages stay float32."""
     seen: set[torch.dtype] = set()
