@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_callback
 
 from pats_kernels.adamw import PATSAdamW
-from pats_kernels.logs import log_of, pats_of, unwrapped
+from pats_kernels.logs import layers, log_of, name_of, pats_of
 from pats_kernels.optim import PATS
 
 if TYPE_CHECKING:
@@ -98,17 +98,15 @@ class PATSCallback(TrainerCallback):
         self._is_settled = True
 
     def _source(self, optimizer: Optimizer) -> PATS | PATSAdamW:
-        """What keeps the state of PATS, once accelerate's wrapper is off."""
-        optimizer = unwrapped(optimizer)
+        """What keeps the state of PATS, in accelerate's wrapper."""
         if self.pats is None:
             source, reason = pats_of(optimizer), "no PATS is attached to it"
         else:
-            source = self.pats if self.pats.optimizer is optimizer else None
+            own = self.pats.optimizer
+            source = self.pats if any(layer is own for layer in layers(optimizer)) else None
             reason = "pats is attached to another optimizer"
         if source is None:
-            raise ValueError(
-                f"PATSCallback: the Trainer's optimizer is {type(optimizer).__name__}, and {reason}"
-            )
+            raise ValueError(f"PATSCallback: the Trainer's optimizer is {name_of(optimizer)}, and {reason}")
         return source
 
 

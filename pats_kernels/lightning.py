@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from pats_kernels.logs import log_of, pats_of, unwrapped
+from pats_kernels.logs import log_of, name_of, pats_of
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -47,7 +47,7 @@ class PATSCallback(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Raises ValueError where no optimizer has anything to do with PATS."""
         if all(pats_of(optimizer) is None for optimizer in trainer.optimizers):
-            names = ", ".join(type(unwrapped(optimizer)).__name__ for optimizer in trainer.optimizers)
+            names = ", ".join(map(name_of, trainer.optimizers))
             raise ValueError(
                 f"PATSCallback: the Trainer's optimizers are {names or 'none'}, "
                 "and no PATS is attached to any of them"

@@ -1,5 +1,6 @@
 """What PATS does, as the logs of a training framework have it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch.optim import Optimizer
@@ -10,19 +11,23 @@ from pats_kernels.optim import PATS, attached_to
 LOGGED = ("mean_gate", "noisy_share", "noise_scale", "noise_rms", "noise_to_weight", "nonfinite")
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer itself, out of the wrappers that frameworks put around it."""
-    while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = wrapped
-    return optimizer
+def layers(optimizer: Any) -> Iterator[Any]:
+    """An optimizer, and those that frameworks have put wrappers around: the innermost comes last."""
+    yield optimizer
+    while isinstance(optimizer := getattr(optimizer, "optimizer", None), Optimizer):
+        yield optimizer
+
+
+def name_of(optimizer: Any) -> str:
+    """The class of the innermost optimizer, for an error message."""
+    *_, inner = layers(optimizer)
+    return type(inner).__name__
 
 
 def pats_of(optimizer: Any) -> PATS | PATSAdamW | None:
     """What keeps the state of PATS: an optimizer that is a `PATSAdamW`, or the `PATS` attached to it."""
-    optimizer = unwrapped(optimizer)
-    if isinstance(optimizer, PATSAdamW):
-        return optimizer
-    return attached_to(optimizer) if isinstance(optimizer, Optimizer) else None
+    found = (own if isinstance(own, PATSAdamW) else attached_to(own) for own in layers(optimizer))
+    return next((source for source in found if source is not None), None)
 
 
 def log_of(source: PATS | PATSAdamW) -> dict[str, float]:

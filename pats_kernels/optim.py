@@ -287,7 +287,8 @@ class PATS:
 
 def attached_to(optimizer: Optimizer) -> PATS | None:
     """The `PATS` that is attached to an optimizer, the first if there are several."""
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return next((owner for owner in owners if isinstance(owner, PATS)), None)
 
 
