@@ -386,7 +386,7 @@ def test_who_is_told(way: str, fused: bool, tmp_path: Path) -> None:
         run.trainer.add_callback(PATSCallback() if way == "add_callback" else PATSCallback)
     order = [type(callback) for callback in run.trainer.callback_handler.callbacks]
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="PATSCallback")
         assert seen_by(early, run) == in_history(run)
     after = run.trainer.callback_handler.callbacks
     assert type(after[0]) is PATSCallback
@@ -446,7 +446,7 @@ def test_another_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments={"callbacks": [early]})
     PATSCallback().add_to(run.trainer)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="PATSCallback")
         assert seen_by(early, run) == in_history(run)
 
 
