@@ -234,6 +234,19 @@ class PATSAdamW(Optimizer):
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
         return nonfinite_counts(self.param_groups, self._nonfinite)
 
+    def pats_summary(self) -> dict[str, float]:
+        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+
+            print(optimizer.pats_summary()["noise_to_weight"])
+
+        The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
+        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        """
+        from pats_kernels.analysis import gate_summary  # which imports this module
+
+        return gate_summary(self).to_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()
@@ -251,7 +264,9 @@ class PATSAdamW(Optimizer):
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
         empty, and the param groups keep their hyperparameters of PATS.
 
-        Every tensor is copied and keeps its dtype, where torch casts to the parameter's.
+        Every tensor is copied and keeps its dtype, where torch casts to the parameter's. A checkpoint of
+        PATSAdamW brings back its own noise_scale, gamma, seed, ..., as torch does with lr: set them in the
+        param groups after loading if they are to be others.
 
         Raises:
             ValueError: the state is of other parameters or shapes, naming the first, or needs amsgrad;
