@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pats_kernels import backends
+from pats_kernels.advice import Advisor
 from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Normalization,
     Sensitivity,
     Uncertainty,
+    defaults_of,
     hyperparameters,
 )
 from pats_kernels.numbering import Numbering, ids_of
@@ -139,6 +141,7 @@ class PATSAdamW(Optimizer):
     def _forget(self) -> None:
         """Drops what was derived from the state, which is new."""
         self._launcher = Launcher(owned=True)
+        self._advisor = Advisor(defaults_of(AdamWHyperparameters))
         self._numbering = Numbering(len(getattr(self, "param_groups", ())))
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow
 
@@ -158,6 +161,7 @@ class PATSAdamW(Optimizer):
             self.param_groups.pop()
             raise
         self._numbering.groups = len(self.param_groups)
+        self._advisor.read(self.param_groups[-1:], self.defaults)
 
     @uncompiled
     @torch.no_grad()
@@ -221,7 +225,11 @@ class PATSAdamW(Optimizer):
                 )
         columns = map(list, zip(*rows, strict=True))
         batch = Batch(lambda i: name_of(rows[i][0]), *columns)
-        return self._numbering.numbered(batch, self.param_groups, fresh)
+        batch = self._numbering.numbered(batch, self.param_groups, fresh)
+        if fresh:
+            self._advisor.read(self.param_groups, self.defaults)
+            self._advisor.judge(batch, fresh)
+        return batch
 
     def _nonfinite_count(self, param: Tensor) -> Tensor:
         count = self._nonfinite.get(id(param))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels import backends
+from pats_kernels.advice import Advisor
 from pats_kernels.attaching import attachable, have_no_masters, unwrapped
 from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
@@ -124,6 +125,8 @@ class PATS:
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._launcher = Launcher(owned=True)
         self._numbering = Numbering(len(optimizer.param_groups), in_cycle=True)
+        self._advisor = Advisor(defaults_of(Hyperparameters))
+        self._advisor.read(optimizer.param_groups, optimizer.defaults)
         self._looks_for_masters = 3  # steps: the optimizer has its state after the first that it takes
         self._loaded: dict[str, Any] | None = None
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
@@ -231,6 +234,9 @@ class PATS:
         columns = map(list, zip(*rows, strict=True))
         batch = Batch(lambda i: name_of(rows[i][0]), *columns)
         batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
+        if fresh:
+            self._advisor.read(optimizer.param_groups, optimizer.defaults)
+            self._advisor.judge(batch, fresh)
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self._launcher.launch(batch, self.backend, grad_scale, found_inf)
 
