@@ -50,6 +50,7 @@ PATS_INLINE double ratio(double a, double b) { return a / b; }
 
 #if defined(__CUDA_ARCH__)
 // A GPU's approximations, each one instruction; what is subnormal may be 0 to them.
+constexpr bool kRootFlushes = true;
 #define PATS_PTX(name, instruction)                 \
   PATS_INLINE float name(float x) {                 \
     float y;                                        \
@@ -71,8 +72,14 @@ PATS_INLINE float ratio(float a, float b) { return a * reciprocal(b); }
 #else
 PATS_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
 PATS_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
-PATS_INLINE float square_root(float x) { return sqrtf(x); }
 PATS_INLINE float ratio(float a, float b) { return a / b; }
+#if defined(PATS_ROOT_FLUSHES)  // tests/cuda_emulation
+constexpr bool kRootFlushes = true;
+PATS_INLINE float square_root(float x) { return x < 0x1p-126f ? 0.0f : sqrtf(x); }
+#else
+constexpr bool kRootFlushes = false;
+PATS_INLINE float square_root(float x) { return sqrtf(x); }
+#endif
 #endif
 
 // U(x) = (x + 1/2) 2^-32, and the same less one where x is in the upper half, in parts of a full turn: the
@@ -92,7 +99,8 @@ PATS_INLINE double minus_two_log(double u) { return -2.0 * log(u); }
 
 PATS_INLINE float minus_two_log(float u) {
 #if defined(__CUDA_ARCH__)
-  return -1.38629436f * log2_of(u);
+  // By its documented error the logarithm may be above 0 where u nears 1.
+  return 1.38629436f * magnitude(log2_of(u));
 #else
   // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f P(f), minimax, 7e-6 relative, so
   // that the radius keeps its precision where u nears 1.
@@ -147,7 +155,8 @@ struct Circle<float> {
 #endif
 };
 
-// tanh(max(k / q - gamma, 0)) for q >= 0: 1 where q is 0. Times q it is k - gamma q that decides.
+// tanh(k / q - gamma) for q >= 0, or anything not above 0 where it is not: 1 where q is 0. Times q it is
+// k - gamma q that decides.
 PATS_INLINE double open_gate(double k, double gamma, double q) {
   const double n = k - gamma * q;
   return n > 0 ? tanh(n / q) : 0.0;
@@ -155,7 +164,7 @@ PATS_INLINE double open_gate(double k, double gamma, double q) {
 
 PATS_INLINE float open_gate(float k, float gamma, float q) {
 #if defined(__CUDA_ARCH__)
-  return tanh_of(larger(k * reciprocal(q) - gamma, 0.0f));
+  return tanh_of(k * reciprocal(q) - gamma);
 #else
   float n = k - gamma * q;
   // tanh(x) = x N(x^2) / D(x^2), cut off at 1: 6e-5 absolute on [0, 8]. With x = n / q both divisions

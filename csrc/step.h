@@ -45,8 +45,8 @@ PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<
     finite = moments_sensitivity(uncertainty, adam, w, m, v, S, U);
   }
   if (does.noise) {
-    const T noised = w + gate(uncertainty, c, S, U) * noise;
-    w = finite ? noised : w;
+    const T a = finite ? gate(uncertainty, c, S, U) : T(0), noised = w + a * noise;
+    w = a > 0 ? noised : w;  // chosen, not added: an infinite noise times 0 is NaN
   }
   if (does.adamw) w = adamw(adam, w, m, v);
   return finite;

@@ -13,14 +13,15 @@ struct Constants {
   T sens_beta, unc_beta;   // b_s, b_u
   T sens_rate, unc_rate;   // 1 - b_s, 1 - b_u
   T sens_factor, unc_factor;  // q' = k q out of S and U: the reciprocal means and k are in here
-  T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1
-  T noise_scale;           // 0 while there are no statistics
+  T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1, and
+                           // 0 closes all gates while there are no statistics
+  T noise_scale;
 };
 
+// reference.py, LEAST_MEAN: the means in which float32 can tell who is below.
 template <class T>
-PATS_INLINE T reciprocal_mean(T mean) {
-  const T largest = T(3.0e38);  // of a mean so small that its reciprocal would not be a float
-  return mean > 0 ? smaller(T(1) / mean, largest) : T(0);
+PATS_INLINE bool is_statistic(T mean) {
+  return mean >= T(0x1p-120) && mean <= T(0x1p112);
 }
 
 // `stats` are mean(S) and mean(U) of the state that the normalization asks for.
@@ -29,20 +30,22 @@ PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>&
                                    T grad_scale) {
   const bool is_product = uncertainty == Uncertainty::kProduct;
   const T mean_s = stats[0], mean_u = stats[1];
-  const T gamma = static_cast<T>(row.gamma), k = larger(gamma, T(1));
   const T importance = uncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
-  const bool known = importance > 0 && (!is_product || mean_u > 0);
+  const bool known = is_statistic(importance) && (!is_product || is_statistic(mean_u));
+  // Of a huge gamma as much as leaves k / mean a float.
+  const T gamma = static_cast<T>(row.gamma), most = T(0x1p126) * smaller(importance, T(1));
+  const T k = known ? smaller(larger(gamma, T(1)), most) : T(0);
   const T noise_scale = static_cast<T>(row.noise_scale_tensor ? *row.noise_scale_tensor : +row.noise_scale);
   return {grad_scale,
           static_cast<T>(row.sens_beta),
           static_cast<T>(row.unc_beta),
           static_cast<T>(row.sens_rate),
           static_cast<T>(row.unc_rate),
-          reciprocal_mean(importance) * k,
-          is_product ? reciprocal_mean(mean_u) : T(1),
+          known ? k / importance : T(0),
+          known && is_product ? T(1) / mean_u : T(1),
           gamma,
           k,
-          known ? noise_scale : T(0)};
+          noise_scale};
 }
 
 // Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. `g` is unscaled. A
@@ -60,7 +63,7 @@ PATS_INLINE bool update_averages(Uncertainty uncertainty, const Constants<T>& c,
   return finite;
 }
 
-// Rows 4 and 5.
+// Rows 4 and 5. Not above 0 where the gate is closed.
 template <class T>
 PATS_INLINE T gate(Uncertainty uncertainty, const Constants<T>& c, T S, T U) {
   T q = S * c.sens_factor;
@@ -77,6 +80,7 @@ struct AdamW {
   T decay;                       // 1 - lr weight_decay
   T step_size, eps;              // lr sqrt(1 - b_2^t) / (1 - b_1^t), eps sqrt(1 - b_2^t)
   T root_factor, m_factor;       // sqrt(v^) = root_factor sqrt(v), v^ - m^^2 = root_factor^2 (v - (m_factor m)^2)
+  T v_scale, least_v;            // all of these of v_scale v; v^ below 2^-110 counts as 0 in sensitivities
 };
 
 // Computed in the type of the row's numbers: where they are floats each is right to a few roundings, and so
@@ -88,14 +92,23 @@ PATS_INLINE AdamW<T> adamw_constants(const RowOf<Number>& row, uint32_t step) {
   const N correction1 = -expm1(t * row.log_beta1), correction2 = -expm1(t * row.log_beta2);
   const N root2 = sqrt(correction2);
   const N above_one = N(1) + (sizeof(T) == sizeof(double) ? N(0x1p-49) : N(0x1p-20));
+  // To a GPU's root a subnormal v is 0, by which, without an eps to speak of, m would be divided.
+  const N root_scale = kRootFlushes && sizeof(T) == sizeof(float) && row.eps < N(0x1p-40) ? N(0x1p12) : N(1);
   return {static_cast<T>(row.rate1),
           static_cast<T>(row.beta2),
           static_cast<T>(row.rate2),
           static_cast<T>(row.lr_tensor ? N(1) - lr * row.weight_decay : +row.decay),
-          static_cast<T>(lr * root2 / correction1),
-          static_cast<T>(row.eps * root2),
-          static_cast<T>(N(1) / root2),
-          static_cast<T>(above_one * root2 / correction1)};
+          static_cast<T>(lr * root2 / correction1 * root_scale),
+          static_cast<T>(row.eps * root2 * root_scale),
+          static_cast<T>(N(1) / (root2 * root_scale)),
+          static_cast<T>(above_one * root2 / correction1 * root_scale),
+          static_cast<T>(root_scale * root_scale),
+          static_cast<T>(N(0x1p-110) * correction2)};
+}
+
+template <class T>
+PATS_INLINE T scaled(const AdamW<T>& c, T v) {
+  return kRootFlushes ? c.v_scale * v : v;
 }
 
 // Row 7.
@@ -111,13 +124,13 @@ PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
 template <class T>
 PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
   const T scale = magnitude(w) * c.root_factor, scaled_m = c.m_factor * m;
-  const T s = scale * square_root(v);
-  const bool finite = is_finite(s);
-  S = finite ? s : T(0);
+  const T s = scale * square_root(scaled(c, v));
+  const bool finite = is_finite(s), counts = finite && v >= c.least_v;
+  S = counts ? s : T(0);
   U = 0;
   if (uncertainty != Uncertainty::kNone) {
-    const T u = scale * square_root(larger(v - scaled_m * scaled_m, T(0)));
-    U = finite ? u : T(0);
+    const T u = scale * square_root(larger(scaled(c, v) - scaled_m * scaled_m, T(0)));
+    U = counts ? u : T(0);
   }
   return finite;
 }
@@ -125,7 +138,7 @@ PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c,
 // Row 8.
 template <class T>
 PATS_INLINE T adamw(const AdamW<T>& c, T w, T m, T v) {
-  return c.decay * w - ratio(c.step_size * m, square_root(v) + c.eps);
+  return c.decay * w - ratio(c.step_size * m, square_root(scaled(c, v)) + c.eps);
 }
 
 }  // namespace pats

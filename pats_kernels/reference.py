@@ -30,6 +30,10 @@ from torch import Tensor
 from pats_kernels.philox import normals, random_words, words_of_groups
 
 KAPPA = 1.0  # weight of the uncertainty in uncertainty="ucb"
+# The means that count as statistics. Below, elements of a hundredth of the mean would be subnormal in
+# float32, in which the means are kept; above, the sums of some thousand elements would leave it.
+LEAST_MEAN, MOST_MEAN = 2.0**-120, 2.0**112
+LEAST_SQUARE = 2.0**-110  # of v^, the same with sensitivity="moments"
 
 
 def philox_normal(seed: int, step: int, tensor_id: int, numel: int, offset: int = 0) -> Tensor:
@@ -178,14 +182,16 @@ def moments_sensitivity(
     """S and U out of AdamW's bias-corrected moments, 0 where they are not finite, and where they are.
 
     v^ - m^^2 is 0 in the first step, and computed it is a few roundings: so that these do not decide who
-    gets noise, what is below them counts as 0.
+    gets noise, what is below them counts as 0. So does a v^ near where float32 ends, for a v that is not fed
+    any more comes to rest there.
     """
     S = w.abs() * v_hat.sqrt()
     finite = S.isfinite()
     roundings = 2.0**-49 if w.dtype == torch.float64 else 2.0**-20
     U = w.abs() * (v_hat - ((1 + roundings) * m_hat).square()).clamp(min=0).sqrt()
     U = torch.zeros_like(S) if uncertainty == "none" else U
-    return torch.where(finite, S, 0), torch.where(finite, U, 0), finite
+    counts = finite & (v_hat >= LEAST_SQUARE)
+    return torch.where(counts, S, 0), torch.where(counts, U, 0), finite
 
 
 def update_means_(sens_stats: Tensor, S: Tensor, U: Tensor, normalization: str) -> Tensor:
@@ -197,7 +203,7 @@ def update_means_(sens_stats: Tensor, S: Tensor, U: Tensor, normalization: str) 
 
 
 def score(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, uncertainty: str) -> Tensor:
-    """Row 4: q of every element; not finite for a tensor without statistics. "none" does not read U.
+    """Row 4: q of every element; not finite where the means are 0. "none" does not read U.
 
     Args:
         S, U: the averages, of one shape.
@@ -210,11 +216,21 @@ def score(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, uncertainty: str
     return S / mean_S
 
 
+def has_statistics(mean_S: Tensor, mean_U: Tensor, uncertainty: str) -> Tensor:
+    """Whether the means by which `score` divides are in the range in which float32 can tell who is below."""
+    mean = mean_S + KAPPA * mean_U if uncertainty == "ucb" else mean_S
+    known = (mean >= LEAST_MEAN) & (mean <= MOST_MEAN)
+    if uncertainty == "product":
+        known &= (mean_U >= LEAST_MEAN) & (mean_U <= MOST_MEAN)
+    return known
+
+
 def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, uncertainty: str) -> Tensor:
     """Row 5 of `score`'s: the gate a of every element, in [0, 1]; 0 for a tensor without statistics."""
     q = score(S, U, mean_S, mean_U, uncertainty)
     a = torch.tanh((1 / q - gamma).clamp(min=0))
-    return torch.where(q.isfinite(), a, 0)  # it is not where its mean is 0
+    # q is not finite where S is beyond what float32 can hold of a mean that is a step old.
+    return torch.where(q.isfinite() & has_statistics(mean_S, mean_U, uncertainty), a, 0)
 
 
 def add_noise(

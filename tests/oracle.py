@@ -106,8 +106,16 @@ def means(S: Array, U: Array | None) -> Array:
     return np.array([S.mean(), 0.0 if U is None else U.mean()], dtype=np.float32).astype(np.float64)
 
 
+def has_statistics(stats: Array, uncertainty: str) -> bool:
+    """Whether the means by which row 4 divides lie in [2^-120, 2^112]."""
+    divisors = {"none": stats[:1], "ucb": stats.sum(keepdims=True), "product": stats}[uncertainty]
+    return bool(np.all((divisors >= 2.0**-120) & (divisors <= 2.0**112)))
+
+
 def score(S: Array, U: Array | None, stats: Array, uncertainty: str) -> Array:
     """Row 4; not finite where there are no statistics."""
+    if not has_statistics(stats, uncertainty):
+        return np.full_like(S, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         if uncertainty == "none":
             return S / stats[0]

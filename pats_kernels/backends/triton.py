@@ -9,6 +9,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +95,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
         launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, narrowed), _groups(launch, tuning))
     tables, groups = launch.cache[place].tables.current(launch), launch.cache[place].groups
     constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
+    constants["SMALL_EPS"] = _small_eps(launch)
     if launch.key.device.type == "cuda" and torch.version.hip is None:
         constants |= compiler_options(launch.key, tuning)
     num_chunks, grouped = len(tables.chunks), len(groups) > 1
@@ -213,6 +215,13 @@ def compiler_options(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, int
         float32 = key.param_dtype == key.state_dtype == torch.float32
         limit = MAX_REGISTERS[key.variant.form] if float32 else 0
     return {"num_warps": tuning.num_warps} | ({"maxnreg": limit} if limit else {})
+
+
+def _small_eps(launch: Launch) -> bool:
+    """Whether some tensor's eps does not hide that the root of what is subnormal is 0 to sqrt.approx."""
+    if launch.key.variant.form == "pats" or launch.key.param_dtype == torch.float64:
+        return False
+    return bool(launch.table.view(np.float64)[:, Column.EPS].min() < 2.0**-40)
 
 
 def _approximate(launch: Launch) -> bool:

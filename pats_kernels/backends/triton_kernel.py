@@ -78,8 +78,13 @@ def _ptx(INSTRUCTION: tl.constexpr, x):
 
 
 @triton.jit
-def _log2(x, APPROX: tl.constexpr):
-    return _ptx("lg2.approx.ftz.f32", x) if APPROX else tl.log2(x)
+def _minus_log2(x, APPROX: tl.constexpr):
+    """Of x in (0, 1]: never below 0, where by lg2.approx's documented error it might be as x nears 1."""
+    if APPROX:
+        instructions: tl.constexpr = "lg2.approx.ftz.f32 $0, $1; abs.f32 $0, $0;"
+        return tl.inline_asm_elementwise(instructions, "=f,f", [x], tl.float32, True, 1)
+    else:
+        return -tl.log2(x)
 
 
 @triton.jit
@@ -109,9 +114,9 @@ def _tanh(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _reciprocal_mean(mean):
-    """1 / mean, bounded so that it is a float; 0 while there are no statistics."""
-    return tl.where(mean > 0, tl.minimum(1.0 / mean, 3.0e38), 0.0)
+def _is_statistic(mean):
+    """reference.py, LEAST_MEAN: the means in which float32 can tell who is below."""
+    return (mean >= 2.0**-120) & (mean <= 2.0**112)
 
 
 # ---- random numbers
@@ -152,7 +157,7 @@ def _box_muller(x0, x1, FLOAT: tl.constexpr, APPROX: tl.constexpr):
     uniform = x0.to(FLOAT) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     # Signed, so that the angle is in [-pi, pi), where sin.approx and cos.approx are at their best.
     angle = x1.to(tl.int32, bitcast=True).to(FLOAT) * 1.4629180792671596e-09 + 7.314590396335798e-10
-    radius = _sqrt(-1.3862943611198906 * _log2(uniform, APPROX), APPROX)
+    radius = _sqrt(1.3862943611198906 * _minus_log2(uniform, APPROX), APPROX)
     return radius * _cos(angle, APPROX), radius * _sin(angle, APPROX)
 
 
@@ -232,6 +237,9 @@ def _to_float(x, FLOAT: tl.constexpr, APPROX: tl.constexpr):
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&f,=f,r", [x], tl.float32, True, 2
         )
+    elif x.dtype == tl.bfloat16:  # the interpreter's conversion is wrong where it is subnormal
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(FLOAT)
     else:
         return x.to(FLOAT)
 
@@ -319,14 +327,15 @@ def _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY:
 
 @triton.jit
 def _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr):
-    """Rows 4 and 5. q here is mean times as big, which saves the product: the mean is a factor of 1/q."""
+    """Rows 4 and 5. q here is mean times as big, which saves the product: the mean is a factor of 1/q. Not
+    above 0 where the gate is closed."""
     if UNCERTAINTY == PRODUCT:
         q = (S * sens_factor) * U
     elif UNCERTAINTY == UCB:
         q = S + U
     else:
         q = S
-    return tl.maximum(_tanh(_reciprocal(q, APPROX) * mean - gamma, APPROX), 0.0)
+    return _tanh(_reciprocal(q, APPROX) * mean - gamma, APPROX)
 
 
 @triton.jit
@@ -346,16 +355,20 @@ def _moments(g, m, v, sign, rate1, beta2, rate2):
 
 
 @triton.jit
-def _moments_sensitivity(w, m, v, root_factor, m_factor, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr):
+def _moments_sensitivity(
+    w, m, v, least_v, root_factor, m_factor, UNCERTAINTY: tl.constexpr, APPROX: tl.constexpr
+):
     """Rows 1 to 3 with sensitivity="moments": sqrt(v^) = root_factor sqrt(v), and v^ - m^^2 is root_factor^2
-    (v - (m_factor m)^2). m_factor is a few roundings too large, so that it is not above 0 where it is 0."""
+    (v - (m_factor m)^2). m_factor is a few roundings too large, so that it is not above 0 where it is 0. A v
+    below least_v counts as 0."""
     scale, scaled_m = tl.abs(w) * root_factor, m_factor * m
     S = scale * _sqrt(v, APPROX)
     finite = _is_finite(S)
+    counts = finite & (v >= least_v)
     U = S
     if UNCERTAINTY != NONE:
-        U = tl.where(finite, scale * _sqrt(tl.maximum(v - scaled_m * scaled_m, 0.0), APPROX), 0.0)
-    return tl.where(finite, S, 0.0), U, finite
+        U = tl.where(counts, scale * _sqrt(tl.maximum(v - scaled_m * scaled_m, 0.0), APPROX), 0.0)
+    return tl.where(counts, S, 0.0), U, finite
 
 
 @triton.jit
@@ -396,6 +409,7 @@ def _chunk(
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APPROX: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     HINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -444,17 +458,26 @@ def _chunk(
             sens_mean += unc_mean
         if UNCERTAINTY != PRODUCT:
             unc_mean = sens_mean
-        sens_factor, mean = _reciprocal_mean(sens_mean), tl.where(unc_mean > 0, unc_mean, 1.0)
+        # 64 times q: rcp.approx takes what is subnormal for 0. Of the least mean this is still a float.
+        sens_factor, mean = 64 / sens_mean, unc_mean
+        if UNCERTAINTY == PRODUCT:
+            mean *= 64
         noise_scale = _from_tensor(entry, C_NOISE_SCALE_TENSOR, noise_scale)
-        noise_scale = tl.where((sens_mean > 0) & (unc_mean > 0), noise_scale, 0.0)
+        # Without statistics all gates are closed.
+        gamma = tl.where(_is_statistic(sens_mean) & _is_statistic(unc_mean), gamma, float("inf"))
     if MOMENTS:
         sign, beta2 = _number(entry, C_GRAD_SIGN, FLOAT), _number(entry, C_BETA2, FLOAT)
         rate1, rate2 = _number(entry, C_RATE1, FLOAT), _number(entry, C_RATE2, FLOAT)
         correction1 = _bias_correction(entry, C_LOG_BETA1, step, FLOAT)
         correction2 = _bias_correction(entry, C_LOG_BETA2, step, FLOAT)
         root2 = tl.sqrt(correction2)
-        root_factor = 1 / root2
-        m_factor = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) * root2 / correction1
+        # sqrt.approx takes a subnormal v for 0: where eps does not hide that, it gets root_scale^2 v.
+        eps, root_scale = _number(entry, C_EPS, FLOAT), 1.0
+        if SMALL_EPS:
+            root_scale = tl.where(eps < 2.0**-40, 4096.0, 1.0)
+        root_factor = 1 / (root2 * root_scale)
+        m_factor = (1 + (2.0**-49 if FLOAT == tl.float64 else 2.0**-20)) * root2 * root_scale / correction1
+        least_v = 2.0**-110 * correction2 * (root_scale * root_scale)
         lr, decay = _number(entry, C_LR, FLOAT), _number(entry, C_DECAY, FLOAT)
         if tl.load(entry + C_LR_TENSOR) != 0:
             lr = _from_tensor(entry, C_LR_TENSOR, lr)
@@ -462,8 +485,8 @@ def _chunk(
         # lr m^ / (sqrt(v^) + eps) = m / (slope sqrt(v) + intercept); for lr = 0 the line is at infinity.
         step_size = lr * root2 / correction1
         stands = step_size < 1e-37
-        slope = tl.where(stands, 0.0, 1 / step_size)
-        intercept = tl.where(stands, float("inf"), _number(entry, C_EPS, FLOAT) * root2 / step_size)
+        slope = tl.where(stands, 0.0, 1 / (step_size * root_scale))
+        intercept = tl.where(stands, float("inf"), eps * root2 / step_size)
     step = step.to(tl.uint32)
 
     lanes = tl.arange(0, BLOCK)
@@ -502,6 +525,7 @@ def _chunk(
             m = _to_float(_load(m_at, mask, LOADS), FLOAT, APPROX)
             v = _to_float(_load(v_at, mask, LOADS), FLOAT, APPROX)
             m, v = _moments(g, m, v, sign, rate1, beta2, rate2)
+            scaled_v = v * (root_scale * root_scale) if SMALL_EPS else v
 
         if READS_AVERAGES:
             S = _to_float(_load(s_at, mask, LOADS), FLOAT, APPROX)
@@ -525,7 +549,9 @@ def _chunk(
                 S = tl.abs(S)
                 tl.store(s_at, S.to(STATE), mask=(finite == 0) if mask is None else mask & (finite == 0))
         elif FORM == MOMENTS_ADAMW:
-            S, U, finite = _moments_sensitivity(w, m, v, root_factor, m_factor, UNCERTAINTY, APPROX)
+            S, U, finite = _moments_sensitivity(
+                w, m, scaled_v, least_v, root_factor, m_factor, UNCERTAINTY, APPROX
+            )
 
         if SUMS:
             sum_s += _sum_groups(S, BLOCK)
@@ -538,12 +564,13 @@ def _chunk(
                 z = _draw_each(number, 0, tensor_id, step, seed, True, FLOAT, APPROX)
             else:
                 z = _draw(low, group_high, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
-            a = _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX)
-            w = tl.where(finite, w + noise_scale * (a * z), w)
+            a = tl.where(finite, _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX), 0.0)
+            # Chosen, not added: an infinite noise times 0 is NaN.
+            w = tl.where(a > 0, w + noise_scale * (a * z), w)
             if FORM == PATS:
                 tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask, cache_modifier=STORES)
         if STEPS:
-            w = _adamw(w, m, v, decay, slope, intercept, APPROX)
+            w = _adamw(w, m, scaled_v, decay, slope, intercept, APPROX)
             is_number = (m == m) & (v == v)
             tl.store(w_at, _round(w, random, PARAM, STOCHASTIC, w == w), mask=mask, cache_modifier=STORES)
             tl.store(
@@ -587,6 +614,7 @@ def _path(
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APPROX: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     HINTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -596,17 +624,17 @@ def _path(
     if ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, CHUNK, FULL,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, HINTS, BLOCK,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, BLOCK,
         )  # fmt: skip
     elif tl.load(entry + C_NDIM) == 0:
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, left, MASKED,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, HINTS, BLOCK // 4,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, BLOCK // 4,
         )  # fmt: skip
     else:
         sum_s, sum_u, nonfinite = _chunk(
             entry, layout, grad_scale, start, left, STRIDED,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, HINTS, BLOCK // 8,
+            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, BLOCK // 8,
         )  # fmt: skip
     return sum_s, sum_u, nonfinite
 
@@ -627,6 +655,7 @@ def _program(
     PHASE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APPROX: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     HINTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -639,7 +668,7 @@ def _program(
     if ONLY_FULL or FORM == PATS or tl.load(entry + C_STATS) != 0:
         sum_s, sum_u, nonfinite = _path(
             entry, layout, grad_scale, start, left, PARAM, STATE, FORM, UNCERTAINTY,
-            PHASE, STOCHASTIC, APPROX, HINTS, CHUNK, BLOCK, ONLY_FULL,
+            PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, CHUNK, BLOCK, ONLY_FULL,
         )  # fmt: skip
         if PHASE != NOISE:
             tl.store(partials + chunk, sum_s.to(tl.float64))
@@ -648,7 +677,7 @@ def _program(
     elif PHASE != AVERAGES:
         _path(
             entry, layout, grad_scale, start, left, PARAM, STATE, ADAMW, NONE,
-            PHASE, STOCHASTIC, APPROX, HINTS, CHUNK, BLOCK, ONLY_FULL,
+            PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, CHUNK, BLOCK, ONLY_FULL,
         )  # fmt: skip
 
 
@@ -672,6 +701,7 @@ def pats_kernel(
     APPROX: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    SMALL_EPS: tl.constexpr = False,
     HINTS: tl.constexpr = ("", "", ""),
     PERSISTENT: tl.constexpr = False,
     REVERSED: tl.constexpr = False,
@@ -686,6 +716,7 @@ def pats_kernel(
         grad_scale, found_inf: a GradScaler's float32 [1], or None.
         first, last, num_chunks: the chunks that this launch works on, and how many there are in all; None:
             one program for each there is, first to last.
+        SMALL_EPS: whether some tensor's eps does not hide that sqrt.approx takes what is subnormal for 0.
         HINTS, PERSISTENT, REVERSED: see `pats_kernels.backends.triton.Tuning`.
         ONLY_FULL: leaves all but one path out, to study the compiler's work on the one that counts.
     """
@@ -697,7 +728,7 @@ def pats_kernel(
         for i in range(first + pid, last, tl.num_programs(0)):
             _program(
                 table, layout, chunks, partials, grad_scale, first + last - 1 - i if REVERSED else i,
-                num_chunks, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX,
+                num_chunks, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS,
                 HINTS, CHUNK, BLOCK, ONLY_FULL,
             )  # fmt: skip
     else:
@@ -707,7 +738,7 @@ def pats_kernel(
             chunk, total = last - 1 - pid if REVERSED else first + pid, num_chunks
         _program(
             table, layout, chunks, partials, grad_scale, chunk,
-            total, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX,
+            total, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS,
             HINTS, CHUNK, BLOCK, ONLY_FULL,
         )  # fmt: skip
 

@@ -1,5 +1,6 @@
 // One dtype's kernels on the host, behind a C function that Python can call. PATS_PARAM and PATS_LAUNCH as
 // for csrc/cuda_kernel.cu.
+#define PATS_ROOT_FLUSHES  // as a GPU's does
 #include "../../csrc/cuda_kernel.cu"
 
 using namespace pats;

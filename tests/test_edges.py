@@ -1,0 +1,394 @@
+"""Where numbers end: statistics that die out, the loss's scale, closed gates, roots of what is subnormal.
+
+Every backend, each number against the oracle or a closed form.
+"""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from adamw_harness import AdamWCase, optimizer_of, params_of
+from conftest import INTERPRETED
+from harness import TOLERANCES, Case, Work, assert_same_bits, check_step, prepare, same_bits, step, values
+from torch import Tensor, nn
+
+from pats_kernels import PATSAdamW, reference
+
+VARIANTS = list(product(["delayed", "exact"], ["product", "ucb", "none"]))
+STORAGES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+]
+LEAST, MOST = 2.0**-120, 2.0**112
+
+every_variant = pytest.mark.parametrize(("normalization", "uncertainty"), VARIANTS)
+
+
+def in_the_middle(case: Case, S: float, U: float) -> Work:
+    """A case's tensors as a run may have left them, every average of a tensor the same."""
+    work = prepare(case)
+    for i, (sens, unc, stats) in enumerate(zip(work.sens, work.unc, work.stats, strict=True)):
+        sens.fill_(S)
+        if unc is not None:
+            unc.fill_(U)
+        means = (sens, torch.zeros(1) if unc is None else unc)
+        work.stats[i] = stats.copy_(torch.stack([x.double().mean() for x in means]))
+    return work
+
+
+def checked_step(backend: str, case: Case, work: Work, number: int) -> None:
+    before = list(values(work))
+    step(backend, case, work, number)
+    for i, (old, new) in enumerate(zip(before, values(work), strict=True)):
+        dtypes = (case.dtype, work.sens[i].dtype)
+        check_step(old, new, case.hyper(i, number), dtypes, TOLERANCES[backend], f"step {number}, tensor {i}")
+
+
+# Statistics that die out.
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), STORAGES)
+@every_variant
+def test_no_noise_once_the_statistics_are_gone(
+    backend: str, dtype: torch.dtype, state_dtype: torch.dtype, normalization: str, uncertainty: str
+) -> None:
+    """Gradients of zero: 0.85 times 3 spacings of float32's subnormals is 3 of them once more, for good.
+
+    The tensor is no more than one without gradients from the first; it was given full noise. When they
+    come back it is as any other after its first step.
+    """
+    case = Case(
+        [(300,)],
+        dtype=dtype,
+        state_dtype=state_dtype,
+        noise_scale=0.5,
+        normalization=normalization,
+        uncertainty=uncertainty,
+    )
+    work = in_the_middle(case, 2.0**-130, 2.0**-131)
+    before = work.params[0].clone()
+    for number in range(1, 3):
+        work.grads = [torch.zeros(300, dtype=dtype)]
+        checked_step(backend, case, work, number)
+    assert same_bits(work.params[0], before)
+    for number in range(3, 5):
+        work.grads = [torch.randn(300, generator=torch.Generator().manual_seed(number)).to(dtype)]
+        checked_step(backend, case, work, number)
+    assert (work.params[0] != before).float().mean() > 0.3
+
+
+@pytest.mark.skipif(INTERPRETED, reason="some hundred steps")
+@pytest.mark.parametrize("stochastic_rounding", [True, False])
+@pytest.mark.parametrize(("dtype", "state_dtype"), STORAGES)
+def test_a_layer_that_is_never_used(
+    backend: str, dtype: torch.dtype, state_dtype: torch.dtype, stochastic_rounding: bool
+) -> None:
+    """One real gradient, then zeros: there is noise for some hundred steps, and from then on none."""
+    case = Case(
+        [(64,)],
+        dtype=dtype,
+        state_dtype=state_dtype,
+        noise_scale=0.5,
+        sens_betas=(0.85, 0.85),
+        stochastic_rounding=stochastic_rounding,
+    )
+    work = prepare(case)
+    work.grads = [torch.randn(64, generator=torch.Generator().manual_seed(1)).to(dtype)]
+    moved = []
+    for number in range(1, 761):
+        before = work.params[0].clone()
+        step(backend, case, work, number)
+        moved.append(not same_bits(work.params[0], before))
+        if number == 1:
+            work.grads = [torch.zeros(64, dtype=dtype)]
+    # To the nearest bfloat16 an average of few bits comes to rest at once, far above where float32 ends.
+    if dtype == torch.bfloat16 and not stochastic_rounding:
+        return
+    assert all(moved[1:300])
+    assert not any(moved[600:])
+
+
+def test_the_rule_is_the_oracle_s() -> None:
+    assert (reference.LEAST_MEAN, reference.MOST_MEAN) == (LEAST, MOST)
+
+
+@pytest.mark.parametrize("mean", [LEAST * (1 - 2.0**-24), LEAST, MOST, MOST * (1 + 2.0**-23), np.inf])
+@pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
+def test_where_statistics_begin_and_end(backend: str, uncertainty: str, mean: float) -> None:
+    """From the least to the most mean that counts the gates are the formula's, beyond they are closed."""
+    case = Case([(500,)], noise_scale=0.5, uncertainty=uncertainty, sens_betas=(0.99, 0.99))
+    work = prepare(case)
+    spread = torch.linspace(0.02, 4, 500)
+    bounded = min(mean, MOST)
+    work.sens[0].copy_(spread.double() * bounded)
+    work.stats[0][0] = mean
+    unc = work.unc[0]
+    if unc is not None:
+        unc.copy_((spread.flip(0).double() if uncertainty == "product" else 0 * spread) * bounded)
+        work.stats[0][1] = mean if uncertainty == "product" else 0.0
+    work.grads = [torch.zeros(500)]
+    before = work.params[0].clone()
+    checked_step(backend, case, work, 1)
+    if LEAST <= mean <= MOST:
+        assert 0.05 < (work.params[0] != before).float().mean() < 1
+    else:
+        assert same_bits(work.params[0], before)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-3, 50.0, 1e4, 1e30])
+@pytest.mark.parametrize("level", [2.0**-119, 1e-8, 2.0**100])
+@pytest.mark.parametrize("uncertainty", ["ucb", "none"])
+def test_any_gamma_at_any_level(backend: str, gamma: float, level: float, uncertainty: str) -> None:
+    """Sensitivities of 0, of a fifth of where the gate opens, and of five times that."""
+    if level * 0.2 / max(gamma, 1) < 2.0**-126:
+        pytest.skip("a fifth of it is subnormal: a GPU takes it for 0, which opens the gate as well")
+    case = Case([(300,)], noise_scale=0.5, gamma=gamma, uncertainty=uncertainty, sens_betas=(0.99, 0.99))
+    work = prepare(case)
+    opens = level / max(gamma, 1)
+    work.sens[0].copy_(torch.tensor([0.0, 0.2 * opens, 5 * opens], dtype=torch.float64).repeat(100))
+    work.stats[0][0] = level
+    work.grads = [torch.zeros(300)]
+    before = work.params[0].clone()
+    checked_step(backend, case, work, 1)
+    moved = (work.params[0] != before).view(100, 3).float().mean(0)
+    assert moved[:2].tolist() == [1, 1]
+    assert moved[2] == (0 if gamma >= 1 else 1)
+
+
+def test_moments_of_a_layer_that_is_never_used(backend: str) -> None:
+    """0.999 times 500 spacings is 500 once more: v comes to rest, and does not count as a sensitivity."""
+    case = AdamWCase(
+        [(200,)], noise_scale=0.5, normalization="exact", adamw={"sensitivity": "moments", "lr": 0.0}
+    )
+    optimizer = optimizer_of(backend, case)
+    (param,) = params_of(optimizer)
+    param.grad = torch.zeros(200)
+    optimizer.step()
+    optimizer.state[param]["exp_avg_sq"].fill_(500 * 2.0**-149)
+    before = param.detach().clone()
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg_sq"].eq(500 * 2.0**-149).all()
+    assert same_bits(param.detach(), before)
+    param.grad = torch.randn(200, generator=torch.Generator().manual_seed(2))
+    for _ in range(2):
+        optimizer.step()
+    assert (param.detach() != before).float().mean() > 0.3
+
+
+# The loss's scale.
+
+
+def scaled_runs(backend: str, case: Case, scale: float) -> tuple[Work, Work]:
+    """Three steps with gradients of about one size, and with the same `scale` times as big."""
+    works = prepare(case), prepare(case)
+    for work in works:
+        work.params[0].copy_(0.02 * (1.5 + torch.rand(600, generator=torch.Generator().manual_seed(3))))
+    for number in range(1, 4):
+        random = torch.Generator().manual_seed(number)
+        grads = torch.randn(600, generator=random).sign() * torch.empty(600).uniform_(
+            0.5, 4, generator=random
+        )
+        for work, factor in zip(works, (1.0, scale), strict=True):
+            work.grads = [(grads.double() * factor).to(case.dtype)]
+            step(backend, case, work, number)
+    assert not same_bits(works[0].params[0], prepare(case).params[0])
+    return works
+
+
+@every_variant
+@pytest.mark.parametrize("power", [-108, -100, 60, 100, 112])
+def test_a_power_of_two_changes_nothing(
+    backend: str, normalization: str, uncertainty: str, power: int
+) -> None:
+    """Weights to the last bit, from where U, a thirtieth of w g here, is 2^-120 to where w g is 2^108."""
+    case = Case([(600,)], normalization=normalization, uncertainty=uncertainty)
+    plain, scaled = scaled_runs(backend, case, 2.0**power)
+    assert_same_bits(plain.params, scaled.params)
+    assert_same_bits([s.double() * 2.0**power for s in plain.sens], [s.double() for s in scaled.sens])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_a_loss_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
+    """Gates inherit some 16 roundings of 2^-24, times 1/q; nothing is bigger than noise_scale |z| < 7e-3."""
+    case = Case([(600,)], dtype=dtype, state_dtype=torch.float32, normalization="exact")
+    plain, scaled = scaled_runs(backend, case, scale)
+    off = (plain.params[0].double() - scaled.params[0].double()).abs()
+    spacing = 2.0**-8 if dtype == torch.bfloat16 else 0  # the gradients' own; once more w's, rounded apart
+    assert off.max() <= 1e-3 * (1e-3 + 20 * spacing) + 0.1 * spacing
+
+
+# Edges of the formula itself.
+
+
+@pytest.mark.parametrize("uncertainty", ["product", "none"])
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_a_tensor_of_one_element(backend: str, gamma: float, uncertainty: str) -> None:
+    """Its mean is itself: q = 1 with exact normalization, so gamma = 1 means never any noise, 0.9 always."""
+    case = Case(
+        [(), (1,), (1, 1)], gamma=gamma, uncertainty=uncertainty, normalization="exact", noise_scale=0.5
+    )
+    work = prepare(case)
+    before = [p.clone() for p in work.params]
+    for number in range(1, 4):
+        random = torch.Generator().manual_seed(number)
+        work.grads = [torch.randn(p.shape, generator=random) for p in work.params]
+        checked_step(backend, case, work, number)
+    if gamma == 1.0 and uncertainty == "none":
+        # A rounding of 1/mean may leave q a few 2^-24 below 1, and so a gate of some 1e-7.
+        for new, old in zip(work.params, before, strict=True):
+            assert (new - old).abs() <= 3 * 0.5 * 6.8 * 16 * 2.0**-24
+    assert all(torch.equal(a, b) for a, b in zip(work.params, before, strict=True)) == (gamma == 1.0) or (
+        gamma == 1.0
+    )
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+def test_without_memory_there_is_no_uncertainty(backend: str, normalization: str) -> None:
+    """sens_betas=(0, b): S is s to the last bit, so U and its mean are 0, and nobody ever gets noise."""
+    case = Case([(700,)], sens_betas=(0.0, 0.95), normalization=normalization, noise_scale=0.5)
+    work = prepare(case)
+    before = work.params[0].clone()
+    for number in range(1, 4):
+        work.grads = [torch.randn(700, generator=torch.Generator().manual_seed(number))]
+        step(backend, case, work, number)
+        assert same_bits(work.sens[0], (before * work.grads[0]).abs())
+    assert work.unc[0] is not None
+    assert not work.unc[0].any()
+    assert same_bits(work.params[0], before)
+
+
+@every_variant
+def test_a_constant_gradient(backend: str, normalization: str, uncertainty: str) -> None:
+    """s stays, S nears it and U goes to 0: still a ratio, until S = s to the last bit. No step is off."""
+    case = Case(
+        [(300,)],
+        noise_scale=1e-30,
+        normalization=normalization,
+        uncertainty=uncertainty,
+        sens_betas=(0.3, 0.3),
+    )
+    work = prepare(case)
+    work.grads = [torch.randn(300, generator=torch.Generator().manual_seed(1))]
+    for number in range(1, 12 if INTERPRETED else 100):
+        checked_step(backend, case, work, number)
+        assert all(t.isfinite().all() for t in work.tensors())
+
+
+@every_variant
+@pytest.mark.parametrize("what", ["weights", "gradients"])
+def test_all_zeros(backend: str, normalization: str, uncertainty: str, what: str) -> None:
+    """Nothing is known of such a tensor: no noise, whichever factor it is."""
+    case = Case([(300,)], noise_scale=0.5, normalization=normalization, uncertainty=uncertainty)
+    work = prepare(case)
+    work.grads = [torch.randn(300, generator=torch.Generator().manual_seed(1))]
+    (work.params if what == "weights" else work.grads)[0].zero_()
+    before = work.params[0].clone()
+    for number in range(1, 4):
+        step(backend, case, work, number)
+    assert same_bits(work.params[0], before)
+    assert not any(t.any() for t in work.written()[1:])
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_subnormal_weights_and_gradients(
+    backend: str, dtype: torch.dtype, normalization: str, uncertainty: str
+) -> None:
+    """Each kind alone and both together, beside ordinary ones; then a tensor of nothing else."""
+    case = Case([(400,), (400,)], dtype=dtype, normalization=normalization, uncertainty=uncertainty)
+    least = torch.finfo(dtype).smallest_normal
+    work = prepare(case)
+    work.params[0][::2] *= least
+    work.params[1].mul_(least)
+    for number in range(1, 4):
+        random = torch.Generator().manual_seed(number)
+        work.grads = [torch.randn(400, generator=random).to(dtype) for _ in work.params]
+        work.grads[0][::3] *= least
+        work.grads[1].mul_(least)
+        checked_step(backend, case, work, number)
+
+
+# Closed gates.
+
+
+@pytest.mark.parametrize("noise_scale", [1e30, 1e37, 3e38, 1e300])
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_closed_gate_moves_nothing(
+    backend: str, dtype: torch.dtype, normalization: str, noise_scale: float
+) -> None:
+    """However much noise there is; and a negative zero keeps its sign."""
+    case = Case([(400,)], dtype=dtype, normalization=normalization, noise_scale=noise_scale)
+    work = in_the_middle(case, 1.0, 1.0)
+    work.sens[0].fill_(4.0)
+    work.sens[0][::2] = 1e-3
+    work.params[0][1::4] = -0.0
+    closed = torch.arange(400) % 2 == 1
+    before = work.params[0].clone()
+    work.grads = [torch.zeros(400, dtype=dtype)]
+    step(backend, case, work, 1)
+    assert same_bits(work.params[0][closed], before[closed])
+    assert (work.params[0] != before)[~closed].all()
+
+
+@pytest.mark.parametrize("sensitivity", ["ema", "moments"])
+def test_a_closed_gate_with_adamw(backend: str, sensitivity: str) -> None:
+    """The same where AdamW's step follows: lr = 0 leaves what the noise left."""
+    random = torch.Generator().manual_seed(4)
+    param = nn.Parameter(torch.randn(400, generator=random))
+    options: dict[str, Any] = {
+        "lr": 0.0,
+        "noise_scale": 1e38,
+        "gamma": 1e9,
+        "sensitivity": sensitivity,
+        "uncertainty": "none",
+    }
+    optimizer = PATSAdamW([param], backend=backend, **options)
+    before = param.detach().clone()
+    for _ in range(3):
+        param.grad = torch.randn(400, generator=random)
+        optimizer.step()
+    assert same_bits(param.detach(), before)
+
+
+# AdamW's root of what is subnormal.
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 1e-30])
+@pytest.mark.parametrize("sensitivity", ["ema", "moments"])
+@pytest.mark.parametrize("gradient", [3e-22, 1e-19, 1e-10, 1.0, 1e15])
+def test_adamw_without_eps(backend: str, gradient: float, sensitivity: str, noise_scale: float) -> None:
+    """m^ / sqrt(v^) is the gradient's sign, however small the gradient: v of 1e-19 is subnormal.
+
+    Of 3e-22 v is one of the last subnormals, right to a few parts in a hundred.
+    """
+    g = gradient * torch.tensor([1.0, -1.0]).repeat(32)
+    param = nn.Parameter(torch.full((64,), 0.5))
+    options: dict[str, Any] = {"lr": 1e-2, "eps": 0, "weight_decay": 0.0, "betas": (0.9, 0.99)}
+    optimizer = PATSAdamW(
+        [param], noise_scale=noise_scale, sensitivity=sensitivity, backend=backend, **options
+    )
+    for _ in range(2):
+        param.grad = g.clone()
+        optimizer.step()
+    expected = (0.5 - 2e-2 * g.sign()).double()
+    relative = 0.2 if gradient < 1e-20 else 1e-3 if gradient < 1e-15 else 1e-5
+    torch.testing.assert_close(param.detach().double(), expected, rtol=0, atol=2e-2 * relative + 1e-7)
+
+
+def test_the_normals_where_the_radius_nears_zero() -> None:
+    """The oracle's own: a uniform within 2^-24 of 1 is a float32 of 1, a radius of 0; never a NaN."""
+    words: Tensor = torch.tensor([[2**32 - 1, 2**31, 2**32 - 2**8, 5]])
+    z = reference.normals(words)
+    assert z.isfinite().all()
+    uniform = (np.array([2**32 - 1, 2**32 - 2**8], dtype=np.float64) + 0.5) / 2.0**32
+    radius = np.sqrt(-2 * np.log(uniform))
+    np.testing.assert_allclose(np.hypot(z[0, ::2].numpy(), z[0, 1::2].numpy()), radius, rtol=1e-7)
+    assert oracle.normal(oracle.Hyper(), np.arange(4)).shape == (4,)
