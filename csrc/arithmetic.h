@@ -50,7 +50,7 @@ PATS_INLINE double ratio(double a, double b) { return a / b; }
 
 #if defined(__CUDA_ARCH__)
 // A GPU's approximations, each one instruction; what is subnormal may be 0 to them.
-constexpr bool kRootFlushes = true;
+constexpr bool kRootFlushes = true, kGateScales = false;
 #define PATS_PTX(name, instruction)                 \
   PATS_INLINE float name(float x) {                 \
     float y;                                        \
@@ -73,6 +73,7 @@ PATS_INLINE float ratio(float a, float b) { return a * reciprocal(b); }
 PATS_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
 PATS_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
 PATS_INLINE float ratio(float a, float b) { return a / b; }
+constexpr bool kGateScales = true;
 #if defined(PATS_ROOT_FLUSHES)  // tests/cuda_emulation
 constexpr bool kRootFlushes = true;
 PATS_INLINE float square_root(float x) { return x < 0x1p-126f ? 0.0f : sqrtf(x); }

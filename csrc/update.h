@@ -13,8 +13,8 @@ struct Constants {
   T sens_beta, unc_beta;   // b_s, b_u
   T sens_rate, unc_rate;   // 1 - b_s, 1 - b_u
   T sens_factor, unc_factor;  // q' = k q out of S and U: the reciprocal means and k are in here
-  T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1, and
-                           // 0 closes all gates while there are no statistics
+  T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1 where
+                           // that matters, and 0 closes all gates while there are no statistics
   T noise_scale;
 };
 
@@ -34,7 +34,7 @@ PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>&
   const bool known = is_statistic(importance) && (!is_product || is_statistic(mean_u));
   // Of a huge gamma as much as leaves k / mean a float.
   const T gamma = static_cast<T>(row.gamma), most = T(0x1p126) * smaller(importance, T(1));
-  const T k = known ? smaller(larger(gamma, T(1)), most) : T(0);
+  const T k = !known ? T(0) : kGateScales ? smaller(larger(gamma, T(1)), most) : T(1);
   const T noise_scale = static_cast<T>(row.noise_scale_tensor ? *row.noise_scale_tensor : +row.noise_scale);
   return {grad_scale,
           static_cast<T>(row.sens_beta),

@@ -94,8 +94,8 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
     if place not in launch.cache:
         launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, narrowed), _groups(launch, tuning))
     tables, groups = launch.cache[place].tables.current(launch), launch.cache[place].groups
-    constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
-    constants["SMALL_EPS"] = _small_eps(launch)
+    constants = specialization(launch.key, tuning)
+    constants |= {"APPROX": _approximate(launch), "SMALL_EPS": _small_eps(launch)}
     if launch.key.device.type == "cuda" and torch.version.hip is None:
         constants |= compiler_options(launch.key, tuning)
     num_chunks, grouped = len(tables.chunks), len(groups) > 1
@@ -182,7 +182,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
-    """The kernel's compile-time arguments for such a launch, but for those that depend on the device."""
+    """The kernel's compile-time arguments for such a launch, but for those that depend on the device, and
+    for an ordinary eps."""
     dtypes = {
         torch.float32: kernels.tl.float32,
         torch.bfloat16: kernels.tl.bfloat16,
@@ -201,6 +202,7 @@ def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
         "FORM": forms[key.variant.form],
         "UNCERTAINTY": uncertainties[key.variant.uncertainty],
         "STOCHASTIC": key.variant.stochastic_rounding,
+        "SMALL_EPS": False,
         "CHUNK": tuning.chunk,
         "BLOCK": tuning.block,
         "HINTS": tuning.hints,
