@@ -47,6 +47,7 @@ PATS_INLINE T smaller(T a, T b) {
 
 PATS_INLINE double square_root(double x) { return sqrt(x); }
 PATS_INLINE double ratio(double a, double b) { return a / b; }
+PATS_INLINE double inverse(double x) { return 1.0 / x; }
 
 #if defined(__CUDA_ARCH__)
 // A GPU's approximations, each one instruction; what is subnormal may be 0 to them.
@@ -69,10 +70,12 @@ PATS_INLINE float magnitude(float x) { return fabsf(x); }
 PATS_INLINE float larger(float a, float b) { return fmaxf(a, b); }
 PATS_INLINE float smaller(float a, float b) { return fminf(a, b); }
 PATS_INLINE float ratio(float a, float b) { return a * reciprocal(b); }
+PATS_INLINE float inverse(float x) { return reciprocal(x); }
 #else
 PATS_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
 PATS_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
 PATS_INLINE float ratio(float a, float b) { return a / b; }
+PATS_INLINE float inverse(float x) { return 1.0f / x; }
 constexpr bool kGateScales = true;
 #if defined(PATS_ROOT_FLUSHES)  // tests/cuda_emulation
 constexpr bool kRootFlushes = true;

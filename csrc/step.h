@@ -45,8 +45,14 @@ PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<
     finite = moments_sensitivity(uncertainty, adam, w, m, v, S, U);
   }
   if (does.noise) {
+    // Chosen, not added: an infinite noise times 0 is NaN. Each compiler makes the most of its own form.
+#if defined(__CUDA_ARCH__)
+    const T a = gate(uncertainty, c, S, U), noised = w + a * noise;
+    w = finite && a > 0 ? noised : w;
+#else
     const T a = finite ? gate(uncertainty, c, S, U) : T(0), noised = w + a * noise;
-    w = a > 0 ? noised : w;  // chosen, not added: an infinite noise times 0 is NaN
+    w = a > 0 ? noised : w;
+#endif
   }
   if (does.adamw) w = adamw(adam, w, m, v);
   return finite;

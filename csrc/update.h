@@ -41,8 +41,8 @@ PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>&
           static_cast<T>(row.unc_beta),
           static_cast<T>(row.sens_rate),
           static_cast<T>(row.unc_rate),
-          known ? k / importance : T(0),
-          known && is_product ? T(1) / mean_u : T(1),
+          known ? k * inverse(importance) : T(0),
+          known && is_product ? inverse(mean_u) : T(1),
           gamma,
           k,
           noise_scale};

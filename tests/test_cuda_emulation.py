@@ -52,6 +52,17 @@ from test_backends import (  # noqa: F401
     test_shapes,
     test_variants,
 )
+from test_edges import (  # noqa: F401
+    test_a_closed_gate_moves_nothing,
+    test_a_closed_gate_with_adamw,
+    test_a_power_of_two_changes_nothing,
+    test_adamw_without_eps,
+    test_any_gamma_at_any_level,
+    test_moments_of_a_layer_that_is_never_used,
+    test_no_noise_once_the_statistics_are_gone,
+    test_subnormal_weights_and_gradients,
+    test_where_statistics_begin_and_end,
+)
 from test_rounding import (  # noqa: F401
     test_each_element_has_its_own_bits,
     test_every_store_is_the_model,
