@@ -17,6 +17,7 @@ from pats_kernels.hyperparameters import (
     Uncertainty,
     hyperparameters,
 )
+from pats_kernels.numbering import Numbering, ids_of
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
@@ -65,7 +66,9 @@ class PATSAdamW(Optimizer):
         state_dtype: of moments and averages, float32 or bfloat16; None: the parameter's, float32 for float16.
         backend: "auto", "triton", "cuda", "cpp" or "eager"; see `available_backends`.
         amsgrad, differentiable: not supported.
-        foreach, fused: accepted as `torch.optim.AdamW` has them, and ignored: it is always fused.
+        foreach: accepted as `torch.optim.AdamW` has it, and ignored.
+        fused: it is always fused. False says that a GradScaler is to unscale, and to skip steps, before
+            `step`: for whom that is in the way, as Lightning's gradient clipping under "bf16-mixed" is.
 
     Attributes:
         state: for each parameter `step` (0-d float32), `exp_avg`, `exp_avg_sq` (the parameter's shape), and,
@@ -126,12 +129,15 @@ class PATSAdamW(Optimizer):
         backends.check_name(backend)
         _values({"amsgrad": amsgrad, "differentiable": differentiable}, defaults)
         self.backend = backend
+        if fused is False:
+            self._step_supports_amp_scaling = False
         self._forget()
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
         """Drops what was derived from the state, which is new."""
         self._launcher = Launcher(owned=True)
+        self._numbering = Numbering()
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -174,15 +180,17 @@ class PATSAdamW(Optimizer):
     def _batch(self) -> Batch:
         """The parameters that have a gradient, with their state, which is allocated here at first."""
         rows: list[tuple[Any, ...]] = []
+        fresh: list[Tensor] = []
         name_of = name_finder(self.param_groups)
-        tensor_id = -1
+        position = 0
         for group in self.param_groups:
             values = _values(group, self.defaults)
             needed = keys_of(values)
             noisy = "sens_stats" in needed
             ema, has_unc = "exp_avg_sens" in needed, "exp_avg_unc" in needed
-            for param in group["params"]:
-                tensor_id += 1
+            ids = ids_of(group, position)
+            position += len(ids)
+            for param, tensor_id in zip(group["params"], ids, strict=True):
                 grad = param.grad
                 if grad is None:
                     continue
@@ -190,6 +198,7 @@ class PATSAdamW(Optimizer):
                 if not needed <= state.keys():
                     if param.numel() == 0:
                         continue
+                    fresh += [param] if not state else []
                     complete(state, name_of(param), param, values)
                 rows.append(
                     (
@@ -207,7 +216,8 @@ class PATSAdamW(Optimizer):
                     )
                 )
         columns = map(list, zip(*rows, strict=True))
-        return Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        return self._numbering.numbered(batch, self.param_groups, fresh)
 
     def _nonfinite_count(self, param: Tensor) -> Tensor:
         count = self._nonfinite.get(id(param))
@@ -293,7 +303,8 @@ class PATSAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._launcher.finish()
-        return {**super().__getstate__(), "backend": self.backend}
+        amp = {"_step_supports_amp_scaling": self._step_supports_amp_scaling}
+        return {**super().__getstate__(), "backend": self.backend, **amp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

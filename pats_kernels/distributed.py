@@ -185,8 +185,10 @@ class Statistics:
         known: list[list[Any]] = [batch.params, list(batch.sens_stats)]
         if [list(map(id, tensors)) for tensors in known] != [list(map(id, last)) for last in self._known]:
             self._shards = [
-                layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else None
-                for i, param in enumerate(batch.params)
+                layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else place
+                for i, (param, place) in enumerate(
+                    zip(batch.params, batch.shards or [None] * len(batch.params), strict=True)
+                )
             ]
             self._shares, self._routes = self._routed(batch, self._shards)
             self._known = known

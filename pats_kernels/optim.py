@@ -1,7 +1,8 @@
 """PATS attached to an optimizer."""
 
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels import backends
+from pats_kernels.adamw import PATSAdamW
 from pats_kernels.hyperparameters import (
     Hyperparameters,
     Normalization,
@@ -16,6 +18,7 @@ from pats_kernels.hyperparameters import (
     defaults_of,
     hyperparameters,
 )
+from pats_kernels.numbering import Numbering, ids_of
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
@@ -90,8 +93,7 @@ class PATS:
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
+        optimizer = attachable(optimizer)
         self.optimizer = optimizer
         self.backend = backend
         self.defaults: dict[str, Any] = {
@@ -114,19 +116,32 @@ class PATS:
         self.state: dict[Tensor, State] = {}
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._launcher = Launcher(owned=True)
+        self._numbering = Numbering()
+        self._keeps_masters: bool | None = None  # whether the optimizer does; None: not known yet
         self._loaded: dict[str, Any] | None = None
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_state_dict_post_hook(self._join_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        self._replaced: list[str] = []
+        for name, replacement in (
+            ("state_dict", self._state_dict_of),
+            ("load_state_dict", self._load_state_dict_of),
+        ):
+            if getattr(type(optimizer), name) is not getattr(Optimizer, name):  # its own may run no hooks
+                setattr(optimizer, name, replacement(getattr(optimizer, name)))
+                self._replaced.append(name)
+        if "state_dict" not in self._replaced:
+            self._hooks.append(optimizer.register_state_dict_post_hook(self._join_state_dict))
+        if "load_state_dict" not in self._replaced:
+            self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._after_load))
 
     def remove(self) -> None:
         """Detaches from the optimizer, which then steps as if PATS had never been there."""
         for hook in self._hooks:
             hook.remove()
+        for name in self._replaced:
+            delattr(self.optimizer, name)
         self._hooks.clear()
+        self._replaced.clear()
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
@@ -136,17 +151,48 @@ class PATS:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Steps on the gradients that the optimizer will step on: a closure has yet to compute them."""
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._step()
+            return None
+        wrapped = self._stepping_after(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _stepping_after(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure, with PATS's step after its first evaluation: later ones search from there."""
+        evaluated = False
+
+        @wraps(closure)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal evaluated
+            loss = closure(*args, **kwargs)
+            if not evaluated:
+                evaluated = True
+                self._step()
+            return loss
+
+        return wrapped
+
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _step(self) -> None:
+        optimizer = self.optimizer
+        if self._keeps_masters is None:
+            self._keeps_masters = check_masters(optimizer)
         rows: list[tuple[Any, ...]] = []
+        fresh: list[Tensor] = []
         name_of = name_finder(optimizer.param_groups)
-        tensor_id = -1
+        position = 0
         for group in optimizer.param_groups:
             values = hyperparameters(group, self.defaults)
             needed = keys_of(values)
             has_unc = "exp_avg_unc" in needed
-            for param in group["params"]:
-                tensor_id += 1
+            ids = ids_of(group, position)
+            position += len(ids)
+            for param, tensor_id in zip(group["params"], ids, strict=True):
                 grad = param.grad
                 if grad is None or not values.noisy:
                     continue
@@ -154,6 +200,7 @@ class PATS:
                 if state is None or not needed <= state.keys():
                     if param.numel() == 0:
                         continue
+                    fresh += [param] if state is None else []
                     state = self._complete(name_of(param), param, values)
                 sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
                 unc = state["exp_avg_unc"] if has_unc else None
@@ -161,6 +208,7 @@ class PATS:
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         columns = map(list, zip(*rows, strict=True))
         batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self._launcher.launch(batch, self.backend, grad_scale, found_inf)
 
@@ -221,6 +269,29 @@ class PATS:
             id(param): torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
         }
 
+    def _state_dict_of(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The optimizer's own `state_dict`, and PATS's part."""
+
+        @wraps(original)
+        def state_dict(*args: Any, **kwargs: Any) -> Any:
+            joined = original(*args, **kwargs)
+            self._join_state_dict(self.optimizer, joined)
+            return joined
+
+        return state_dict
+
+    def _load_state_dict_of(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The optimizer's own `load_state_dict` of what is its own, and PATS's of the rest."""
+
+        @wraps(original)
+        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            rest = self._before_load(self.optimizer, state_dict)
+            result = original(rest, *args, **kwargs)
+            self._after_load(self.optimizer)
+            return result
+
+        return load_state_dict
+
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         own = self.state_dict()
         state_dict[STATE_KEY] = own
@@ -266,6 +337,93 @@ class PATS:
         if self._loaded is not None:
             self._commit(self._loaded)
             self._loaded = None
+
+
+def attached_to(optimizer: Optimizer) -> PATS | None:
+    """The PATS that is attached to an optimizer, or None."""
+    hooks = getattr(unwrapped(optimizer), "_optimizer_step_pre_hooks", {})
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+    return next((owner for owner in owners if isinstance(owner, PATS)), None)
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that Accelerate's wrapper calls, or `optimizer` where there is none."""
+    while type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def attachable(optimizer: Any) -> Optimizer:
+    """The optimizer whose steps PATS can run before.
+
+    Raises:
+        TypeError: it is no `torch.optim.Optimizer`, or one that has never been initialized as one.
+        ValueError: it has a PATS already, or is a `PATSAdamW`; its steps are another optimizer's.
+    """
+    optimizer = unwrapped(optimizer)
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, PATSAdamW):
+        raise ValueError(f"optimizer is a {kind}, which adds the noise itself: it needs no PATS beside it")
+    # ZeroRedundancyOptimizer's own holds this process's share of the parameters; its `step` is all of theirs.
+    inner = [] if kind == "ZeroRedundancyOptimizer" else _held_by(optimizer)
+    advice = f": attach PATS to the optimizer that steps, its attribute {inner[0]!r}" if inner else ""
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {kind}{advice}")
+    if inner or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
+        raise ValueError(
+            f"optimizer is a {kind}, which steps through another one and puts weights of its own over the "
+            f"noise{advice}"
+        )
+    if attached_to(optimizer) is not None:
+        raise ValueError(
+            f"optimizer is a {kind} that has a PATS already, and two add noise twice: remove() that one first"
+        )
+    return optimizer
+
+
+def _held_by(optimizer: Any) -> list[str]:
+    """The attributes in which an optimizer keeps another one."""
+    attributes = getattr(optimizer, "__dict__", {})
+    return [
+        name for name, value in attributes.items() if isinstance(value, Optimizer) and value is not optimizer
+    ]
+
+
+def check_masters(optimizer: Optimizer) -> bool | None:
+    """Whether an optimizer keeps float32 copies of its parameters: None until it has some state.
+
+    Raises:
+        ValueError: naming the first parameter. Its next step would write the copy over the noise.
+    """
+    low = {torch.bfloat16, torch.float16}
+    names = parameter_names(optimizer.param_groups)
+    params = [param for param in names if param.dtype in low and param.numel() > 0 and not param.is_meta]
+    if not params:
+        return False
+    lists = [value for value in vars(optimizer).values() if isinstance(value, list)]
+    seen = False
+    for i, param in enumerate(params):
+        state = optimizer.state.get(param)
+        seen |= bool(state)
+        candidates = [*(state.values() if isinstance(state, dict) else ()), *_entries(lists, i)]
+        for value in candidates:
+            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != param.shape:
+                continue
+            if value.is_sparse or not bool((value.to(param.dtype) == param).all()) or not bool(value.any()):
+                continue
+            raise ValueError(
+                f"{names[param]}: {type(optimizer).__name__} keeps a float32 copy of this {param.dtype} "
+                "parameter and writes it over the noise: attach PATS to the optimizer of the float32 copies"
+            )
+        if seen:
+            break
+    return False if seen else None
+
+
+def _entries(lists: Sequence[list[Any]], i: int) -> list[Any]:
+    """What the lists have for the i-th parameter, in one list or in one of each group."""
+    flat = (chain.from_iterable(e if isinstance(e, (list, tuple)) else [e] for e in one) for one in lists)
+    return [entry for one in flat for entry in islice(one, i, i + 1)]
 
 
 def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pats_kernels.distributed import local
 from pats_kernels.optim import PATS
+from pats_kernels.parts import digest
 from pats_kernels.state import parameter_names
 
 
@@ -37,9 +38,9 @@ def check_replicas(optimizer: Optimizer | PATS, group: dist.ProcessGroup | None 
             tensors |= {f"{key} of {name}": value for key, value in state.get(param, {}).items()}
         for label, tensor in tensors.items():
             if isinstance(tensor, Tensor):
-                digest = _digest(local(tensor))
+                bits = digest(local(tensor))
                 for replicas in _replica_groups(tensor, everyone):
-                    entries.setdefault(replicas, []).append((label, digest))
+                    entries.setdefault(replicas, []).append((label, bits))
     messages: list[str] = []
     for replicas, labelled in entries.items():
         labels, digests = zip(*labelled, strict=True)
@@ -72,15 +73,6 @@ def watch_replicas(
             check_replicas(optimizer, group)
 
     return owner.register_step_post_hook(check)
-
-
-def _digest(tensor: Tensor) -> Tensor:
-    """A number, int64, that depends on every bit of a tensor and on where it stands."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().flatten().view(integers[tensor.element_size()]).to(torch.int64)
-    odd = 2 * torch.arange(bits.numel(), device=bits.device) + 1
-    golden = -0x61C8864680B583EB  # the golden ratio's 64 bits, as Philox has its 32
-    return ((bits + odd) * (odd * golden)).sum()
 
 
 def _replica_groups(tensor: Tensor, everyone: dist.ProcessGroup) -> list[dist.ProcessGroup]:

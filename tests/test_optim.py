@@ -347,25 +347,80 @@ def test_lr_scheduler(backend: str) -> None:
     assert {float(state["step"]) for state in twins.pats.state.values()} == {3.0}
 
 
-def test_closure(backend: str) -> None:
-    """The gradients are read as they stand when `step` begins, so one step behind the closure's."""
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("zeroed_before", [False, True])
+def test_closure(backend: str, by_name: bool, zeroed_before: bool) -> None:
+    """PATS sees the gradient that the closure computes, and the optimizer steps on it after the noise."""
     twins = Twins(backend)
     for number in range(1, 5):
-        calls = []
+        calls: list[int] = []
 
         def closure(params: list[nn.Parameter], calls: list[int] = calls, number: int = number) -> Tensor:
             calls.append(number)
             give_gradients(params, number)
             return torch.tensor(float(number))
 
-        loss = twins.optimizer.step(lambda closure=closure: closure(twins.params))
+        def own(closure: Callable[..., Tensor] = closure) -> Tensor:
+            loss = closure(twins.own)
+            twins.hand.before_step(twins.plain)
+            return loss
+
+        if zeroed_before:
+            twins.optimizer.zero_grad()
+        arguments = {"closure": lambda closure=closure: closure(twins.params)}
+        loss = twins.optimizer.step(**arguments) if by_name else twins.optimizer.step(*arguments.values())
         assert calls == [number]
         assert float(loss) == number
-        if number > 1:  # before the first there are no gradients
-            twins.hand.before_step(twins.plain)
-        twins.plain.step(lambda closure=closure: closure(twins.own))
+        twins.plain.step(own)
     twins.assert_same()
-    assert {float(state["step"]) for state in twins.pats.state.values()} == {3.0}
+    assert {float(state["step"]) for state in twins.pats.state.values()} == {4.0}
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_is_perturbed_once_a_step_and_resumes(backend: str, line_search: str | None) -> None:
+    """The noise comes after the first of a step's many evaluations, which search from where it led."""
+
+    def made(weights: Tensor) -> tuple[nn.Parameter, Optimizer, PATS]:
+        param = nn.Parameter(weights.clone())
+        optimizer = torch.optim.LBFGS([param], lr=0.1, max_iter=5, line_search_fn=line_search)
+        return param, optimizer, PATS(optimizer, noise_scale=1e-3, seed=5, backend=backend)
+
+    target = torch.linspace(-1, 1, 40)
+
+    def stepped(param: nn.Parameter, optimizer: Optimizer) -> None:
+        evaluations = 0
+
+        def closure() -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            optimizer.zero_grad()
+            loss = (param - target).pow(4).sum() + param.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert evaluations > 1
+
+    start = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    param, optimizer, pats = made(start)
+    for _ in range(2):
+        stepped(param, optimizer)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), param.detach().clone()
+    for _ in range(3):
+        stepped(param, optimizer)
+    assert float(pats.state[param]["step"]) == 5.0
+
+    other, resumed, again = made(weights)
+    resumed.load_state_dict(saved)
+    for _ in range(3):
+        stepped(other, resumed)
+    assert torch.equal(param, other)
+    assert same_bits(pats.state[param]["exp_avg_sens"], again.state[other]["exp_avg_sens"])
+    plain = nn.Parameter(start.clone())
+    without = torch.optim.LBFGS([plain], lr=0.1, max_iter=5, line_search_fn=line_search)
+    for _ in range(5):
+        stepped(plain, without)
+    assert 1e-5 < (plain - param).abs().max() < 1e-1
 
 
 def test_nonfinite_counts(backend: str) -> None:

@@ -1,0 +1,229 @@
+"""Which noise a tensor draws: the number, `tensor_id`, that stands for it in the generator's counter.
+
+It is the tensor's position among all the optimizer's parameters, or what the param group's own `tensor_id`
+says. Where positions do not tell the tensors of one model apart, bits above them do: from bit 16 up the
+number of an optimizer that counts anew, from the top bit down the rank of a process that holds a part of the
+model without knowing where it lies (`parts`).
+"""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pats_kernels import parts
+from pats_kernels.plan import Batch
+
+KEY = "tensor_id"  # of a param group
+BITS, POSITION_BITS = 32, 16
+
+Claim = tuple[int, int]  # seed, number
+
+
+class _Holder(NamedTuple):
+    """Who draws a claim's noise; neither is kept alive."""
+
+    owner: "weakref.ref[Numbering]"
+    param: "weakref.ref[Tensor]"
+
+
+_holders: dict[Claim, _Holder] = {}  # of the whole process
+_begun: Any = WeakIdKeyDictionary()  # by parameter: the claims whose noise it has drawn from t = 1 on
+
+
+def ids_of(group: Mapping[str, Any], position: int) -> Sequence[int]:
+    """The numbers of a param group's tensors, the first of which is the optimizer's `position`-th.
+
+    Raises:
+        ValueError: `tensor_id` is neither a number in [0, 2^32) nor a list of one for each tensor.
+    """
+    own, count = group.get(KEY), len(group["params"])
+    if own is None:
+        return range(position, position + count)
+    ids = range(own, own + count) if isinstance(own, int) else own
+    numbers = isinstance(ids, (range, list, tuple)) and all(isinstance(i, int) for i in ids)
+    if not numbers or len(ids) != count or not all(0 <= i < 2**BITS for i in ids):
+        raise ValueError(
+            f"Invalid tensor_id: {own!r} (must be the number in [0, 2^32) of the group's first parameter, "
+            f"or a list of {count})"
+        )
+    return ids
+
+
+class Numbering:
+    """An optimizer's numbers.
+
+    What has to be found out about a tensor is found out before its first step. After that a step whose
+    numbers are those of `ids_of` costs two comparisons.
+    """
+
+    def __init__(self) -> None:
+        self._added: Any = (
+            WeakIdKeyDictionary()
+        )  # by parameter: what distinguishes its number from `ids_of`'s
+        self._places: Any = WeakIdKeyDictionary()  # by parameter: the `Shard` of a part that knows its place
+        self._claims: Any = WeakIdKeyDictionary()  # by parameter
+        self._special = False  # whether any number or place is not what it would be without this class
+        self._first = 0  # id of the last batch's first parameter
+        self._in_backward = False  # whether the last step was taken within a backward pass
+        self._seen_nothing = False
+        self._warned: set[str] = set()
+
+    def numbered(
+        self, batch: Batch, param_groups: Sequence[Mapping[str, Any]], fresh: Sequence[Tensor]
+    ) -> Batch:
+        """The batch with its final numbers, and with the places of the parts that know theirs.
+
+        Args:
+            batch: its `tensor_ids` are those of `ids_of`.
+            param_groups: the optimizer's.
+            fresh: those of its tensors whose state has just been made, so that t is 1.
+
+        Raises:
+            ValueError: two of the optimizer's tensors have one number and one seed, naming the second.
+        """
+        if not batch.params:
+            if not self._seen_nothing and not any(group["params"] for group in param_groups):
+                self._seen_nothing = True
+                parts.streams([])  # the other processes ask what this one holds
+            return batch
+        self._in_backward = torch._C._current_graph_task_id() != -1
+        if fresh or id(batch.params[0]) != self._first:
+            self._settle(batch, param_groups, {id(param) for param in fresh})
+            self._first = id(batch.params[0])
+        if not self._special:
+            return batch
+        ids = [i ^ self._added[p] for i, p in zip(batch.tensor_ids, batch.params, strict=True)]
+        return replace(batch, tensor_ids=ids, shards=[self._places.get(p) for p in batch.params])
+
+    def _settle(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]], fresh: set[int]) -> None:
+        params = list(chain.from_iterable(group["params"] for group in param_groups))
+        _check_distinct(param_groups)
+        if any(param not in self._added for param in params):
+            self._compare(batch, param_groups)
+        present = {id(param) for param in params}
+        for i, param in enumerate(batch.params):
+            self._claim(batch, i, param, present, begins=id(param) in fresh)
+        self._special = bool(self._places) or any(self._added.values())
+
+    def _compare(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Finds out which of the optimizer's tensors are parts of others, of which nothing tells."""
+        flat = {id(p): batch.name(i) for i, p in enumerate(batch.params) if parts.is_flattened(p)}
+        places = parts.flat_places(batch.params) if flat else {}
+        params: list[Tensor] = []
+        candidates: list[Tensor | None] = []
+        for group in param_groups:
+            for param in group["params"]:
+                known = KEY in group or id(param) in places or param.numel() == 0
+                params.append(param)
+                candidates.append(None if known else param)
+                if id(param) in places:
+                    self._places[param] = places[id(param)]
+        if flat:
+            self._warn("flat", parts.flattened(next(iter(flat.values())), flat.keys() <= places.keys()))
+        ranks, apart = parts.streams(candidates)
+        if apart:
+            self._warn("apart", parts.APART)
+        for param, rank in zip(params, ranks, strict=True):
+            self._added.setdefault(param, int(f"{rank:0{BITS}b}"[::-1], 2))
+
+    def _claim(self, batch: Batch, i: int, param: Tensor, present: set[int], begins: bool) -> None:
+        """Registers a tensor's number; makes it another one where a tensor of the same model has it."""
+        seed, name = batch.hyperparameters[i].seed, batch.name(i)
+        claim = seed, batch.tensor_ids[i] ^ self._added[param]
+        owner, other = self._holder(claim)
+        if owner is self and other is not None and id(other) not in present:
+            if self._claims.get(param) == claim:  # groups that are filled anew for each step: both take part
+                self._renumber(other, claim)
+        elif owner is not None and owner is not self and other is not param:
+            message = IN_BACKWARD if owner._in_backward and self._in_backward else SHARED
+            self._warn("shared", message.format(name=name, seed=seed, number=claim[1]), owner)
+            if message is IN_BACKWARD:
+                claim = self._renumber(param, claim)
+        if begins:
+            begun: set[Claim] = _begun.setdefault(param, set())
+            if claim in begun:
+                self._warn("again", AGAIN.format(name=name, seed=seed))
+            begun.add(claim)
+        self._take(claim, param)
+
+    def _holder(self, claim: Claim) -> "tuple[Numbering | None, Tensor | None]":
+        """Who draws a claim's noise, and for which tensor, if both are alive."""
+
+        def found() -> "tuple[Numbering | None, Tensor | None]":
+            holder = _holders.get(claim)
+            owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
+            if owner is None or param is None or owner._claims.get(param) != claim:
+                return None, None
+            return owner, param
+
+        owner, _ = found()
+        if owner is not None and owner is not self and "shared" not in self._warned | owner._warned:
+            del owner
+            gc.collect()  # an optimizer and what is attached to it may only keep one another alive
+        return found()
+
+    def _take(self, claim: Claim, param: Tensor) -> None:
+        _holders[claim] = _Holder(weakref.ref(self), weakref.ref(param))
+        self._claims[param] = claim
+
+    def _renumber(self, param: Tensor, claim: Claim) -> Claim:
+        """Gives a tensor the first number above its own that is free."""
+        seed, number = claim
+        for count in range(1, 2 ** (BITS - POSITION_BITS)):
+            own = seed, number ^ (count << POSITION_BITS)
+            if self._holder(own) == (None, None):
+                self._added[param] ^= count << POSITION_BITS
+                self._take(own, param)
+                return own
+        raise ValueError(f"tensor_id {number}: too many optimizers have it: give their groups a tensor_id")
+
+    def _warn(self, kind: str, message: str, owner: "Numbering | None" = None) -> None:
+        """Once for an optimizer, and once for all that share their numbers."""
+        if kind not in self._warned and (owner is None or kind not in owner._warned):
+            warnings.warn(f"PATS: {message}", stacklevel=2)
+        self._warned.add(kind)
+        if owner is not None:
+            owner._warned.add(kind)
+
+
+def _check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where two of an optimizer's tensors have one number: a `tensor_id` says so."""
+    if not any(KEY in group for group in param_groups):
+        return
+    taken: set[tuple[Any, int]] = set()
+    position = 0
+    for number, group in enumerate(param_groups):
+        ids = ids_of(group, position)
+        position += len(ids)
+        for i, tensor_id in enumerate(ids):
+            if (group.get("seed"), tensor_id) in taken:
+                raise ValueError(
+                    f"Invalid tensor_id: param_groups[{number}]['params'][{i}] has {tensor_id}, as another "
+                    "parameter with the same seed has: they would get the same noise"
+                )
+            taken.add((group.get("seed"), tensor_id))
+
+
+SHARED = (
+    "{name}: another optimizer draws its noise with seed {seed} and tensor_id {number} too, so tensors of "
+    "both get the same noise. Where they belong to one model, give one of them another seed, or its param "
+    "groups a 'tensor_id'"
+)
+IN_BACKWARD = (
+    "{name}: another optimizer that steps within a backward pass has seed {seed} and tensor_id {number} too, "
+    "as each counts its tensors from 0. Each now gets numbers of its own, in the order of their first steps: "
+    "a run is repeated only where that order is. Give each param group its 'tensor_id', or use one optimizer "
+    "and release_gradients"
+)
+AGAIN = (
+    "{name}: another optimizer has drawn this parameter's noise with seed {seed} from t = 1 on before. This "
+    "one draws the same again, and the same noise twice adds up. Give each stage of training its own seed"
+)
