@@ -137,7 +137,7 @@ class PATSAdamW(Optimizer):
     def _forget(self) -> None:
         """Drops what was derived from the state, which is new."""
         self._launcher = Launcher(owned=True)
-        self._numbering = Numbering()
+        self._numbering = Numbering(len(getattr(self, "param_groups", ())))
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -155,6 +155,7 @@ class PATSAdamW(Optimizer):
         except RuntimeError:
             self.param_groups.pop()
             raise
+        self._numbering.groups = len(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -62,14 +62,17 @@ class Numbering:
 
     What has to be found out about a tensor is found out before its first step. After that a step whose
     numbers are those of `ids_of` costs two comparisons.
+
+    Args:
+        groups: how many param groups the optimizer has, so that it is noticed where a step sees fewer.
     """
 
-    def __init__(self) -> None:
-        self._added: Any = (
-            WeakIdKeyDictionary()
-        )  # by parameter: what distinguishes its number from `ids_of`'s
-        self._places: Any = WeakIdKeyDictionary()  # by parameter: the `Shard` of a part that knows its place
-        self._claims: Any = WeakIdKeyDictionary()  # by parameter
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        # By parameter: what its number has beyond `ids_of`'s; the `Shard` of a part that knows its place.
+        self._added: Any = WeakIdKeyDictionary()
+        self._places: Any = WeakIdKeyDictionary()
+        self._claims: Any = WeakIdKeyDictionary()
         self._special = False  # whether any number or place is not what it would be without this class
         self._first = 0  # id of the last batch's first parameter
         self._in_backward = False  # whether the last step was taken within a backward pass
@@ -108,24 +111,29 @@ class Numbering:
         _check_distinct(param_groups)
         if any(param not in self._added for param in params):
             self._compare(batch, param_groups)
-        present = {id(param) for param in params}
+        in_turn = len(param_groups) < self.groups or not all(group["params"] for group in param_groups)
         for i, param in enumerate(batch.params):
-            self._claim(batch, i, param, present, begins=id(param) in fresh)
+            taking_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
+            self._claim(batch, i, param, taking_turns, begins=id(param) in fresh)
         self._special = bool(self._places) or any(self._added.values())
 
     def _compare(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """Finds out which of the optimizer's tensors are parts of others, of which nothing tells."""
         flat = {id(p): batch.name(i) for i, p in enumerate(batch.params) if parts.is_flattened(p)}
         places = parts.flat_places(batch.params) if flat else {}
+        positions = parts.zero_positions(param_groups)
         params: list[Tensor] = []
         candidates: list[Tensor | None] = []
         for group in param_groups:
             for param in group["params"]:
-                known = KEY in group or id(param) in places or param.numel() == 0
+                position = len(params)
                 params.append(param)
+                known = KEY in group or id(param) in places or id(param) in positions or param.numel() == 0
                 candidates.append(None if known else param)
                 if id(param) in places:
                     self._places[param] = places[id(param)]
+                if id(param) in positions and KEY not in group:
+                    self._added.setdefault(param, position ^ positions[id(param)])
         if flat:
             self._warn("flat", parts.flattened(next(iter(flat.values())), flat.keys() <= places.keys()))
         ranks, apart = parts.streams(candidates)
@@ -134,14 +142,18 @@ class Numbering:
         for param, rank in zip(params, ranks, strict=True):
             self._added.setdefault(param, int(f"{rank:0{BITS}b}"[::-1], 2))
 
-    def _claim(self, batch: Batch, i: int, param: Tensor, present: set[int], begins: bool) -> None:
-        """Registers a tensor's number; makes it another one where a tensor of the same model has it."""
+    def _claim(self, batch: Batch, i: int, param: Tensor, in_turn: bool, begins: bool) -> None:
+        """Registers a tensor's number; makes it another one where a tensor of the same model has it.
+
+        Args:
+            in_turn: the optimizer is given a part of its tensors at a time, and each is the first then.
+        """
         seed, name = batch.hyperparameters[i].seed, batch.name(i)
         claim = seed, batch.tensor_ids[i] ^ self._added[param]
         owner, other = self._holder(claim)
-        if owner is self and other is not None and id(other) not in present:
-            if self._claims.get(param) == claim:  # groups that are filled anew for each step: both take part
-                self._renumber(other, claim)
+        if owner is self and other is not param and in_turn:
+            self._warn("turns", IN_TURN.format(name=name))
+            claim = self._renumber(param, claim)
         elif owner is not None and owner is not self and other is not param:
             message = IN_BACKWARD if owner._in_backward and self._in_backward else SHARED
             self._warn("shared", message.format(name=name, seed=seed, number=claim[1]), owner)
@@ -222,6 +234,10 @@ IN_BACKWARD = (
     "as each counts its tensors from 0. Each now gets numbers of its own, in the order of their first steps: "
     "a run is repeated only where that order is. Give each param group its 'tensor_id', or use one optimizer "
     "and release_gradients"
+)
+IN_TURN = (
+    "{name}: the optimizer is given a few of its tensors at a time, as DeepSpeed's ZeRO does it, so their "
+    "positions do not tell them apart. Each gets a number of its own, in the order of their first steps"
 )
 AGAIN = (
     "{name}: another optimizer has drawn this parameter's noise with seed {seed} from t = 1 on before. This "

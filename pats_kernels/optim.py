@@ -116,7 +116,7 @@ class PATS:
         self.state: dict[Tensor, State] = {}
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._launcher = Launcher(owned=True)
-        self._numbering = Numbering()
+        self._numbering = Numbering(len(optimizer.param_groups))
         self._keeps_masters: bool | None = None  # whether the optimizer does; None: not known yet
         self._loaded: dict[str, Any] | None = None
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]

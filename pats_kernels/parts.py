@@ -4,7 +4,8 @@ A DTensor knows where it lies in its whole tensor (`distributed`). FSDP1, ZeRO, 
 plain tensors to the optimizer. Another process may hold the same, a replica that has to draw the same noise,
 or another part of the model, which must not. Two things tell:
 
-- FSDP1 marks its parameters, and its handles know which elements a process holds: `flat_places`.
+- FSDP1 marks its parameters, and its handles know which elements a process holds: `flat_places`. torch's
+  ZeroRedundancyOptimizer knows where in its own order those stand that it gave away: `zero_positions`.
 - Otherwise each process compares what it holds with what the others do: `streams`. Replicas are equal to the
   bit, parts are not.
 """
@@ -12,7 +13,7 @@ or another part of the model, which must not. Two things tell:
 import gc
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -71,6 +72,23 @@ def flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
     return places
 
 
+def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """By the parameter's id, its position in the ZeroRedundancyOptimizer that made this optimizer.
+
+    Empty where none did.
+
+    Args:
+        param_groups: those of the optimizer that it made, which hold this process's share of the parameters.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return {}
+    for outer in [o for o in gc.get_objects() if isinstance(o, module.ZeroRedundancyOptimizer)]:
+        if getattr(getattr(outer, "optim", None), "param_groups", None) is param_groups:
+            return {id(param): position for param, position in outer._param_to_index.items()}
+    return {}
+
+
 def are_several() -> bool:
     """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -122,9 +140,8 @@ APART = (
     "model (ZeRO, flat buffers, plain tensors under tensor or pipeline parallelism), or models of their own. "
     "Where a part lies in its whole cannot be known, so each process draws noise of its own for what only it "
     "holds, and each part has means of its own. Lost by that: the noise is not that of one process, and a "
-    "run resumed on another number of processes draws other noise. FSDP2 (fully_shard) loses nothing. In "
-    "place of ZeroRedundancyOptimizer(..., PATSAdamW) use PATS(ZeroRedundancyOptimizer(..., AdamW)). A param "
-    "group's 'tensor_id' says which tensors they are"
+    "run resumed on another number of processes draws other noise. FSDP2 (fully_shard) loses nothing, and a "
+    "param group's 'tensor_id' says which tensors they are"
 )
 
 
