@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pats_kernels import backends
+from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Normalization,
@@ -31,6 +32,7 @@ from pats_kernels.state import (
     name_finder,
     nonfinite_counts,
     parameter_names,
+    saved,
 )
 from pats_kernels.step import Launcher
 
@@ -157,6 +159,7 @@ class PATSAdamW(Optimizer):
             raise
         self._numbering.groups = len(self.param_groups)
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step over all parameters that have a gradient.
@@ -235,6 +238,8 @@ class PATSAdamW(Optimizer):
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
         self._launcher.finish()
         state_dict = super().state_dict()
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        state_dict["state"] = {i: saved(params[i], entry) for i, entry in state_dict["state"].items()}
         if is_distributed():
             # torch.distributed.checkpoint goes by the parameters' names, and loses their order.
             state_dict["state"] = {

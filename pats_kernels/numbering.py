@@ -65,10 +65,12 @@ class Numbering:
 
     Args:
         groups: how many param groups the optimizer has, so that it is noticed where a step sees fewer.
+        in_cycle: whether it may outlive its last reference until the garbage collector runs.
     """
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, in_cycle: bool = False) -> None:
         self.groups = groups
+        self._in_cycle = in_cycle
         # By parameter: what its number has beyond `ids_of`'s; the `Shard` of a part that knows its place.
         self._added: Any = WeakIdKeyDictionary()
         self._places: Any = WeakIdKeyDictionary()
@@ -177,9 +179,9 @@ class Numbering:
             return owner, param
 
         owner, _ = found()
-        if owner is not None and owner is not self and "shared" not in self._warned | owner._warned:
+        if owner is not None and owner is not self and owner._in_cycle and "shared" not in self._warned:
             del owner
-            gc.collect()  # an optimizer and what is attached to it may only keep one another alive
+            gc.collect()  # nobody is told of an optimizer that only a cycle keeps
         return found()
 
     def _take(self, claim: Claim, param: Tensor) -> None:

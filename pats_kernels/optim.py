@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from pats_kernels import backends
 from pats_kernels.adamw import PATSAdamW
+from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     Hyperparameters,
     Normalization,
@@ -32,6 +33,7 @@ from pats_kernels.state import (
     name_finder,
     nonfinite_counts,
     parameter_names,
+    saved,
 )
 from pats_kernels.step import Launcher
 
@@ -116,8 +118,8 @@ class PATS:
         self.state: dict[Tensor, State] = {}
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._launcher = Launcher(owned=True)
-        self._numbering = Numbering(len(optimizer.param_groups))
-        self._keeps_masters: bool | None = None  # whether the optimizer does; None: not known yet
+        self._numbering = Numbering(len(optimizer.param_groups), in_cycle=True)
+        self._looks_for_masters = 3  # steps: the optimizer has its state after the first that it takes
         self._loaded: dict[str, Any] | None = None
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
         self._replaced: list[str] = []
@@ -151,6 +153,7 @@ class PATS:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Steps on the gradients that the optimizer will step on: a closure has yet to compute them."""
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -177,11 +180,12 @@ class PATS:
 
         return wrapped
 
+    @uncompiled
     @torch.no_grad()
     def _step(self) -> None:
         optimizer = self.optimizer
-        if self._keeps_masters is None:
-            self._keeps_masters = check_masters(optimizer)
+        if self._looks_for_masters:
+            self._looks_for_masters = 0 if have_no_masters(optimizer) else self._looks_for_masters - 1
         rows: list[tuple[Any, ...]] = []
         fresh: list[Tensor] = []
         name_of = name_finder(optimizer.param_groups)
@@ -227,7 +231,7 @@ class PATS:
             "version": VERSION,
             "num_params": len(ids),
             "defaults": dict(self.defaults),
-            "state": {ids[param]: dict(state) for param, state in self.state.items() if param in ids},
+            "state": {ids[p]: dict(saved(p, state)) for p, state in self.state.items() if p in ids},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -389,19 +393,17 @@ def _held_by(optimizer: Any) -> list[str]:
     ]
 
 
-def check_masters(optimizer: Optimizer) -> bool | None:
-    """Whether an optimizer keeps float32 copies of its parameters: None until it has some state.
+def have_no_masters(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's state has been seen, and holds no float32 copy of a parameter.
 
     Raises:
-        ValueError: naming the first parameter. Its next step would write the copy over the noise.
+        ValueError: naming the first parameter that has one: the next step would write it over the noise.
     """
     low = {torch.bfloat16, torch.float16}
     names = parameter_names(optimizer.param_groups)
     params = [param for param in names if param.dtype in low and param.numel() > 0 and not param.is_meta]
-    if not params:
-        return False
     lists = [value for value in vars(optimizer).values() if isinstance(value, list)]
-    seen = False
+    seen = not params
     for i, param in enumerate(params):
         state = optimizer.state.get(param)
         seen |= bool(state)
@@ -417,7 +419,7 @@ def check_masters(optimizer: Optimizer) -> bool | None:
             )
         if seen:
             break
-    return False if seen else None
+    return seen
 
 
 def _entries(lists: Sequence[list[Any]], i: int) -> list[Any]:

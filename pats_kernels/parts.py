@@ -13,9 +13,8 @@ or another part of the model, which must not. Two things tell:
 import gc
 import hashlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,8 @@ from torch import Tensor
 from pats_kernels.plan import Shard, is_dtensor
 
 SAMPLE = 4096  # elements of a tensor that are compared: other parts differ in nearly all of them
-PATIENCE = timedelta(seconds=60)  # for processes with a lower rank, which step at the same time as this one
-GLANCE = timedelta(seconds=5)  # of rank 0, which only wants to know whether to warn
-
-_turn = count()  # how often this process has compared: every process does it in the same order
+PATIENCE = 60.0  # seconds, for processes of a lower rank, which step at the same time as this one
+GLANCE = 5.0  # seconds, where an answer is not to be expected
 
 
 def digest(tensor: Tensor) -> Tensor:
@@ -109,29 +106,29 @@ def streams(params: Sequence[Tensor | None]) -> tuple[list[int], bool]:
     """
     nothing = [0] * len(params)
     compared = {i: p for i, p in enumerate(params) if p is not None and _is_plain(p)}
-    store = _store() if are_several() and (compared or not params) else None
-    if store is None:
+    exchange = _exchange() if are_several() and (compared or not params) else None
+    if exchange is None:
         return nothing, False
-    rank, turn = dist.get_rank(), next(_turn)
-    own = np.zeros(len(params), dtype=np.int64)
-    own[list(compared)] = _fingerprints(list(compared.values()))
-    store.set(_key(turn, rank), own.tobytes())
-    found = np.where(own == 0, 0, rank)
+    own = np.zeros(1 + len(params), dtype=np.int64)
+    own[0] = _hashed(tuple((i, tuple(p.shape), str(p.dtype)) for i, p in compared.items()))
+    own[[1 + i for i in compared]] = _fingerprints(list(compared.values()))
+    exchange.say(own)
+    found = np.where(own[1:] == 0, 0, exchange.rank)
     others: list[np.ndarray] = []
-    for other in range(rank):
-        theirs = _fetched(store, turn, other, PATIENCE)
-        others.append(theirs)
-        shared = min(len(theirs), len(own))
-        same = np.flatnonzero(theirs[:shared] == own[:shared])
-        found[same] = np.minimum(found[same], other)
-        if (found < rank).all():
+    until = time.monotonic() + PATIENCE
+    for rank in range(exchange.rank):
+        others.append(exchange.hear(rank, own[0], until))
+        theirs = others[-1][1 : len(own)]
+        same = np.flatnonzero(theirs == own[1 : 1 + len(theirs)])
+        found[same] = np.minimum(found[same], rank)
+        if (found < exchange.rank).all():
             break
-    first_apart = all(np.array_equal(theirs, others[0]) for theirs in others[1:])
-    if rank == 0:
-        theirs = _fetched(store, turn, 1, GLANCE)
+    if exchange.rank == 0:
+        theirs = exchange.hear(1, own[0], time.monotonic() + GLANCE)
         apart = len(theirs) > 0 and not np.array_equal(theirs, own)
     else:
-        apart = first_apart and bool((found == rank).any())
+        first = all(np.array_equal(theirs, others[0]) for theirs in others[1:])
+        apart = first and bool((found == exchange.rank).any())
     return found.tolist(), apart
 
 
@@ -145,12 +142,57 @@ APART = (
 )
 
 
-def _store() -> Any:
-    """The default process group's key-value store; None where it has none."""
+class _Exchange:
+    """What the processes of the default group tell one another through its key-value store.
+
+    Each process numbers what it says. Another one looks for what has the same signature, as one process may
+    have an optimizer that others have not.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.rank = dist.get_rank()
+        self._said: dict[int, list[np.ndarray]] = {}
+
+    def say(self, own: np.ndarray) -> None:
+        """Publishes a signature and what follows it."""
+        said = self._said.setdefault(self.rank, [])
+        self.store.set(self._key(self.rank, len(said)), own.tobytes())
+        said.append(own)
+
+    def hear(self, rank: int, signature: int, until: float) -> np.ndarray:
+        """What a process says with the signature that this one has just said, or else in its turn."""
+        own, theirs = self._said[self.rank], self._said.setdefault(rank, [])
+        place = sum(said[0] == signature for said in own) - 1
+        while True:
+            while self.store.check([key := self._key(rank, len(theirs))]):
+                theirs.append(np.frombuffer(self.store.get(key), dtype=np.int64))
+            same = [said for said in theirs if said[0] == signature]
+            if len(same) > place:
+                return same[place]
+            if len(theirs) >= len(own):  # something else: what is awaited may still come
+                until = min(until, time.monotonic() + GLANCE)
+            if time.monotonic() >= until:
+                return theirs[len(own) - 1] if len(theirs) >= len(own) else np.empty(0, dtype=np.int64)
+            time.sleep(0.01)
+
+    @staticmethod
+    def _key(rank: int, turn: int) -> str:
+        return f"pats_kernels/{rank}/{turn}"
+
+
+_exchanges: list[_Exchange] = []  # that of the process group there is
+
+
+def _exchange() -> _Exchange | None:
+    """The default process group's; None where it has no store."""
     try:
-        return dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d._get_default_store()
     except (AttributeError, RuntimeError, ValueError):
         return None
+    if not _exchanges or _exchanges[0].store is not store:
+        _exchanges[:] = [_Exchange(store)]
+    return _exchanges[0]
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -161,15 +203,6 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _key(turn: int, rank: int) -> str:
     return f"pats_kernels/{turn}/{rank}"
-
-
-def _fetched(store: Any, turn: int, rank: int, patience: timedelta) -> np.ndarray:
-    """What another process holds: its fingerprints, or none where it has said nothing in time."""
-    try:
-        store.wait([_key(turn, rank)], patience)
-        return np.frombuffer(store.get(_key(turn, rank)), dtype=np.int64)
-    except (RuntimeError, ValueError):  # a store's timeout is a RuntimeError
-        return np.empty(0, dtype=np.int64)
 
 
 @torch.no_grad()

@@ -348,7 +348,11 @@ def check_param(name: str, param: Tensor) -> None:
 
 def _check_kind(name: str, what: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: PATS does not support sparse tensors, but the {what} is {tensor.layout}")
+        remedy = "; sparse=False in its nn.Embedding or nn.EmbeddingBag gives a dense one"
+        raise TypeError(
+            f"{name}: PATS does not support sparse tensors, but the {what} is {tensor.layout}"
+            f"{remedy if what == 'gradient' else ''}"
+        )
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: PATS needs real floating point, but the {what} is {tensor.dtype}")
 

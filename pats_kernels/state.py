@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pats_kernels.backends.tables import capturing
 from pats_kernels.hyperparameters import Hyperparameters
+from pats_kernels.parts import is_flattened
 from pats_kernels.plan import STATE_DTYPES, averages_of, check_param, is_dtensor
 
 State = dict[str, Tensor]
@@ -75,6 +76,15 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
             state[key] = torch.zeros_like(param, dtype=dtype)
 
 
+def saved(param: Tensor, state: State) -> State:
+    """What a state_dict holds of a parameter's state.
+
+    Of FSDP1's parts not their means, which `FSDP.optim_state_dict` could not gather, as they are neither one
+    number nor of the part's shape: `checked_entry` computes them anew.
+    """
+    return {key: state[key] for key in state if key != "sens_stats"} if is_flattened(param) else state
+
+
 def is_distributed() -> bool:
     """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized()
@@ -131,11 +141,19 @@ def checked_entry(
     """A copy of one parameter's state on its device, or a ValueError that names what does not fit.
 
     Every average keeps its dtype, but for those that no kernel keeps (float16, or float64 of another
-    parameter than float64): they become float32. Other keys than those asked for are left out.
+    parameter than float64): they become float32. Other keys than those asked for are left out. Means that
+    are missing, as `saved` leaves them out, are those of the averages.
     """
     copied: State = {}
     for key in sorted((*required, *optional)):
         if key not in entry:
+            if key == "sens_stats" and "exp_avg_sens" in copied and not is_dtensor(type(param)):
+                averages = (copied["exp_avg_sens"], copied.get("exp_avg_unc"))
+                means = [
+                    0.0 if a is None or a.numel() == 0 else a.mean(dtype=torch.float64) for a in averages
+                ]
+                copied[key] = torch.tensor(means, dtype=torch.float32, device=param.device)
+                continue
             if key in optional:
                 continue
             raise ValueError(f"{name}: the state_dict has no {key}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pats_kernels import backends
+from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import Hyperparameters, defaults_of, hyperparameters
 from pats_kernels.plan import Batch, Phase, Planner, is_dtensor
 from pats_kernels.reference import betas_per_tensor, per_tensor
@@ -28,6 +29,7 @@ class Launcher:
         self._planner = Planner(owned)
         self._statistics: Any = None  # of sharded parameters: a `distributed.Statistics`, once there are some
 
+    @uncompiled
     def launch(
         self,
         batch: Batch,
@@ -82,6 +84,7 @@ def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
     return value if value is None else value.to(device, torch.float32, non_blocking=True)
 
 
+@uncompiled
 @torch.no_grad()
 def pats_step_(
     params: Sequence[Tensor],

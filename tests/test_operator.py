@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pats_kernels import available_backends
 from pats_kernels.hyperparameters import Hyperparameters
@@ -74,3 +75,21 @@ def test_the_dimension_is_the_same_in_both_languages() -> None:
     assert struct is not None
     operands = [column.name.lower() for column in list(Column)[:OPERANDS]] + ["number"]
     assert struct.group(1).split(", ") == ["size", *operands]
+
+
+def test_it_refuses_copies(arguments: list[Any]) -> None:
+    """A compiled graph would give it copies of what it writes, and write those back over its work."""
+    before = [tensor.clone() for tensor in arguments[0]]
+
+    def function(written: list[Tensor]) -> None:
+        torch.ops.pats_kernels.step_(written, *arguments[1:])
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"step_ writes through the addresses .* torch.compiler.disable"):
+        torch.compile(function, backend="aot_eager")(arguments[0])
+    with pytest.raises(RuntimeError, match=r"step_ writes through the addresses"):
+        torch.func.functionalize(function)(arguments[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))
+    disabled = torch.compiler.disable(function)
+    torch.compile(lambda written: disabled(written), backend="aot_eager")(arguments[0])
+    assert all(not torch.equal(a, b) for a, b in zip(before, arguments[0], strict=True))

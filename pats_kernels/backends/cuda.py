@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pats_kernels.backends import native
 from pats_kernels.backends.tables import DeviceTables, narrowed
+from pats_kernels.compiling import refuse_functionalization
 from pats_kernels.plan import Batch, Column, Launch, Phase
 
 CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
@@ -23,6 +24,8 @@ if built():
     @torch.library.register_fake("pats_kernels::launch_")
     def _(*_arguments: object) -> None:
         """Updates what its tables name and returns nothing: there is no output to describe."""
+
+    refuse_functionalization("launch_")
 
 
 def unavailable(device: torch.device) -> str | None:

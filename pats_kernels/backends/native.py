@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pats_kernels.compiling import refuse_functionalization
 from pats_kernels.plan import Batch, Launch, Phase, are_counters
 
 MISSING: str | None = None  # why there is no extension
@@ -18,6 +19,8 @@ else:
     @torch.library.register_fake("pats_kernels::step_")
     def _(*_arguments: object) -> None:
         """Updates its arguments in place and returns nothing: there is no output to describe."""
+
+    refuse_functionalization("step_")
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -1,0 +1,168 @@
+"""What is allowed but can hardly be meant: texts for warnings, or none."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pats_kernels.hyperparameters import Hyperparameters
+from pats_kernels.plan import PARAM_DTYPES
+from pats_kernels.state import local
+
+SHORTEST_NAME = 3  # an edit of "lr" is half of it, and could be anything
+FEWEST_ELEMENTS = 16  # fewer have no spread to speak of
+
+# docs/choosing.md: noise of a tenth of the weights' spread, everywhere and at every step, left a model
+# nothing but chance after 100 steps.
+LARGE = 0.1
+
+# A weight w with 2^e <= |w| < 2^(e+1) lies on a grid of spacing 2^e eps, so a draw d moves it only if |d| is
+# above half of that: 2^e < 2 |d| / eps. One-sigma draws at noise_scale = rms eps / 32 move those with
+# 2^e < rms / 16, all of which are below rms / 8: of Gaussian weights at most P(|w| < rms / 8) = 0.0995. So
+# nine of ten stay where they are, at every step anew, and those that move are the smallest. (At rms eps / 8
+# at most P(|w| < rms / 2) = 0.38 would move.) For float32 the bound is 3.7e-9 rms.
+SMALL = 1 / 32
+
+
+def misspelt(
+    group_keys: Iterable[Any], names: Iterable[str], known: Iterable[Any] = ()
+) -> list[tuple[str, str]]:
+    """Keys of a param group that are one edit away from a hyperparameter's name, each with that name.
+
+    An edit inserts, deletes or replaces one letter, or exchanges two neighbours. Never named are `names`
+    themselves and what is `known`: the keys that the optimizer itself defines.
+    """
+    names = list(names)
+    ours = {*names, *known}
+    return [
+        (key, name)
+        for key in group_keys
+        if isinstance(key, str) and key not in ours
+        for name in names
+        if len(name) >= SHORTEST_NAME and _is_one_edit(key, name)
+    ]
+
+
+def spelling_warning(key: str, name: str) -> str:
+    """The text for a pair of `misspelt`."""
+    return f"param group key {key!r} is nobody's hyperparameter and changes nothing: did you mean {name!r}?"
+
+
+def _is_one_edit(a: str, b: str) -> bool:
+    if a == b:
+        return False
+    a, b = sorted((a, b), key=len)
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    if len(a) < len(b):
+        return a[start:] == b[start + 1 :]
+    swapped = a[:start] + a[start : start + 2][::-1] + a[start + 2 :]
+    return a[start + 1 :] == b[start + 1 :] or swapped == b
+
+
+class _Judged(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    nearest: bool
+    noise_scale: float
+    deviation: float
+    mean: float
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation; 0 for what is all but constant, as the weights of a normalization are."""
+        return self.deviation if self.deviation > abs(self.mean) / 10 else 0.0
+
+    @property
+    def rms(self) -> float:
+        return (self.deviation**2 + self.mean**2) ** 0.5
+
+    @property
+    def share(self) -> float:
+        """The noise as a share of the spread."""
+        return self.noise_scale / self.spread if self.spread > 0 else 0.0
+
+    @property
+    def lost(self) -> float:
+        """How far the noise is below what moves anything; 1 or less: not so."""
+        return self.rms * torch.finfo(self.dtype).eps * SMALL / self.noise_scale
+
+
+def noise_warning(params: Sequence[tuple[str, Tensor]], values: Sequence[Hyperparameters]) -> str | None:
+    """Why some parameter's noise_scale can hardly be meant: it is above a tenth of the weights' standard
+    deviation, or so small that rounding to nearest loses it. One text, about the worst, or None.
+
+    Waits once for each device, however many parameters there are. Nothing is said of fewer than 16 elements,
+    of meta tensors and others that no kernel could update, nor where noise_scale is a tensor; and not that
+    noise is too large for weights that are all but constant. Of a sharded parameter, this process's shard is
+    judged.
+
+    Args:
+        params: names and parameters, of any dtype and strides.
+        values: the hyperparameters of each.
+
+    Raises:
+        ValueError: naming a sharded parameter with a placement that no step could work with.
+    """
+    chosen: list[tuple[str, Tensor, Hyperparameters]] = []
+    for (name, param), h in zip(params, values, strict=True):
+        if not isinstance(h.noise_scale, Tensor) and h.noise_scale > 0:
+            held = local(name, param.detach())
+            if held.numel() >= FEWEST_ELEMENTS and _has_numbers(held):
+                chosen.append((name, held, h))
+    statistics = _statistics([held for _, held, _ in chosen])
+    judged = [
+        _Judged(name, held.dtype, _rounds_to_nearest(held, h), float(h.noise_scale), deviation, mean)
+        for (name, held, h), (deviation, mean) in zip(chosen, statistics, strict=True)
+    ]
+    large = [j for j in judged if j.share > LARGE]
+    if large:
+        return _large_text(max(large, key=lambda j: j.share), len(large))
+    small = [j for j in judged if j.nearest and j.lost > 1]
+    return _small_text(max(small, key=lambda j: j.lost), len(small)) if small else None
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.dtype in PARAM_DTYPES
+
+
+def _rounds_to_nearest(tensor: Tensor, h: Hyperparameters) -> bool:
+    return tensor.dtype != torch.bfloat16 or not h.stochastic_rounding
+
+
+def _statistics(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Each tensor's standard deviation and mean, read from its device together with all others there."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(i)
+    found: dict[int, tuple[float, float]] = {}
+    for indices in by_device.values():
+        both = [statistic.float() for i in indices for statistic in torch.std_mean(tensors[i], correction=0)]
+        numbers = torch.stack(both).tolist()
+        found |= zip(indices, zip(numbers[::2], numbers[1::2], strict=True), strict=True)
+    return [found[i] for i in range(len(tensors))]
+
+
+def _large_text(worst: _Judged, count: int) -> str:
+    return (
+        f"{worst.name}: noise_scale={worst.noise_scale:g} is {worst.share:.2g} of its weights' standard "
+        f"deviation, {worst.spread:.2g}, and comes anew at every step{_more(count)}: with a tenth, a hundred "
+        "steps can leave nothing of what a model knew. Begin where sqrt(steps) * noise_scale is a hundredth "
+        "to a tenth of the standard deviation (docs/choosing.md), or give its param group noise_scale=0"
+    )
+
+
+def _small_text(worst: _Judged, count: int) -> str:
+    dtype = str(worst.dtype).removeprefix("torch.")
+    remedies = {torch.bfloat16: "leave stochastic_rounding=True, ", torch.float16: "keep it in float32, "}
+    remedy = remedies.get(worst.dtype, "")
+    return (
+        f"{worst.name}: noise_scale={worst.noise_scale:g} is lost in rounding{_more(count)}: its weights, of "
+        f"a root mean square of {worst.rms:.2g}, are {dtype} and rounded to nearest, so nearly all stay "
+        f"where they are: {remedy}set noise_scale above {worst.noise_scale * worst.lost:.1e}, or to 0 for "
+        "its param group"
+    )
+
+
+def _more(count: int) -> str:
+    return f" (and so for {count - 1} more)" if count > 1 else ""
