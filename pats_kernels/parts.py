@@ -25,6 +25,7 @@ from torch import Tensor
 from pats_kernels.plan import Shard, is_dtensor
 
 SAMPLE = 4096  # elements of a tensor that are compared: other parts differ in nearly all of them
+FEW = 16  # values that a tensor must have so that its parts are not the same by chance
 PATIENCE = 60.0  # seconds, for processes of a lower rank, which step at the same time as this one
 GLANCE = 5.0  # seconds, where an answer is not to be expected
 
@@ -97,7 +98,8 @@ def streams(params: Sequence[Tensor | None]) -> tuple[list[int], bool]:
     Also whether to warn: on rank 0, and on the first process that is no replica of it.
 
     The rank is 0 everywhere where all processes are replicas, as under DistributedDataParallel. A tensor
-    whose elements are all equal tells nothing: there the gradients are compared too. Reads a sample of each
+    of few values tells nothing, as a layer norm's ones and a bias's zeros, which a part may have one after
+    another: there the gradients are compared too. Reads a sample of each
     tensor and waits for the device once. What is exchanged goes through the process group's store: a
     collective would hang where a process takes no part in the step.
 
@@ -214,14 +216,14 @@ def _fingerprints(params: Sequence[Tensor]) -> list[int]:
         on_device.setdefault(param.device, []).append(i)
     for index in on_device.values():
         rows = torch.stack([_fingerprint(params[i]) for i in index]).tolist()
-        for i, (value, gradient, constant) in zip(index, rows, strict=True):
-            seen = value, gradient if constant else 0
+        for i, (value, gradient, few) in zip(index, rows, strict=True):
+            seen = value, gradient if few else 0
             numbers[i] = _hashed((tuple(params[i].shape), str(params[i].dtype), *seen))
     return numbers
 
 
 def _fingerprint(param: Tensor) -> Tensor:
-    """Digests of a sample of the values and of the gradient, and whether all values are equal: int64 [3]."""
+    """Digests of a sample of the values and of the gradient, and whether the values are few: int64 [3]."""
     nothing = torch.zeros((), dtype=torch.int64, device=param.device)
     if param.numel() == 0:
         return torch.stack((nothing, nothing, nothing))
@@ -231,7 +233,9 @@ def _fingerprint(param: Tensor) -> Tensor:
     grad = param.grad
     comparable = grad is not None and _is_plain(grad) and grad.numel() == param.numel()
     of_grad = digest(torch.take(grad, places)) if grad is not None and comparable else nothing
-    return torch.stack((digest(values), of_grad, (values == values[0]).all().to(torch.int64)))
+    ordered = values.sort().values
+    distinct = 1 + (ordered[1:] != ordered[:-1]).sum()
+    return torch.stack((digest(values), of_grad, (distinct < min(max(size, 2), FEW)).to(torch.int64)))
 
 
 def _hashed(values: tuple[Any, ...]) -> int:

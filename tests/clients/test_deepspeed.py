@@ -99,3 +99,19 @@ def test_noise_and_resume(name: str, tmp_path: Path) -> None:
         assert_same_bits(rank["tensors"], one["tensors"])
         for step, expected in zip(rank["noise"], one["noise"][STEPS // 2 :], strict=True):
             assert_same_bits(step, expected)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(2, "fused"), (3, "attached")])
+def test_trainer(stage: int, kind: str, tmp_path: Path) -> None:
+    """The Trainer hands both ways to DeepSpeed, PATS steps as often, and a run resumes to the bit."""
+
+    def results(folder: Path, *resume: str) -> list[dict[str, Any]]:
+        launch("deepspeed_trainer.py", str(stage), kind, str(folder), *resume)
+        return [torch.load(folder / f"result-{rank}.pt") for rank in range(RANKS)]
+
+    whole = results(tmp_path / "whole")
+    resumed = results(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    for one, other in zip(whole, resumed, strict=True):
+        assert set(one["steps"]) == {4}
+        assert_same_bits(other["state"], one["state"])
+        assert_same_bits(other["model"], one["model"])

@@ -127,6 +127,22 @@ def tensor_parallel(kind: str, names: bool) -> tuple[list[Tensor], list[str]]:
     return signs(list(params.values()), before), messages
 
 
+def flat_norms(kind: str) -> Tensor:
+    """A flat part of new layer norms and biases: ones and zeros, the same for each process."""
+    param = nn.Parameter(torch.cat((torch.ones(2000), torch.zeros(2000))))
+    param.grad = torch.randn(4000, generator=torch.Generator().manual_seed(dist.get_rank()))
+    before = param.detach().clone()
+    optimizer = optimizer_of(kind, [param], lr=1e-4)
+    told(lambda: [optimizer.step() for _ in range(2)])
+    return signs([param], [before])[0][:2000]
+
+
+@pytest.mark.parametrize("kind", ["fused", "attached"])
+def test_parts_of_a_few_values(pool: Pool, kind: str) -> None:
+    one, two = pool(2, flat_norms, kind)
+    assert agreement(one, two) == independent(2000)
+
+
 @pytest.mark.parametrize("kind", ["fused", "attached"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_parts_draw_their_own_noise_and_replicas_the_same(pool: Pool, kind: str, world_size: int) -> None:
