@@ -326,6 +326,9 @@ class PATS:
         names = list(parameter_names(self.optimizer.param_groups).values())
         positions = {key: i for i, key in enumerate(chain.from_iterable(group["params"] for group in groups))}
         for key, entry in state_dict["state"].items():
+            if not isinstance(entry, Mapping):  # of the optimizer as a whole: MADGRAD counts its steps there
+                rest[key] = entry
+                continue
             own = {name.removeprefix(PREFIX): value for name, value in entry.items() if _is_prefixed(name)}
             others = {name: value for name, value in entry.items() if not _is_prefixed(name)}
             if own and key in positions and positions[key] < len(names):
@@ -362,7 +365,8 @@ def attachable(optimizer: Any) -> Optimizer:
 
     Raises:
         TypeError: it is no `torch.optim.Optimizer`, or one that has never been initialized as one.
-        ValueError: it has a PATS already, or is a `PATSAdamW`; its steps are another optimizer's.
+        ValueError: it has a PATS already, or is a `PATSAdamW`; its steps are another optimizer's; its groups
+            have a key that is one of PATS's.
     """
     optimizer = unwrapped(optimizer)
     kind = type(optimizer).__name__
@@ -381,6 +385,11 @@ def attachable(optimizer: Any) -> Optimizer:
     if attached_to(optimizer) is not None:
         raise ValueError(
             f"optimizer is a {kind} that has a PATS already, and two add noise twice: remove() that one first"
+        )
+    for name in sorted(defaults_of(Hyperparameters).keys() & getattr(optimizer, "defaults", {}).keys()):
+        raise ValueError(
+            f"optimizer is a {kind}, whose param groups have a {name!r} of their own, which means something "
+            "else and which PATS would read as its: it cannot be attached"
         )
     return optimizer
 
