@@ -1,6 +1,7 @@
 """A script as people write it for DeepSpeed, which test_deepspeed.py runs on two processes.
 
-It trains with a learning rate of 0, so that all that a step changes is the noise, and saves half-way or resumes.
+It trains with a learning rate of 0, so that all that a step changes is the noise, and saves half-way or
+resumes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""DeepSpeed through the Trainer, as docs/integrations.md has it: STAGE, fused or attached, FOLDER and what to resume."""
+"""DeepSpeed through the Trainer. Arguments: the stage, fused or attached, a folder, what to resume."""
 
 import os
 import sys
@@ -43,6 +43,8 @@ arguments = TrainingArguments(
         "zero_allow_untested_optimizer": True,
     },
 )
+
+
 class AdamWWithPATS(torch.optim.AdamW):
     """The Trainer makes its optimizer as training begins, and drops one that was there before."""
 

@@ -1,8 +1,8 @@
-"""A small model and its batches, the loops that a client's own is held against, and what every client has to pass.
+"""A small model and its batches, and the loops that a client's own is held against.
 
-The truth about PATS in a client is a loop by hand, in which the noise comes from `PATS` on an SGD with a learning
-rate of 0, which leaves the parameters alone otherwise, and the client's optimizer then takes its plain step. Both do
-the same arithmetic in the same order: bits are equal.
+The truth about PATS in a client is a loop by hand, in which the noise comes from `PATS` on an SGD with a
+learning rate of 0, which leaves the parameters alone otherwise, and the client's optimizer then takes its
+plain step. Both do the same arithmetic in the same order: bits are equal.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -50,9 +50,9 @@ def noise_alone(params: list[nn.Parameter], **kwargs: Any) -> Optimizer:
 def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested containers, in their order, copied; of a subclass those that it is made of."""
     if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors(getattr(value, name))
+        flatten = getattr(value, "__tensor_flatten__", None)
+        if flatten is not None:
+            yield from tensors([getattr(value, name) for name in flatten()[0]])
         else:
             yield value.detach().clone()
     elif isinstance(value, Mapping):

@@ -27,11 +27,12 @@ class Case:
 
 
 BFLOAT16: dict[str, Any] = {"bf16": {"enabled": True}}
+ACCUMULATION: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
 CASES = {
     "stage 0": Case(0),
     "stage 0, attached, bfloat16": Case(0, "attached", BFLOAT16),
     "stage 1, attached": Case(1, "attached"),
-    "stage 1, bfloat16, accumulation in float32": Case(1, config=BFLOAT16 | {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "stage 1, bfloat16, accumulation in float32": Case(1, config=BFLOAT16 | ACCUMULATION),
     "stage 2": Case(2),
     "stage 2, attached, bfloat16": Case(2, "attached", BFLOAT16),
     "stage 3": Case(3, config={"zero_optimization": {"stage": 3, "sub_group_size": 2000}}),
@@ -40,13 +41,18 @@ CASES = {
 
 
 def launch(script: str, *arguments: str) -> str:
-    """Runs a script of this folder on two processes, as DeepSpeed's launcher would, and gives what it prints."""
+    """Runs a script of this folder on two processes and gives what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     file = Path(__file__).with_name(script)
     root = file.parents[2]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [*command, str(file), *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(file), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -62,7 +68,7 @@ def run(folder: Path, case: Case, resume: bool) -> list[dict[str, Any]]:
 
 
 def assert_independent(a: Tensor, b: Tensor) -> None:
-    """Of two tensors' noise the first elements that both have: signs where both gates are open, and correlation."""
+    """Of the noise of two tensors: signs where both gates are open, and correlation."""
     size = min(a.numel(), b.numel())
     a, b = a[:size].double(), b[:size].double()
     both = (a != 0) & (b != 0)

@@ -1,4 +1,4 @@
-"""Lightning: automatic optimization, which steps with a closure, manual optimization, mixed precision, checkpoints."""
+"""Lightning: automatic optimization, which steps with a closure, and manual; mixed precision; checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def optimizer_of(kind: str, model: nn.Module, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def everything(model: nn.Module, optimizer: Any, pats: Any) -> list[Tensor]:
-    states = [dict(sorted(state[p].items())) for state in (optimizer.state, pats.state) for p in model.parameters()]
+    states = [
+        dict(sorted(state[p].items())) for state in (optimizer.state, pats.state) for p in model.parameters()
+    ]
     return list(tensors([list(model.parameters()), states]))
 
 

@@ -37,8 +37,8 @@ def test_resumes_to_the_bit(name: str, dtype: str) -> None:
 
 
 def test_gradient_release() -> None:
-    """optimi steps each parameter in the backward pass, when its gradient is there and the others' are not: PATS then
-    does the same, with the same bits."""
+    """optimi steps each parameter in the backward pass, when its gradient is there and the others' are not:
+    PATS then does the same, with the same bits."""
     plain = Training(lambda params: optimi.AdamW(params, lr=1e-3)).run()
     model = network()
     optimizer = optimi.AdamW(model.parameters(), lr=1e-3, gradient_release=True)

@@ -65,8 +65,8 @@ def everything(model: nn.Module, optimizer: Any, pats: Any) -> list[Tensor]:
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_when_the_noise_comes(kind: str, normalization: str) -> None:
-    """Where lora_B is 0, |w * g| is 0 in the whole first step: of lora_B since w is, of lora_A since its gradient is.
-    So their means are there one step later than others': noise comes in step 3, and with exact means in step 2."""
+    """Where lora_B is 0, |w * g| is 0 in the whole first step: of lora_B since w is, of lora_A since g is. So
+    their means are there one step later than others': noise comes in step 3, with exact means in step 2."""
     model = lora(kind)
     params = list(adapters(model).values())
     optimizer, noise = AdamW(params, lr=1e-3), noise_alone(params, normalization=normalization)

@@ -1,4 +1,4 @@
-"""PATS attached to optimizers of the package pytorch_optimizer, and the wrappers among them, which it refuses."""
+"""PATS attached to optimizers of pytorch_optimizer, and the wrappers among them, which it refuses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,40 @@ from torch.optim import AdamW, Optimizer
 
 from pats_kernels import PATS
 
-NAMES = (
-    "ADOPT AdEMAMix AdaBelief AdaFactor AdamP Adan APOLLO CAME DAdaptAdam Fira GaLore GrokFastAdamW Lamb LaProp LARS "
-    "Lion MADGRAD NovoGrad PNM Prodigy QHAdam Ranger SCION SGDP SM3 SOAP ScalableShampoo ScheduleFreeAdamW SPAM "
-    "StableAdamW Tiger Yogi"
-).split()
+NAMES = [
+    "ADOPT",
+    "AdEMAMix",
+    "AdaBelief",
+    "AdaFactor",
+    "AdamP",
+    "Adan",
+    "APOLLO",
+    "CAME",
+    "DAdaptAdam",
+    "Fira",
+    "GaLore",
+    "GrokFastAdamW",
+    "Lamb",
+    "LaProp",
+    "LARS",
+    "Lion",
+    "MADGRAD",
+    "NovoGrad",
+    "PNM",
+    "Prodigy",
+    "QHAdam",
+    "Ranger",
+    "SCION",
+    "SGDP",
+    "SM3",
+    "SOAP",
+    "ScalableShampoo",
+    "ScheduleFreeAdamW",
+    "SPAM",
+    "StableAdamW",
+    "Tiger",
+    "Yogi",
+]
 
 
 def training(name: str, closure: bool = False) -> Training:

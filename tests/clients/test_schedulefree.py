@@ -38,5 +38,5 @@ def test_resumes_to_the_bit(name: str) -> None:
 
 def test_its_wrapper_is_refused() -> None:
     wrapper = schedulefree.ScheduleFreeWrapper(torch.optim.AdamW(network().parameters()))
-    with pytest.raises(TypeError, match="ScheduleFreeWrapper.*attribute 'base'"):
+    with pytest.raises(TypeError, match=r"ScheduleFreeWrapper.*attribute 'base'"):
         PATS(wrapper)

@@ -22,7 +22,7 @@ MAKERS: dict[str, Make] = {
     "Adamax": lambda params: torch.optim.Adamax(params),
     "ASGD": lambda params: torch.optim.ASGD(params),
     "LBFGS": lambda params: torch.optim.LBFGS(params, max_iter=3),
-    "LBFGS, strong Wolfe": lambda params: torch.optim.LBFGS(params, max_iter=3, line_search_fn="strong_wolfe"),
+    "LBFGS, line search": lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"),
     "Muon": lambda params: torch.optim.Muon(params),
     "NAdam": lambda params: torch.optim.NAdam(params),
     "RAdam": lambda params: torch.optim.RAdam(params),

@@ -55,7 +55,9 @@ DATA = {
 TRAINERS: dict[str, tuple[Any, Any]] = {"SFT": (SFTTrainer, SFTConfig), "DPO": (DPOTrainer, DPOConfig)}
 
 
-def trained(what: str, how: str, folder: Path, seed: int = 1, resume: Path | None = None) -> tuple[Any, list[Tensor]]:
+def trained(
+    what: str, how: str, folder: Path, seed: int = 1, resume: Path | None = None
+) -> tuple[Any, list[Tensor]]:
     trainer_class, config_class = TRAINERS[what]
     arguments = config_class(
         output_dir=str(folder),
