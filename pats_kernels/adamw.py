@@ -207,7 +207,7 @@ class PATSAdamW(Optimizer):
                     )
                 )
         columns = map(list, zip(*rows, strict=True))
-        return Batch(lambda i: name_of(rows[i][0]), *columns)
+        return Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
 
     def _nonfinite_count(self, param: Tensor) -> Tensor:
         count = self._nonfinite.get(id(param))

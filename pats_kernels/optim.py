@@ -160,7 +160,7 @@ class PATS:
                 count = self._nonfinite[id(param)]
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self._launcher.launch(batch, self.backend, grad_scale, found_inf)
 
