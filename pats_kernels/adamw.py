@@ -175,14 +175,16 @@ class PATSAdamW(Optimizer):
         """The parameters that have a gradient, with their state, which is allocated here at first."""
         rows: list[tuple[Any, ...]] = []
         name_of = name_finder(self.param_groups)
-        tensor_id = -1
+        position = -1
         for group in self.param_groups:
             values = _values(group, self.defaults)
             needed = keys_of(values)
             noisy = "sens_stats" in needed
             ema, has_unc = "exp_avg_sens" in needed, "exp_avg_unc" in needed
-            for param in group["params"]:
-                tensor_id += 1
+            first = group.get("tensor_id")
+            for i, param in enumerate(group["params"]):
+                position += 1
+                tensor_id = position if first is None else first + i
                 grad = param.grad
                 if grad is None:
                     continue

@@ -140,13 +140,15 @@ class PATS:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rows: list[tuple[Any, ...]] = []
         name_of = name_finder(optimizer.param_groups)
-        tensor_id = -1
+        position = -1
         for group in optimizer.param_groups:
             values = hyperparameters(group, self.defaults)
             needed = keys_of(values)
             has_unc = "exp_avg_unc" in needed
-            for param in group["params"]:
-                tensor_id += 1
+            first = group.get("tensor_id")
+            for i, param in enumerate(group["params"]):
+                position += 1
+                tensor_id = position if first is None else first + i
                 grad = param.grad
                 if grad is None or not values.noisy:
                     continue
