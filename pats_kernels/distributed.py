@@ -187,7 +187,10 @@ class Statistics:
     def __init__(self) -> None:
         self._set_of: dict[int, _Set] = {}  # by a tensor's id
         self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
-        self._open: tuple[int, list[_Route]] = (0, [])  # the set that is being stepped, by its first tensor's id
+        self._open: tuple[int, list[_Route]] = (
+            0,
+            [],
+        )  # the set that is being stepped, by its first tensor's id
         self._pending: dict[int, list[_Message]] = {}  # the same key
 
     def localized(self, batch: Batch) -> Batch:
