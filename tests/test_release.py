@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 
 from pats_kernels import PATS, PATSAdamW, plan, release_gradients
 
@@ -394,6 +395,32 @@ def test_two_backward_passes_are_not_taken_for_one_step() -> None:
     for number in range(2):
         loss_of(run.model, number).backward()
     with pytest.raises(RuntimeError, match=r"was stepped 2 times in backward .* accumulate\(\)"):
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts(reentrant: bool) -> None:
+    """What is recomputed in backward, reentrant in a backward pass of its own."""
+    plain, released = (Run(OPTIMIZERS["ema"], release) for release in (False, True))
+    for run in (plain, released):
+        tokens = torch.arange(9)
+        for _ in range(STEPS):
+            hidden = run.model.embedding(tokens)
+            for part in (run.model.inner, run.model.norm):
+                hidden = checkpoint(part, hidden, use_reentrant=reentrant)
+            hidden.square().mean().backward()
+            run.step()
+    assert_same(released.state(), plain.state())
+
+
+def test_a_weight_in_two_reentrant_parts_is_found_out() -> None:
+    """Its gradient comes in two backward passes, of which neither knows of the other."""
+    run = Run(OPTIMIZERS["ema"], True)
+    hidden = run.model.embedding(torch.arange(9))
+    for _ in range(2):
+        hidden = checkpoint(run.model.inner, hidden, use_reentrant=True)
+    hidden.square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"inner\.\w+: was stepped 2 times .* use_reentrant"):
         run.optimizer.step()
 
 
