@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ def release_gradients(optimizer: Optimizer, *, synchronized: bool = False) -> "G
     What needs all gradients at once cannot work: clipping by a global norm finds none and clips nothing, and
     a GradScaler, whose decision to skip a step comes too late, is refused. Step hooks run once a parameter.
     Parameters that are added or unfrozen later are stepped by `optimizer.step()` once, and then released.
+    It ends with the optimizer: somebody has to keep that, or the handle.
 
     Args:
         optimizer: a `PATSAdamW`, or any optimizer whose state is each parameter's own, with `PATS` attached
@@ -71,7 +73,8 @@ class GradientRelease:
             raise TypeError(
                 f"{type(optimizer).__name__} needs a closure, which evaluates the model within its step"
             )
-        if any(map(_owner, optimizer._optimizer_step_pre_hooks.values())):
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks):
             raise ValueError(f"the gradients of this {type(optimizer).__name__} are released already")
         self.optimizer = optimizer
         self._synchronized = synchronized
@@ -125,7 +128,7 @@ class GradientRelease:
         for place in new.values():
             self._check(place)
         for key, place in new.items():
-            self._hooks[key] = place.param.register_post_accumulate_grad_hook(self._release)
+            self._hooks[key] = place.param.register_post_accumulate_grad_hook(_Hook(self))
 
     def _check(self, place: _Place) -> None:
         if getattr(place.param, "_fsdp_flattened", False):
@@ -135,7 +138,7 @@ class GradientRelease:
             )
         self._require_complete(place)
         hooks = getattr(place.param, "_post_accumulate_grad_hooks", None) or {}
-        if any(map(_owner, hooks.values())):
+        if any(isinstance(hook, _Hook) and hook.release() is not None for hook in hooks.values()):
             raise ValueError(f"{place.name}: another optimizer releases its gradient already")
 
     def _require_complete(self, place: _Place) -> None:
@@ -182,7 +185,7 @@ class GradientRelease:
         self._attach()
 
     def _release(self, param: Tensor) -> None:
-        """The hook: steps one parameter, whose gradient is complete, and lets go of that."""
+        """Steps one parameter, whose gradient is complete, and lets go of that."""
         with self._lock:
             if self._holding:
                 self._times.pop(id(param), None)
@@ -235,10 +238,15 @@ class GradientRelease:
             self._changed.add((place.group, name))
 
 
-def _owner(hook: Any) -> GradientRelease | None:
-    """Whose hook it is, of those that release gradients."""
-    owner = getattr(hook, "__self__", None)
-    return owner if isinstance(owner, GradientRelease) else None
+class _Hook:
+    """A parameter's hook, which keeps nothing alive: Python cannot collect a cycle that leads through one."""
+
+    def __init__(self, release: GradientRelease) -> None:
+        self.release = weakref.ref(release)
+
+    def __call__(self, param: Tensor) -> None:
+        if (release := self.release()) is not None:
+            release._release(param)
 
 
 def _number(group: Mapping[str, Any], place: _Place) -> int:

@@ -1,7 +1,9 @@
 """Released gradients: the same bits as the plain step, no two gradients at once, one plan a parameter."""
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -341,6 +343,22 @@ def test_a_plan_for_each_parameter_is_made_once(kind: str) -> None:
             if handle is not None:
                 handle.remove()
     assert made == [1] * 20 + [20]
+
+
+def test_nothing_is_kept_alive() -> None:
+    """A hook of a tensor is no part of what Python collects, so none may lead back to the tensor."""
+    run = Run(OPTIMIZERS["PATS, AdamW"], True).train(1)
+    references = [weakref.ref(run.model.inner.weight), weakref.ref(run.optimizer)]
+    model = run.model
+    del run
+    gc.collect()
+    assert [reference() is None for reference in references] == [False, True]
+    loss_of(model, 0).backward()  # the optimizer is gone, and with it the release
+    assert model.inner.weight.grad is not None
+    release_gradients(OPTIMIZERS["ema"](groups_of(model)))
+    del model
+    gc.collect()
+    assert references[0]() is None
 
 
 # Refusals.
