@@ -31,7 +31,7 @@ from pats_kernels.hyperparameters import Sensitivity
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOISE_SCALE = 1e-5
 SETTLED = 3  # steps; from then on nothing more is allocated that stays
-SEQUENCES = (1, 8)  # of a batch of training, each of `models.SEQUENCE` tokens
+SEQUENCES = (1, 2, 4, 8)  # of a batch of training, each of `models.SEQUENCE` tokens
 TRAINED_DTYPES = (torch.float32, torch.bfloat16)
 
 
