@@ -224,7 +224,7 @@ class PATSAdamW(Optimizer):
                     )
                 )
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
         batch = self._numbering.numbered(batch, self.param_groups, fresh)
         if fresh:
             self._advisor.read(self.param_groups, self.defaults)

@@ -232,7 +232,7 @@ class PATS:
                 count = self._nonfinite[id(param)]
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
         batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
         if fresh:
             self._advisor.read(optimizer.param_groups, optimizer.defaults)
