@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pats_kernels import backends
+from pats_kernels.advice import Advisor
 from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Normalization,
     Sensitivity,
     Uncertainty,
+    defaults_of,
     hyperparameters,
 )
 from pats_kernels.numbering import Numbering, ids_of
@@ -139,6 +141,7 @@ class PATSAdamW(Optimizer):
     def _forget(self) -> None:
         """Drops what was derived from the state, which is new."""
         self._launcher = Launcher(owned=True)
+        self._advisor = Advisor(defaults_of(AdamWHyperparameters))
         self._numbering = Numbering(len(getattr(self, "param_groups", ())))
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow
 
@@ -158,6 +161,7 @@ class PATSAdamW(Optimizer):
             self.param_groups.pop()
             raise
         self._numbering.groups = len(self.param_groups)
+        self._advisor.read(self.param_groups[-1:], self.defaults)
 
     @uncompiled
     @torch.no_grad()
@@ -220,8 +224,12 @@ class PATSAdamW(Optimizer):
                     )
                 )
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
-        return self._numbering.numbered(batch, self.param_groups, fresh)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
+        batch = self._numbering.numbered(batch, self.param_groups, fresh)
+        if fresh:
+            self._advisor.read(self.param_groups, self.defaults)
+            self._advisor.judge(batch, fresh)
+        return batch
 
     def _nonfinite_count(self, param: Tensor) -> Tensor:
         count = self._nonfinite.get(id(param))
@@ -233,6 +241,19 @@ class PATSAdamW(Optimizer):
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
         return nonfinite_counts(self.param_groups, self._nonfinite)
+
+    def pats_summary(self) -> dict[str, float]:
+        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+
+            print(optimizer.pats_summary()["noise_to_weight"])
+
+        The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
+        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        """
+        from pats_kernels.analysis import gate_summary  # which imports this module
+
+        return gate_summary(self).to_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim`; waits for the statistics of sharded parameters."""
@@ -251,7 +272,9 @@ class PATSAdamW(Optimizer):
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
         empty, and the param groups keep their hyperparameters of PATS.
 
-        Every tensor is copied and keeps its dtype, where torch casts to the parameter's.
+        Every tensor is copied and keeps its dtype, where torch casts to the parameter's. A checkpoint of
+        PATSAdamW brings back its own noise_scale, gamma, seed, ..., as torch does with lr: set them in the
+        param groups after loading if they are to be others.
 
         Raises:
             ValueError: the state is of other parameters or shapes, naming the first, or needs amsgrad;

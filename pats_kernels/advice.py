@@ -1,13 +1,15 @@
-"""What is allowed but can hardly be meant: texts for warnings, or none."""
+"""What is allowed but can hardly be meant: warnings, each of them once for an optimizer."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pats_kernels.hyperparameters import Hyperparameters
-from pats_kernels.plan import PARAM_DTYPES
+from pats_kernels.numbering import KEY
+from pats_kernels.plan import PARAM_DTYPES, Batch
 from pats_kernels.state import local
 
 SHORTEST_NAME = 3  # an edit of "lr" is half of it, and could be anything
@@ -23,6 +25,40 @@ LARGE = 0.1
 # nine of ten stay where they are, at every step anew, and those that move are the smallest. (At rms eps / 8
 # at most P(|w| < rms / 2) = 0.38 would move.) For float32 the bound is 3.7e-9 rms.
 SMALL = 1 / 32
+
+
+class Advisor:
+    """What an optimizer's user has been told.
+
+    Args:
+        names: of the hyperparameters that its param groups may hold.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = [*names, KEY]
+        self._said: set[str] = set()
+
+    def read(self, param_groups: Iterable[Mapping[str, Any]], known: Iterable[str]) -> None:
+        """Warns of keys that are almost a hyperparameter's name; `known` are the optimizer's own."""
+        known = set(known)
+        for group in param_groups:
+            for pair in misspelt(group, self._names, known):
+                self._say(pair[0], spelling_warning(*pair))
+
+    def judge(self, batch: Batch, fresh: Sequence[Tensor]) -> None:
+        """Warns of the noise of those of the batch's tensors that begin; waits for their device."""
+        begin = {id(param) for param in fresh}
+        rows = [i for i, param in enumerate(batch.params) if id(param) in begin]
+        noisy = [i for i in rows if batch.sens_stats[i] is not None]
+        params = [(batch.name(i), batch.params[i]) for i in noisy]
+        text = noise_warning(params, [batch.hyperparameters[i] for i in noisy]) if params else None
+        if text is not None:
+            self._say("noise", text)
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"PATS: {text}", stacklevel=2)
 
 
 def misspelt(

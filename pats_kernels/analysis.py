@@ -142,22 +142,53 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class GateSummary(NamedTuple):
-    """What PATS does at a moment. 0-d float32 tensors on the state's device; reading them waits for it.
+    """What PATS does at a moment. Tensors are 0-d, on the state's device; reading them waits for it.
+
+    Elements with noise are those of all tensors that have state and whose group has a noise_scale above 0.
 
     Attributes:
-        mean_gate: mean of a over the elements of all tensors with noise, in [0, 1].
-        noisy_share: share of those elements with a > 0, in [0, 1].
-        numel: how many elements that is. 0: there is no state yet, and both others are NaN.
+        mean_gate: mean of a over the elements with noise, in [0, 1]; float32.
+        noisy_share: share of those elements with a > 0, in [0, 1]; float32.
+        numel: how many elements have noise. 0: there is no state yet, and all but `nonfinite` is NaN.
+        noise_scale: its mean over the elements with noise, in units of w; where all groups agree exactly
+            theirs. float64.
+        noise_rms: root mean square, over the elements with noise, of noise_scale a: of the noise that one
+            step adds, in units of w. float64.
+        weight_rms: root mean square of w over the same elements; float64.
+        nonfinite: gradient elements that were not finite since the run began or was resumed: of sharded
+            parameters on all processes, of others on this one; int64.
     """
 
     mean_gate: Tensor
     noisy_share: Tensor
     numel: int
+    noise_scale: Tensor
+    noise_rms: Tensor
+    weight_rms: Tensor
+    nonfinite: Tensor
+
+    def to_dict(self) -> dict[str, float]:
+        """The numbers by name, and noise_to_weight = noise_rms / weight_rms (NaN for weights that are all 0).
+
+        While numel is 0 there is `nonfinite` alone. Waits for the device, once.
+        """
+        tensors = {
+            "mean_gate": self.mean_gate,
+            "noisy_share": self.noisy_share,
+            "noise_scale": self.noise_scale,
+            "noise_rms": self.noise_rms,
+            "weight_rms": self.weight_rms,
+            "noise_to_weight": self.noise_rms / self.weight_rms,
+        }
+        *values, nonfinite = torch.stack([t.double() for t in (*tensors.values(), self.nonfinite)]).tolist()
+        numbers: dict[str, float] = dict(zip(tensors, values, strict=True)) if self.numel > 0 else {}
+        return numbers | {"nonfinite": int(nonfinite)}
 
 
 @torch.no_grad()
 def gate_summary(source: PATS | Optimizer) -> GateSummary:
-    """Mean gate and share of elements that get noise, as the state stands: rows 4 and 5 of `reference`.
+    """Mean gate, share of elements that get noise, and how big that is, as the state stands: rows 4 to 6 of
+    `reference`.
 
     Over all parameters with `sens_stats` in their state whose group has a noise_scale above 0. The means in
     q are the state's own `sens_stats`: with normalization="exact" these are the gates of the last step; with
@@ -175,45 +206,80 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
         TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
     """
     groups = _optimizer(source).param_groups
+    counters: dict[int, Tensor] = source._nonfinite  # type: ignore[union-attr]
     if any(is_dtensor(type(param)) for param in source.state):
         source.state_dict()  # waits for the means
-    gates: list[Tensor] = []  # of each tensor: sum of a, number of a > 0
+    parts: list[Tensor] = []  # of each tensor: what `_sums` gives
     sharded: list[tuple[Tensor, Tensor]] = []  # the parameter, and that of its part
-    numel = 0
+    scales: list[tuple[float | Tensor, int]] = []  # of each tensor with noise, and its number of elements
     for group in groups:
         values = hyperparameters(group, source.defaults)
         for param in group["params"]:
             state = source.state.get(param, {})
-            if values.noisy and "sens_stats" in state:
-                sums = _gate_sums(_gates(param, state, group, values), param.device)
-                if is_dtensor(type(param)):
-                    sharded.append((param, sums))
-                else:
-                    gates.append(sums)
-                numel += param.numel()
+            noisy, count = values.noisy and "sens_stats" in state, counters.get(id(param))
+            if not noisy and count is None:
+                continue
+            sums = _sums(_gates(param, state, group, values) if noisy else (), param.device)
+            if noisy:
+                scale = _in_float64(values.noise_scale, param.device)
+                sums[2] *= scale**2
+                scales.append((scale, param.numel()))
+            if count is not None:
+                sums[4] += count
+            if is_dtensor(type(param)):
+                sharded.append((param, sums))
+            else:
+                parts.append(sums)
     if sharded:
         from pats_kernels.distributed import sums_over_shards  # only where there are some
 
-        gates += sums_over_shards(sharded)
-    if not gates:
-        return GateSummary(torch.tensor(torch.nan), torch.tensor(torch.nan), 0)
-    device = gates[0].device
-    mean_gate, noisy_share = torch.stack([g.to(device, non_blocking=True) for g in gates]).sum(0) / numel
-    return GateSummary(mean_gate.float(), noisy_share.float(), numel)
+        parts += sums_over_shards(sharded)
+    parts = parts or [torch.zeros(5, dtype=torch.float64)]
+    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+    totals = torch.stack([part.to(device, non_blocking=True) for part in parts]).sum(0)
+    numel = sum(n for _, n in scales)
+    mean_gate, noisy_share, noise_square, weight_square = totals[:4] / numel
+    return GateSummary(
+        mean_gate.float(),
+        noisy_share.float(),
+        numel,
+        _mean_scale(scales, device),
+        noise_square.sqrt(),
+        weight_square.sqrt(),
+        totals[4].long(),
+    )
 
 
-def _gate_sums(gates: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of a and number of a > 0: float64 [2]."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for a in gates:
-        sums += torch.stack((a.sum(dtype=torch.float64), a.gt(0).sum(dtype=torch.float64)))
+def _sums(pieces: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """Over pieces (w, a), sums of a, a > 0, a^2, w^2, and a 0 for what was not finite: float64 [5]."""
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for w, a in pieces:
+        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in (a, w)]
+        sums[:4] += torch.stack((a.sum(dtype=torch.float64), a.gt(0).sum(dtype=torch.float64), *squares))
     return sums
+
+
+def _in_float64(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A hyperparameter as a number, or 0-d where it lies on a device, where it stays."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64, non_blocking=True).reshape(())
+    return value
+
+
+def _mean_scale(scales: list[tuple[float | Tensor, int]], device: torch.device) -> Tensor:
+    """The mean over elements, 0-d; as differences to the first, so that equal ones have exactly their own."""
+    if not scales:
+        return torch.full((), torch.nan, dtype=torch.float64, device=device)
+    numel = sum(n for _, n in scales)
+    first, *others = (_in_float64(scale, device) for scale, _ in scales)
+    mean = first + sum((scale - first) * n for scale, (_, n) in zip(others, scales[1:], strict=True)) / numel
+    return mean if isinstance(mean, Tensor) else torch.full((), mean, dtype=torch.float64, device=device)
 
 
 def _gates(
     param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], values: Hyperparameters
-) -> Iterator[Tensor]:
-    """The gates of a tensor's elements, piece by piece."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A tensor's elements and their gates, piece by piece."""
     dtype = arithmetic_dtype(param)
     means = state["sens_stats"].to(dtype)
     moments = group.get("sensitivity") == "moments"
@@ -223,16 +289,14 @@ def _gates(
     else:
         corrections = []
         S = state["exp_avg_sens"]
-        operands = [S, state.get("exp_avg_unc", S)]  # "none" keeps no U, and reads none
+        operands = [param, S, state.get("exp_avg_unc", S)]  # "none" keeps no U, and reads none
     operands = [x._local_tensor if is_dtensor(type(x)) else x for x in operands]  # type: ignore[attr-defined]
     for pieces in zip(*(x.reshape(-1).split(PIECE) for x in operands), strict=True):
-        first, *others = (piece.to(dtype) for piece in pieces)
+        w, S, U = (piece.to(dtype) for piece in pieces)
         if moments:
-            m_hat, v_hat = (x / correction for x, correction in zip(others, corrections, strict=True))
-            S, U, _ = moments_sensitivity(first, m_hat, v_hat, values.uncertainty)
-        else:
-            S, U = first, others[0]
-        yield gate(S, U, *means, gamma=values.gamma, uncertainty=values.uncertainty)
+            m_hat, v_hat = (x / correction for x, correction in zip((S, U), corrections, strict=True))
+            S, U, _ = moments_sensitivity(w, m_hat, v_hat, values.uncertainty)
+        yield w, gate(S, U, *means, gamma=values.gamma, uncertainty=values.uncertainty)
 
 
 # Numbers.

@@ -1,12 +1,15 @@
 """What PATS does, in the logs of a Hugging Face Trainer."""
 
+import sys
+import warnings
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_callback
 
-from pats_kernels.analysis import gate_summary
+from pats_kernels.adamw import PATSAdamW
+from pats_kernels.logs import layers, log_of, name_of, pats_of
 from pats_kernels.optim import PATS
 
 if TYPE_CHECKING:
@@ -16,43 +19,61 @@ if TYPE_CHECKING:
 class PATSCallback(TrainerCallback):
     """Adds what PATS does to each training log of a `transformers.Trainer`.
 
-        trainer = Trainer(model, args, train_dataset=dataset)
-        PATSCallback(PATS(trainer.create_optimizer())).add_to(trainer)
+        trainer = Trainer(model, args, train_dataset=dataset, callbacks=[PATSCallback()], ...)
         trainer.train()
 
-    The keys, in `trainer.state.log_history` and in what the callbacks after this one are told:
+    The keys, in `trainer.state.log_history`, in the printed line, and in what reporters (TensorBoard, Weights
+    & Biases, ...) and other callbacks are told:
 
-        pats/mean_gate      mean of the gate over all elements with noise, in [0, 1]; see `gate_summary`
-        pats/noisy_share    share of those elements whose gate is open, in [0, 1]
-        pats/nonfinite      gradient elements that were not finite since the run began or was resumed
+        pats/mean_gate          mean of the gate over all elements with noise, in [0, 1]; see `gate_summary`
+        pats/noisy_share        share of those elements whose gate is open, in [0, 1]
+        pats/noise_scale        as it is at this step, in units of w; of groups that differ the elements' mean
+        pats/noise_rms          root mean square of the noise that a step adds to those elements; units of w
+        pats/noise_to_weight    that over the root mean square of the same elements' weights
+        pats/nonfinite          gradient elements that were not finite since the run began or was resumed
 
-    The first two are left out while there is no state. Nothing is computed, and nothing waits for the device,
-    at any step but those at which the Trainer logs, where it has just waited for the loss. The gates
-    are those of all processes, which have to log at the same steps, as they do; pats/nonfinite is this one's.
+    All but the last are left out while there is no state. Nothing is computed, and nothing waits for the
+    device, at any step but those at which the Trainer logs, where it has just waited for the loss. Of sharded
+    parameters all processes add up, which have to log at the same steps, as they do; of others a process
+    gives what it has itself.
 
-    The Trainer tells its callbacks in order, and the reporters (TensorBoard, Weights & Biases, ...) come
-    before those of `callbacks=[...]` and `add_callback`: there a reporter has written its line before this
-    one adds to it, and only the history and the printed line have the new keys. `add_to` puts this one first.
+    The Trainer tells its callbacks in order, reporters before those of `callbacks=[...]` and `add_callback`.
+    So that they all see the keys, this one moves to the front of that list as training begins.
 
     Args:
-        pats: what is attached to the Trainer's optimizer. None: the optimizer is a `PATSAdamW`.
+        pats: what is attached to the Trainer's optimizer. None: whatever is, unless it is a `PATSAdamW`.
     """
 
     def __init__(self, pats: PATS | None = None) -> None:
         self.pats = pats
+        self._is_settled = False  # first in a Trainer's list, or warned that it is not
 
     def add_to(self, trainer: "Trainer") -> None:
-        """Adds this callback to a Trainer, in front of its others, so that the reporters see its keys."""
-        trainer.add_callback(self)
+        """Adds this callback to a Trainer, in front of its others at once."""
         callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
+        if self not in callbacks:
+            trainer.add_callback(self)
+        self._move_to_front(callbacks)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises ValueError where the Trainer trains with another optimizer than the one PATS is part of."""
+        """Takes its place before the reporters, or warns once where it cannot.
+
+        Raises:
+            ValueError: the Trainer trains with another optimizer than the one PATS is part of.
+        """
         self._source(kwargs["optimizer"])
+        callbacks = _callbacks_with(self, sys._getframe().f_back)
+        if callbacks is not None:
+            self._move_to_front(callbacks)
+        elif not self._is_settled:
+            self._is_settled = True
+            warnings.warn(
+                "PATSCallback: this transformers keeps its callbacks elsewhere, so reporters may not see the "
+                "keys of PATS; PATSCallback().add_to(trainer) puts it before them",
+                stacklevel=2,
+            )
 
     def on_log(
         self,
@@ -65,29 +86,40 @@ class PATSCallback(TrainerCallback):
         """Adds the keys to `logs` and to its copy in the history; evaluation's logs stay as they are."""
         if logs is None or "loss" not in logs:
             return
-        added = self._logs(kwargs["optimizer"])
+        added = log_of(self._source(kwargs["optimizer"]))
         logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)
 
-    def _logs(self, optimizer: Optimizer) -> dict[str, float]:
-        source = self._source(optimizer)
-        summary = gate_summary(source)
-        logs: dict[str, float] = {}
-        if summary.numel > 0:
-            both = torch.stack((summary.mean_gate, summary.noisy_share)).tolist()
-            logs = dict(zip(("pats/mean_gate", "pats/noisy_share"), both, strict=True))
-        return logs | {"pats/nonfinite": sum(source.nonfinite_counts().values())}
+    def _move_to_front(self, callbacks: list[Any]) -> None:
+        """In place; harmless while the list is gone through, as those behind this one stay where they are."""
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._is_settled = True
 
-    def _source(self, optimizer: Optimizer) -> Any:
-        """The PATS, or the optimizer that is one, once accelerate's wrapper is off."""
-        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = wrapped
-        if self.pats is not None and self.pats.optimizer is optimizer:
-            return self.pats
-        if self.pats is None and hasattr(optimizer, "nonfinite_counts"):
-            return optimizer
-        attached = "is attached to another optimizer" if self.pats is not None else "was not given"
-        raise ValueError(
-            f"PATSCallback: the Trainer's optimizer is {type(optimizer).__name__}, and pats {attached}"
-        )
+    def _source(self, optimizer: Optimizer) -> PATS | PATSAdamW:
+        """What keeps the state of PATS, in accelerate's wrapper."""
+        if self.pats is None:
+            source, reason = pats_of(optimizer), "no PATS is attached to it"
+        else:
+            own = self.pats.optimizer
+            source = self.pats if any(layer is own for layer in layers(optimizer)) else None
+            reason = "pats is attached to another optimizer"
+        if source is None:
+            raise ValueError(f"PATSCallback: the Trainer's optimizer is {name_of(optimizer)}, and {reason}")
+        return source
+
+
+def _callbacks_with(callback: TrainerCallback, frame: FrameType | None) -> list[Any] | None:
+    """The list of the handler that is calling a callback; None where there is none of the known form.
+
+    A handler gives its callbacks no way to itself or to the Trainer, in any argument, so its frame is asked.
+    """
+    known = getattr(trainer_callback, "CallbackHandler", ())
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        callbacks = getattr(handler, "callbacks", None) if isinstance(handler, known) else None
+        if isinstance(callbacks, list) and callback in callbacks:
+            return callbacks
+        frame = frame.f_back
+    return None

@@ -1,8 +1,8 @@
 """PATS attached to an optimizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels import backends
-from pats_kernels.adamw import PATSAdamW
+from pats_kernels.advice import Advisor
+from pats_kernels.attaching import attachable, have_no_masters, unwrapped
 from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     Hyperparameters,
@@ -96,6 +97,11 @@ class PATS:
         backend: str = "auto",
     ) -> None:
         optimizer = attachable(optimizer)
+        if attached_to(optimizer) is not None:
+            raise ValueError(
+                f"optimizer is a {type(optimizer).__name__} that has a PATS already, and two add it twice: "
+                "remove() that one first"
+            )
         self.optimizer = optimizer
         self.backend = backend
         self.defaults: dict[str, Any] = {
@@ -119,6 +125,8 @@ class PATS:
         self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
         self._launcher = Launcher(owned=True)
         self._numbering = Numbering(len(optimizer.param_groups), in_cycle=True)
+        self._advisor = Advisor(defaults_of(Hyperparameters))
+        self._advisor.read(optimizer.param_groups, optimizer.defaults)
         self._looks_for_masters = 3  # steps: the optimizer has its state after the first that it takes
         self._loaded: dict[str, Any] | None = None
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
@@ -148,6 +156,19 @@ class PATS:
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
         return nonfinite_counts(self.optimizer.param_groups, self._nonfinite)
+
+    def pats_summary(self) -> dict[str, float]:
+        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+
+            print(pats.pats_summary()["noise_to_weight"])
+
+        The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
+        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        """
+        from pats_kernels.analysis import gate_summary  # which imports this module
+
+        return gate_summary(self).to_dict()
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
@@ -211,8 +232,11 @@ class PATS:
                 count = self._nonfinite[id(param)]
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
         batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
+        if fresh:
+            self._advisor.read(optimizer.param_groups, optimizer.defaults)
+            self._advisor.judge(batch, fresh)
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self._launcher.launch(batch, self.backend, grad_scale, found_inf)
 
@@ -236,6 +260,10 @@ class PATS:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave; every tensor is copied and keeps its dtype.
+
+        The checkpoint's noise_scale, gamma, seed, ... come back with it, as lr does in torch: set them after
+        loading, in `defaults` or in the optimizer's param groups, if they are to be others. Loading by the
+        optimizer's own `load_state_dict` does the same.
 
         Raises:
             ValueError: the state is of other parameters or shapes, naming the first; nothing was changed.
@@ -347,94 +375,10 @@ class PATS:
 
 
 def attached_to(optimizer: Optimizer) -> PATS | None:
-    """The PATS that is attached to an optimizer, or None."""
+    """The `PATS` that is attached to an optimizer, or None."""
     hooks = getattr(unwrapped(optimizer), "_optimizer_step_pre_hooks", {})
     owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return next((owner for owner in owners if isinstance(owner, PATS)), None)
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that Accelerate's wrapper calls, or `optimizer` where there is none."""
-    while type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def attachable(optimizer: Any) -> Optimizer:
-    """The optimizer whose steps PATS can run before.
-
-    Raises:
-        TypeError: it is no `torch.optim.Optimizer`, or one that has never been initialized as one.
-        ValueError: it has a PATS already, or is a `PATSAdamW`; its steps are another optimizer's; its groups
-            have a key that is one of PATS's.
-    """
-    optimizer = unwrapped(optimizer)
-    kind = type(optimizer).__name__
-    if isinstance(optimizer, PATSAdamW):
-        raise ValueError(f"optimizer is a {kind}, which adds the noise itself: it needs no PATS beside it")
-    # ZeroRedundancyOptimizer's own holds this process's share of the parameters; its `step` is all of theirs.
-    inner = [] if kind == "ZeroRedundancyOptimizer" else _held_by(optimizer)
-    advice = f": attach PATS to the optimizer that steps, its attribute {inner[0]!r}" if inner else ""
-    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {kind}{advice}")
-    if inner or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
-        raise ValueError(
-            f"optimizer is a {kind}, which steps through another one and puts weights of its own over the "
-            f"noise{advice}"
-        )
-    if attached_to(optimizer) is not None:
-        raise ValueError(
-            f"optimizer is a {kind} that has a PATS already, and two add noise twice: remove() that one first"
-        )
-    for name in sorted(defaults_of(Hyperparameters).keys() & getattr(optimizer, "defaults", {}).keys()):
-        raise ValueError(
-            f"optimizer is a {kind}, whose param groups have a {name!r} of their own, which means something "
-            "else and which PATS would read as its: it cannot be attached"
-        )
-    return optimizer
-
-
-def _held_by(optimizer: Any) -> list[str]:
-    """The attributes in which an optimizer keeps another one."""
-    attributes = getattr(optimizer, "__dict__", {})
-    return [
-        name for name, value in attributes.items() if isinstance(value, Optimizer) and value is not optimizer
-    ]
-
-
-def have_no_masters(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's state has been seen, and holds no float32 copy of a parameter.
-
-    Raises:
-        ValueError: naming the first parameter that has one: the next step would write it over the noise.
-    """
-    low = {torch.bfloat16, torch.float16}
-    names = parameter_names(optimizer.param_groups)
-    params = [param for param in names if param.dtype in low and param.numel() > 0 and not param.is_meta]
-    lists = [value for value in vars(optimizer).values() if isinstance(value, list)]
-    seen = not params
-    for i, param in enumerate(params):
-        state = optimizer.state.get(param)
-        seen |= bool(state)
-        candidates = [*(state.values() if isinstance(state, dict) else ()), *_entries(lists, i)]
-        for value in candidates:
-            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != param.shape:
-                continue
-            if value.is_sparse or not bool((value.to(param.dtype) == param).all()) or not bool(value.any()):
-                continue
-            raise ValueError(
-                f"{names[param]}: {type(optimizer).__name__} keeps a float32 copy of this {param.dtype} "
-                "parameter and writes it over the noise: attach PATS to the optimizer of the float32 copies"
-            )
-        if seen:
-            break
-    return seen
-
-
-def _entries(lists: Sequence[list[Any]], i: int) -> list[Any]:
-    """What the lists have for the i-th parameter, in one list or in one of each group."""
-    flat = (chain.from_iterable(e if isinstance(e, (list, tuple)) else [e] for e in one) for one in lists)
-    return [entry for one in flat for entry in islice(one, i, i + 1)]
 
 
 def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:

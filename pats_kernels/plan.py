@@ -114,7 +114,8 @@ class Batch:
     adds to. `name` gives a tensor's name for an error message. Where a form keeps no such state there is
     None; a tensor without `sens_stats` gets no noise, only AdamW's step. `exp_avg` and `exp_avg_sq` are
     empty where no AdamW is asked for. Where `shards` is not empty, some of the tensors are parts of others:
-    their part in the new means goes to `shares`, as the means themselves do for the rest (None).
+    their part in the new means goes to `shares`, as the means themselves do for the rest (None). `kept`: how
+    many tensors the caller keeps from step to step, where these may be some of them.
     """
 
     name: Callable[[int], str]
@@ -131,6 +132,7 @@ class Batch:
     exp_avg_sq: list[Tensor] = field(default_factory=list)
     shards: Sequence[Shard | None] = field(default_factory=list)
     shares: Sequence[Tensor | None] = field(default_factory=list)
+    kept: int = 0
 
     @property
     def averages(self) -> dict[str, Sequence[Tensor | None]]:
@@ -180,19 +182,26 @@ class Plan:
     hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
     alive: list[Any] = field(default_factory=list)
 
+    @property
+    def rows(self) -> int:
+        return sum(len(launch.index) for launch in self.launches)
+
 
 class Planner:
     """Makes plans and keeps the last few, so that freezing and unfreezing a layer costs nothing either.
 
     Args:
         owned: the caller keeps the tensors from step to step and lets go of the planner with them. Then it
-            is enough to see that they are the same objects, which halves the host's time.
+            is enough to see that they are the same objects, which halves the host's time. Each of them may
+            also be stepped alone: no matter how many they are, each then has its plan.
+        capacity: plans that begin with the same tensor, or, of a caller who keeps none, plans at all.
     """
 
     def __init__(self, owned: bool = False, capacity: int = 8) -> None:
         self._owned = owned
         self._capacity = capacity
-        self._plans: list[Plan] = []
+        self._plans: dict[int, list[Plan]] = {}  # by their first tensor; the last used at the end
+        self._most = 0  # tensors that were kept, or planned at once
 
     def plan(self, batch: Batch) -> Plan:
         """The tables for these tensors, up to date.
@@ -205,20 +214,35 @@ class Planner:
         except (RuntimeError, NotImplementedError):  # a sparse tensor has neither address nor strides
             check(batch)
             raise
-        plan = next((plan for plan in self._plans if plan.signature == signature), None)
+        first = id(batch.params[0]) if self._owned and batch.params else 0
+        plans = self._plans.pop(first, [])
+        self._plans[first] = plans
+        plan = next((plan for plan in plans if plan.signature == signature), None)
         if plan is None:
             check(batch)
             plan = Plan(signature, _launches(batch))
             if self._owned:  # an object's identity is its own only while it lives
                 plan.alive = [batch.params, *batch.averages.values()]
                 plan.alive += [batch.sens_stats, batch.shares, batch.steps, batch.nonfinite]
-            del self._plans[self._capacity - 1 :]
-            self._plans.insert(0, plan)
-        elif plan is not self._plans[0]:
-            self._plans.remove(plan)
-            self._plans.insert(0, plan)
+            del plans[self._capacity - 1 :]
+            plans.insert(0, plan)
+            self._most = max(self._most, batch.kept, len(batch.params))
+            self._forget_oldest()
+        elif plan is not plans[0]:
+            plans.remove(plan)
+            plans.insert(0, plan)
         _refresh(plan, batch)
         return plan
+
+    def _forget_oldest(self) -> None:
+        """Keeps no more rows than `capacity` plans of all tensors have: plans keep what they are of alive."""
+        rows = sum(plan.rows for plans in self._plans.values() for plan in plans)
+        while rows > self._capacity * self._most:
+            first, plans = next(iter(self._plans.items()))
+            if plans:
+                rows -= plans.pop().rows
+            else:
+                del self._plans[first]
 
 
 # Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step. Flat

@@ -47,10 +47,11 @@ class Launcher:
         """
         if not batch.params:
             return
-        self.finish()
         params = batch.params
         if any(map(is_dtensor, {*map(type, params), *map(type, batch.grads)})):
             batch = self._shared().localized(batch)
+        elif self._statistics is not None:
+            self.finish()
         plan = self._planner.plan(batch)
         work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
         for phases in PHASES:
@@ -65,7 +66,7 @@ class Launcher:
         torch.autograd.graph.increment_version(params)
 
     def finish(self) -> None:
-        """Waits until the statistics of the last step are those of all shards."""
+        """Waits until the statistics of all steps so far are those of all shards."""
         if self._statistics is not None:
             self._statistics.finish()
 

@@ -517,3 +517,26 @@ def test_empty_frozen_and_foreign_parameters(backend: str) -> None:
     optimizer.step()
     assert float(optimizer.state[params[0]]["step"]) == 1
     assert not optimizer.state[params[1]]
+
+
+def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
+    """As torch's AdamW without fused=True: clients that clip ask this flag, and refuse where it is set."""
+    param = nn.Parameter(torch.ones(4))
+    assert PATSAdamW([param])._step_supports_amp_scaling
+    assert PATSAdamW([param], fused=True)._step_supports_amp_scaling
+    plain = PATSAdamW([param], lr=0.1, fused=False)
+    for optimizer in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert not optimizer._step_supports_amp_scaling
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((param * torch.tensor([1.0, 2.0, torch.inf, 3.0])).sum()).backward()
+    scaler.step(plain)  # skipped by the scaler, which found the infinity by itself
+    assert not plain.state
+    scaler.update()
+    param.grad = None
+    scaler.scale((param * torch.tensor([1.0, 2.0, 4.0, 3.0])).sum()).backward()
+    scaler.step(plain)
+    own = nn.Parameter(torch.ones(4))
+    own.grad = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    PATSAdamW([own], lr=0.1).step()
+    assert torch.equal(param, own)

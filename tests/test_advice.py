@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import Pool
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 from transformers import BertConfig, BertModel
 
 from pats_kernels import PATS, PATSAdamW
@@ -273,3 +275,63 @@ def test_a_sparse_gradient_says_what_to_do(kind: Any, fused: bool) -> None:
     ):
         optimizer.step()
     assert torch.equal(before, table.weight)
+
+
+# Said once, by both optimizers.
+
+BOTH: dict[str, Any] = {
+    "PATSAdamW": lambda groups, **settings: PATSAdamW(groups, seed=2**50 + 1, **settings),
+    "PATS": lambda groups, **settings: attach(SGD(groups, lr=0.1), **settings),
+}
+
+
+def attach(optimizer: Optimizer, **settings: Any) -> Optimizer:
+    PATS(optimizer, seed=2**50 + 2, **settings)
+    return optimizer
+
+
+def spread(deviation: float, size: int = 100) -> nn.Parameter:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    return nn.Parameter(deviation * (values - values.mean()) / values.std(correction=0))
+
+
+def steps(optimizer: Optimizer, count: int = 3) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.ones_like(param)
+            optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_noise_that_ruins_or_is_lost_is_named_once(kind: str) -> None:
+    for noise_scale, text in ((1.0, "noise_scale=1 is 20 of its"), (1e-12, "noise_scale=1e-12 is lost")):
+        (message,) = steps(BOTH[kind]([spread(0.05)], noise_scale=noise_scale))
+        assert message.startswith(f"PATS: param_groups[0]['params'][0]: {text}")
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_defaults_and_a_resumed_run_say_nothing(kind: str) -> None:
+    params = [spread(0.05), spread(0.0), nn.Parameter(torch.ones(100))]  # a LoRA's B, a normalization
+    first = BOTH[kind](params)
+    assert steps(first) == []
+    resumed = BOTH[kind]([spread(1e-6), spread(1e-6), spread(1e-6)])
+    resumed.load_state_dict(first.state_dict())
+    assert [m for m in steps(resumed) if "noise_scale" in m] == []
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_misspelt_key_is_named_once(kind: str) -> None:
+    with pytest.warns(UserWarning, match="'noise_scal' is nobody's hyperparameter") as caught:
+        optimizer = BOTH[kind]([{"params": [spread(0.05)], "noise_scal": 0.0}, {"params": [spread(0.05)]}])
+    assert len(caught) == 1
+    assert steps(optimizer) == []
+    if kind == "PATSAdamW":
+        with pytest.warns(UserWarning, match="did you mean 'weight_decay'"):
+            optimizer.add_param_group({"params": [spread(0.05)], "weight_decy": 0.0})
+    optimizer.param_groups[0]["gama"] = 0.5
+    optimizer.add_param_group({"params": [spread(0.05)]})
+    assert ["gama" in message for message in steps(optimizer)] == [True]

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pats_kernels import PATS, PATSAdamW, analysis
+from pats_kernels import PATS, PATSAdamW, analysis, hyperparameters
 from pats_kernels.analysis import (
     COLOURS,
     CURVE_SHARES,
@@ -443,8 +444,10 @@ def test_gate_summary_is_the_gate_of_the_exact_step(changes: dict[str, Any]) -> 
 def test_gate_summary_without_state() -> None:
     summary = gate_summary(make_pats("eager")[0])
     assert summary.numel == 0
-    assert summary.mean_gate.isnan()
-    assert summary.noisy_share.isnan()
+    assert summary.nonfinite == 0
+    assert all(
+        value.isnan() for name, value in summary._asdict().items() if name not in ("numel", "nonfinite")
+    )
 
 
 def test_an_optimizer_that_keeps_no_sensitivity() -> None:
@@ -464,7 +467,8 @@ def test_gate_summary_of_tensors_without_statistics() -> None:
     for param in params[:2]:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert [float(value) for value in gate_summary(pats)] == [0, 0, 40 * 30 + 17]
+    assert [float(value) for value in gate_summary(pats)[:3]] == [0, 0, 40 * 30 + 17]
+    assert pats.pats_summary()["noise_rms"] == 0
 
 
 def test_gate_summary_follows_a_schedule() -> None:
@@ -473,6 +477,148 @@ def test_gate_summary_follows_a_schedule() -> None:
     take_steps(optimizer, params, 2)
     optimizer.param_groups[0]["noise_scale"] = 0.0
     assert gate_summary(pats).numel == params[2].numel() + params[3].numel()
+
+
+# All of it, in numbers.
+
+SUMMARY = [
+    "mean_gate",
+    "noisy_share",
+    "noise_scale",
+    "noise_rms",
+    "weight_rms",
+    "noise_to_weight",
+    "nonfinite",
+]
+
+
+def poison(optimizer: Any, params: list[nn.Parameter]) -> int:
+    """A step with gradient elements that are not finite; how many of them PATS sees."""
+    for param in params:
+        param.grad = torch.ones_like(param)
+    bad = [torch.nan, torch.inf, -torch.inf]
+    params[0].grad[3, 5:8] = torch.tensor(bad)
+    params[2].grad[()] = torch.nan
+    params[QUIET].grad[0] = torch.nan  # in the group without noise: PATS does not look at it
+    optimizer.step()
+    return 4
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_pats_summary(backend: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Element by element, in float64; groups with noise_scales of their own."""
+    monkeypatch.setattr(analysis, "PIECE", 100)
+    pats, optimizer, params = make_pats(backend, **changes)
+    optimizer.param_groups[1]["noise_scale"] = 0.7
+    take_steps(optimizer, params, 3)
+    noise, weights, scales, gates = [], [], [], []
+    for group in optimizer.param_groups[:2]:
+        for param in group["params"]:
+            a = expected_gates(pats, group, param)
+            scale = (pats.defaults | group)["noise_scale"]
+            gates.append(a)
+            noise.append(scale * a)
+            weights.append(param.detach().double().numpy().ravel())
+            scales.append(np.full(a.size, scale))
+    got = pats.pats_summary()
+    assert list(got) == SUMMARY
+    noise_rms, weight_rms = (np.sqrt((np.concatenate(x) ** 2).mean()) for x in (noise, weights))
+    # Gates are float32; all that is summed is float64.
+    assert got["mean_gate"] == pytest.approx(np.concatenate(gates).mean(), rel=1e-5)
+    assert got["noisy_share"] == pytest.approx((np.concatenate(gates) > 0).mean(), rel=1e-6)
+    assert got["noise_scale"] == pytest.approx(np.concatenate(scales).mean(), rel=1e-12)
+    assert got["noise_rms"] == pytest.approx(noise_rms, rel=1e-5)
+    assert got["weight_rms"] == pytest.approx(weight_rms, rel=1e-12)
+    assert got["noise_to_weight"] == pytest.approx(noise_rms / weight_rms, rel=1e-5)
+    assert got["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"fused": True}], ids=str)
+def test_pats_summary_counts_what_was_not_finite(backend: str, changes: dict[str, Any]) -> None:
+    """All there ever was; of a group, too, whose noise has been turned off since."""
+    pats, optimizer, params = make_pats(backend, **changes)
+    count = poison(optimizer, params)
+    assert pats.pats_summary()["nonfinite"] == sum(pats.nonfinite_counts().values()) == count
+    optimizer.param_groups[0]["noise_scale"] = optimizer.param_groups[1]["noise_scale"] = 0.0
+    assert pats.pats_summary() == {"nonfinite": count}
+    assert gate_summary(pats).numel == 0
+
+
+def test_pats_summary_is_what_a_step_adds() -> None:
+    """Its root mean square over the elements with noise is that of w's change in an exact step with lr 0."""
+    random = torch.Generator().manual_seed(3)
+    param = nn.Parameter(torch.randn(200_000, generator=random, dtype=torch.float64))
+    optimizer = PATSAdamW([param], lr=0.0, weight_decay=0.0, noise_scale=1e-3, normalization="exact")
+    before = param.detach()
+    for _ in range(2):
+        param.grad = torch.randn(param.shape, generator=random, dtype=torch.float64) ** 3
+        before = param.detach().clone()
+        optimizer.step()
+    moved = (param.detach() - before).square().mean().sqrt()
+    # Over n normals a root mean square has a relative standard deviation of at most sqrt(3 / (2 n)): 0.3%.
+    assert optimizer.pats_summary()["noise_rms"] == pytest.approx(float(moved), rel=0.015)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_pats_summary_without_state(fused: bool) -> None:
+    assert make_pats("eager", fused)[0].pats_summary() == {"nonfinite": 0}
+
+
+def test_pats_summary_gives_a_noise_scale_that_all_share_to_the_last_bit() -> None:
+    """As an average of doubles weighted by sizes 1e-5 / 3 would not come back."""
+    pats, optimizer, params = make_pats("eager", noise_scale=1e-5 / 3)
+    take_steps(optimizer, params, 1)
+    assert pats.pats_summary()["noise_scale"] == 1e-5 / 3
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_pats_summary_with_a_noise_scale_on_the_device(
+    together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the tensor is not read on the host."""
+    pats, optimizer, params = make_pats("eager", noise_scale=1e-2)
+    take_steps(optimizer, params, 3)
+    second = 0.01 if together else 0.25
+    optimizer.param_groups[1]["noise_scale"] = second
+    expected = pats.pats_summary()
+    for group, scale in zip(optimizer.param_groups, (0.01, second), strict=False):
+        group["noise_scale"] = torch.tensor([scale])
+    plain = hyperparameters._plain
+    monkeypatch.setattr(hyperparameters, "_plain", lambda n, v: v if n == "noise_scale" else plain(n, v))
+    with Waits() as waits:
+        got = pats.pats_summary()
+    assert waits.count == 0
+    for name, value in got.items():  # float32's 0.01 is off by 2e-8
+        assert value == pytest.approx(expected[name], rel=1e-7), name
+    if together:
+        assert got["noise_scale"] == torch.tensor(0.01).item()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what reads a number on the host, but for `tolist`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"fused": True, "sensitivity": "moments"}], ids=str)
+def test_pats_summary_waits_once(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pats, optimizer, params = make_pats("eager", **changes)
+    poison(optimizer, params)
+    take_steps(optimizer, params, 1)
+    lists: list[Tensor] = []
+    real = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: lists.append(tensor) or real(tensor))
+    with Waits() as waits:
+        gate_summary(pats)
+        assert (waits.count, len(lists)) == (0, 0)
+        pats.pats_summary()
+    assert (waits.count, len(lists)) == (0, 1)
 
 
 @pytest.mark.parametrize("fused", [False, True])

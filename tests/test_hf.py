@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,8 @@ SETTINGS: dict[str, Any] = {"noise_scale": 1e-2, "gamma": 0.5, "seed": 5}
 STEPS, BATCH = 6, 4
 LEARNING_RATE = 1e-3
 CLIP = 0.05  # the gradients' norm is above it
-KEYS = {"pats/mean_gate", "pats/noisy_share", "pats/nonfinite"}
+NAMES = ("mean_gate", "noisy_share", "noise_scale", "noise_rms", "noise_to_weight", "nonfinite")
+KEYS = {f"pats/{name}" for name in NAMES}
 
 
 def examples() -> list[dict[str, Tensor]]:
@@ -180,6 +182,30 @@ def test_resuming_needs_the_state(tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in pairs if a.numel() > 100)
 
 
+class LessNoise(TrainerCallback):
+    """What docs/trainer.md says of a noise_scale that is to be another one from a checkpoint on."""
+
+    def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            group["noise_scale"] = 1e-4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_brings_back_its_hyperparameters(fused: bool, tmp_path: Path) -> None:
+    """Whatever the script says; what is set after loading stays."""
+    Run(tmp_path / "full", fused=fused).train()
+    for changed in (False, True):
+        run = Run(
+            tmp_path / f"resumed{changed}",
+            settings={"noise_scale": 1.0, "gamma": 2.0, "seed": 6},
+            trainer_arguments={"callbacks": [LessNoise(), PATSCallback()] if changed else [PATSCallback()]},
+            fused=fused,
+        ).train(tmp_path / "full" / f"checkpoint-{STEPS // 2}")
+        used = run.pats.defaults | run.groups[0]
+        assert {name: used[name] for name in ("gamma", "seed")} == {"gamma": 0.5, "seed": 5}
+        assert logs(run)[-1]["pats/noise_scale"] == (1e-4 if changed else SETTINGS["noise_scale"])
+
+
 def test_autocast(tmp_path: Path) -> None:
     """bf16=True: the matrix products are bfloat16's, parameters and averages stay float32."""
     seen: set[torch.dtype] = set()
@@ -283,12 +309,24 @@ class Witness(TrainerCallback):
     def __init__(self, pats: Any = None) -> None:
         self.pats = pats
         self.told: list[dict[str, Any]] = []
-        self.expected: dict[int, tuple[float, float]] = {}
+        self.expected: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.pats is not None:
-            a = np.concatenate([gates(self.pats, param) for param in self.pats.state])
-            self.expected[state.global_step] = (float(a.mean()), float((a > 0).mean()))
+            a, w = (
+                np.concatenate([of(param) for param in self.pats.state])
+                for of in (lambda p: gates(self.pats, p), lambda p: p.detach().double().numpy().ravel())
+            )
+            noise_rms = SETTINGS["noise_scale"] * np.sqrt((a**2).mean())
+            numbers = (
+                a.mean(),
+                (a > 0).mean(),
+                SETTINGS["noise_scale"],
+                noise_rms,
+                noise_rms / np.sqrt((w**2).mean()),
+                0,
+            )
+            self.expected[state.global_step] = dict(zip(NAMES, map(float, numbers), strict=True))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.told.append(dict(logs))
@@ -304,47 +342,124 @@ def test_logs(fused: bool, tmp_path: Path) -> None:
     run.train()
     assert [entry["step"] for entry in logs(run)] == [2, 4, 6]
     for entry in logs(run):
-        mean_gate, noisy_share = witness.expected[entry["step"]]
-        assert entry["pats/mean_gate"] == pytest.approx(mean_gate, rel=1e-5)
-        assert entry["pats/noisy_share"] == pytest.approx(noisy_share, rel=1e-5)
-        assert entry["pats/nonfinite"] == 0
-        assert 0.01 < mean_gate < noisy_share < 0.99
+        expected = witness.expected[entry["step"]]
+        assert {name: entry[f"pats/{name}"] for name in NAMES} == pytest.approx(expected, rel=1e-5)
+        assert entry["pats/noise_scale"] == SETTINGS["noise_scale"]
+        assert 0.01 < expected["mean_gate"] < expected["noisy_share"] < 0.99
     saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     assert [entry for entry in saved if "loss" in entry] == logs(run)
     assert not any(KEYS & set(entry) for entry in run.trainer.state.log_history if "loss" not in entry)
 
 
-@pytest.mark.parametrize("in_front", [True, False])
-def test_who_is_told(in_front: bool, tmp_path: Path) -> None:
-    """A reporter is first in the Trainer's list, and told all the same where the callback adds itself."""
-    early, late = Witness(), Witness()
-    run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments={"callbacks": [early]})
-    callback = PATSCallback(run.pats)
-    if in_front:
-        callback.add_to(run.trainer)
-    else:
-        run.trainer.add_callback(callback)
+def seen_by(early: Witness, run: Run) -> list[dict[str, Any]]:
+    """Trains; what a witness was told of PATS in each training log; one that is last is told all."""
+    late = Witness()
     run.trainer.callback_handler.callbacks.append(late)
     run.train()
-    history = [entry for entry in logs(run) if set(entry) >= KEYS]
-    assert len(history) == 3
-    for witness, told in ((early, in_front), (late, True)):
-        training = [entry for entry in witness.told if "loss" in entry]
-        assert len(training) == 3
-        for entry, kept in zip(training, history, strict=True):
-            assert {key: entry[key] for key in KEYS & set(entry)} == {key: kept[key] for key in KEYS if told}
+    seen = [
+        [{key: entry[key] for key in KEYS & set(entry)} for entry in witness.told if "loss" in entry]
+        for witness in (early, late)
+    ]
+    assert seen[1] == in_history(run)
+    return seen[0]
+
+
+def in_history(run: Run) -> list[dict[str, Any]]:
+    assert len(logs(run)) == STEPS // 2
+    return [{key: entry[key] for key in KEYS} for entry in logs(run)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("way", ["instance", "class", "add_callback", "add_callback of a class", "add_to"])
+def test_who_is_told(way: str, fused: bool, tmp_path: Path) -> None:
+    """Whatever way it comes, a reporter that is before it in the Trainer's list is told.
+
+    Attached PATS is found by its optimizer.
+    """
+    early = Witness()
+    given: dict[str, list[Any]] = {"instance": [PATSCallback()], "class": [PATSCallback]}
+    callbacks = {"callbacks": [early, *given.get(way, [])]}
+    run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments=callbacks, fused=fused)
+    if way == "add_to":
+        PATSCallback().add_to(run.trainer)
+    elif way not in given:
+        run.trainer.add_callback(PATSCallback() if way == "add_callback" else PATSCallback)
+    order = [type(callback) for callback in run.trainer.callback_handler.callbacks]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PATSCallback")
+        assert seen_by(early, run) == in_history(run)
+    after = run.trainer.callback_handler.callbacks
+    assert type(after[0]) is PATSCallback
+    order.remove(PATSCallback)
+    assert [type(callback) for callback in after[1:-1]] == order  # the others as they were
+
+
+def test_everybody_is_told_that_training_begins(tmp_path: Path) -> None:
+    """Once each, though the list is changed while it is gone through."""
+    begun: list[int] = []
+
+    class Begun(TrainerCallback):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            begun.append(self.number)
+
+    callbacks = [Begun(0), Begun(1), PATSCallback(), Begun(2), Begun(3)]
+    run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments={"callbacks": callbacks})
+    run.train()
+    assert begun == [0, 1, 2, 3]
+
+
+def test_in_a_wrapper_and_again(tmp_path: Path) -> None:
+    """A subclass that comes between does not hide the handler; training once more changes nothing."""
+
+    class Own(PATSCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_begin(*args, **kwargs)
+
+    early, own = Witness(), Own()
+    run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments={"callbacks": [early, own]})
+    assert seen_by(early, run) == in_history(run)
+    run.train()
+    assert run.trainer.callback_handler.callbacks.count(own) == 1
+    assert run.trainer.callback_handler.callbacks[0] is own
+
+
+def test_another_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no such handler: told once, and only those behind it are told of PATS."""
+    monkeypatch.delattr(hf.trainer_callback, "CallbackHandler")
+    early = Witness()
+    run = Run(
+        tmp_path,
+        arguments={"save_strategy": "no"},
+        trainer_arguments={"callbacks": [early, PATSCallback()]},
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert seen_by(early, run) == [{}] * 3
+        run.train()
+    said = [str(warning.message) for warning in caught if "PATSCallback" in str(warning.message)]
+    assert [text.endswith("PATSCallback().add_to(trainer) puts it before them") for text in said] == [True]
+
+    early = Witness()
+    run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments={"callbacks": [early]})
+    PATSCallback().add_to(run.trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="PATSCallback")
+        assert seen_by(early, run) == in_history(run)
 
 
 def test_computes_only_where_the_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not at the other steps, and not for the logs of an evaluation."""
     calls: list[int] = []
-    real = hf.gate_summary
+    real = PATS.pats_summary
 
-    def counted(source: Any) -> Any:
+    def counted(pats: PATS) -> dict[str, float]:
         calls.append(run.trainer.state.global_step)
-        return real(source)
+        return real(pats)
 
-    monkeypatch.setattr(hf, "gate_summary", counted)
+    monkeypatch.setattr(PATS, "pats_summary", counted)
     arguments = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 4, "save_strategy": "no"}
     run = Run(tmp_path, arguments=arguments, trainer_arguments={"eval_dataset": examples()[:4]})
     PATSCallback(run.pats).add_to(run.trainer)
@@ -385,8 +500,13 @@ def test_logs_without_noise(tmp_path: Path) -> None:
 def test_the_wrong_optimizer(tmp_path: Path) -> None:
     """Said as training begins, not at the first log."""
     other = PATS(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
-    for pats, reason in ((None, "pats was not given"), (other, "pats is attached to another optimizer")):
+    for pats, reason in (
+        (None, "no PATS is attached to it"),
+        (other, "pats is attached to another optimizer"),
+    ):
         run = Run(tmp_path, arguments={"save_strategy": "no"})
+        if pats is None:
+            run.pats.remove()
         PATSCallback(pats).add_to(run.trainer)
         with pytest.raises(ValueError, match=f"the Trainer's optimizer is AdamW, and {reason}"):
             run.train()

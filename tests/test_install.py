@@ -46,3 +46,16 @@ def test_installs_without_a_compiler(tmp_path: Path) -> None:
     assert "C++ extension could not be loaded" in missing
     assert "backend='cpp' cannot run on cpu" in refusal
     assert "'eager'" in refusal
+
+
+def test_lightning_is_asked_for_by_name() -> None:
+    """Where neither of its packages is installed, and only by the module that needs it."""
+    program = (
+        "import sys, pats_kernels\n"
+        "sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
+        "import pats_kernels.lightning\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr.strip().endswith(
+        "ModuleNotFoundError: pats_kernels.lightning needs lightning or pytorch_lightning"
+    )

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from pats_kernels import PATS, pats_step_
+from pats_kernels.optim import attached_to
 
 Factory = Callable[[Any], Optimizer]
 
@@ -317,6 +318,17 @@ def test_zero_grad(backend: str, set_to_none: bool) -> None:
         twins.hand.before_step(twins.plain)
         twins.plain.step()
     twins.assert_same()
+
+
+def test_attached_to() -> None:
+    """Found by the optimizer alone, among other hooks, as long as it is attached."""
+    optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    assert attached_to(optimizer) is None
+    pats = PATS(optimizer)
+    assert attached_to(optimizer) is pats
+    pats.remove()
+    assert attached_to(optimizer) is None
 
 
 def test_remove() -> None:

@@ -288,6 +288,37 @@ def test_alternating_sets_are_both_kept() -> None:
     assert planner.plan(batch(works[0])) is not plans[0]
 
 
+def stepped_alone(work: Work, i: int, kept: int) -> Batch:
+    """One of the tensors of a caller who keeps `kept`."""
+    all_ = batch(work)
+    columns = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "sens_stats", "steps", "tensor_ids")
+    own = {name: [getattr(all_, name)[i]] for name in columns}
+    return Batch(all_.name, **own, hyperparameters=[Hyperparameters()], kept=kept)
+
+
+def test_each_tensor_stepped_alone_keeps_its_plan() -> None:
+    """More of them than there is room for plans of one set, and beside a plan of all of them."""
+    count = 20
+    planner, work = Planner(owned=True, capacity=2), work_of(Case([(n,) for n in range(1, 1 + count)]))
+    together = planner.plan(batch(work))
+    plans = [planner.plan(stepped_alone(work, i, count)) for i in range(count)]
+    for i in (*range(count), *reversed(range(count))):
+        assert planner.plan(stepped_alone(work, i, count)) is plans[i]
+    assert planner.plan(batch(work)) is together
+
+
+def test_plans_are_forgotten_of_tensors_that_come_and_go() -> None:
+    """Of an owner who keeps three at a time: a plan keeps its tensors alive, so there are never many."""
+    planner = Planner(owned=True, capacity=2)
+    references = []
+    for _ in range(10):
+        works = [work_of(Case([(5,), (6,), (7,)]))]
+        planner.plan(batch(works[0]))
+        references.append(weakref.ref(works.pop().params[0]))
+    gc.collect()
+    assert [reference() is not None for reference in references] == [False] * 8 + [True] * 2
+
+
 @pytest.mark.parametrize("name", ["params", "grads", "sens", "unc", "stats"])
 def test_a_kept_plan_does_not_hide_a_wrong_dtype(name: str) -> None:
     """The same address, of a dtype that no kernel may touch: as wrong as in the first step."""

@@ -92,3 +92,36 @@ def test_is_one_process(pool: Pool, world_size: int, how: str, kind: str, normal
     assert not torch.allclose(expected["first.weight"], quiet["first.weight"], atol=1e-4)
     for tensors in pool(world_size, sharded, how, kind, kwargs):
         assert_close(tensors, expected)
+
+
+def summary(model: SmallModel, kind: str) -> dict[str, float]:
+    """After steps with finite gradients, and one in which a whole tensor's gradient is not."""
+    optimizer, keeper = optimizer_of(kind, model)
+    param: Any = model.second.weight
+    for step in range(3):
+        loss_of(model, step).backward()
+        if step == 1:
+            param.grad.mul_(torch.nan)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            for key in ("exp_avg", "exp_avg_sq"):  # AdamW's moments, and then its weights, are lost
+                keeper.state[param][key].zero_()
+            param.detach().zero_()
+    return keeper.pats_summary()
+
+
+def sharded_summary(how: str, kind: str) -> dict[str, float]:
+    return summary(shard(small_model(12 if "tp" in how else 3), how), kind)
+
+
+@pytest.mark.parametrize("kind", ["ema", "moments"])
+@pytest.mark.parametrize(("world_size", "how"), [(3, "fsdp"), (4, "hsdp"), (4, "fsdp+tp"), (2, "tp")])
+def test_pats_summary_is_of_all_shards(pool: Pool, world_size: int, how: str, kind: str) -> None:
+    """Every process has the numbers of one that holds all, what is not finite included."""
+    model = small_model(12 if "tp" in how else 3)
+    expected = summary(model, kind)
+    assert expected["nonfinite"] == model.second.weight.numel()
+    assert 0.01 < expected["mean_gate"] < expected["noisy_share"] < 0.99
+    for got in pool(world_size, sharded_summary, how, kind):
+        assert got == pytest.approx(expected, rel=2e-5)
