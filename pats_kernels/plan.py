@@ -364,6 +364,12 @@ def _has_no_holes(tensor: Tensor) -> bool:
 def check_param(name: str, param: Tensor) -> None:
     """Raises TypeError or ValueError, naming it, where PATS cannot update this parameter."""
     _check_kind(name, "parameter", param)
+    kind = type(param)
+    if hasattr(kind, "__tensor_flatten__") and not is_dtensor(kind):  # it has no memory of its own
+        raise TypeError(
+            f"{name}: PATS updates plain tensors and DTensors, but the parameter is a {kind.__name__}, "
+            "made of several tensors: leave it to another optimizer"
+        )
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"{name}: PATS updates {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
     if _overlaps_itself(param):

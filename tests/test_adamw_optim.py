@@ -14,6 +14,7 @@ from test_optim import give_gradients, parameters, saved
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pats_kernels import PATSAdamW
 
@@ -540,3 +541,12 @@ def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
     own.grad = torch.tensor([1.0, 2.0, 4.0, 3.0])
     PATSAdamW([own], lr=0.1).step()
     assert torch.equal(param, own)
+
+
+def test_a_tensor_made_of_others_is_refused() -> None:
+    """It has no memory of its own: a kernel would write to address 0."""
+    two = TwoTensor(torch.ones(3), torch.ones(3))
+    param = nn.Parameter(two)
+    param.grad = torch.ones(3)
+    with pytest.raises(TypeError, match="named: .* but the parameter is a TwoTensor"):
+        PATSAdamW([("named", param)]).step()
