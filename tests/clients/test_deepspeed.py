@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -40,15 +41,15 @@ CASES = {
 }
 
 
-def launch(script: str, *arguments: str) -> str:
-    """Runs a script of this folder on two processes and gives what it prints."""
+def launch(script: str | Path, *arguments: str, folder: Path | None = None) -> str:
+    """Runs a script, of this folder or elsewhere, on two processes in `folder`, and gives what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
-    file = Path(__file__).with_name(script)
-    root = file.parents[2]
+    file, root = Path(__file__).parent / script, Path(__file__).parents[2]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [*command, str(file), *arguments],
         env=environment,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
@@ -121,3 +122,17 @@ def test_trainer(stage: int, kind: str, tmp_path: Path) -> None:
         assert set(one["steps"]) == {4}
         assert_same_bits(other["state"], one["state"])
         assert_same_bits(other["model"], one["model"])
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """docs/integrations.md: its script, by its commands."""
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    script = next(
+        code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "deepspeed" in code
+    )
+    commands = re.findall(r"^    DS_ACCELERATOR=cpu .* train\.py ?(\w*)$", page, re.M)
+    assert commands == ["", "attached"]
+    (tmp_path / "train.py").write_text(script + "import os\nos._exit(0)\n")
+    for argument in commands:
+        printed = launch(tmp_path / "train.py", *argument.split(), folder=tmp_path)
+        assert "'train_loss'" in printed

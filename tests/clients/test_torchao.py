@@ -55,16 +55,16 @@ def test_resumes_to_the_bit(name: str) -> None:
     assert_same_bits(resumed(run).tensors(), run.run().tensors())
 
 
-def float8(model: nn.Module) -> None:
+def float8(model: nn.Sequential) -> None:
     convert_to_float8_training(model[:2], config=Float8LinearConfig(emulate=True))
 
 
-def fake_int4(model: nn.Module) -> None:
-    weights = IntxFakeQuantizeConfig(torch.int4, group_size=20)
+def fake_int8(model: nn.Sequential) -> None:
+    weights = IntxFakeQuantizeConfig(torch.int8, group_size=20)
     quantize_(model, QATConfig(weight_config=weights, step="prepare"))
 
 
-@pytest.mark.parametrize("convert", [float8, fake_int4])
+@pytest.mark.parametrize("convert", [float8, fake_int8])
 def test_weights_in_full_precision_behind_quantized_ones(convert: Any) -> None:
     """The parameters are plain float32 tensors, of which forward makes others: noise as everywhere."""
     models = [network() for _ in range(2)]
