@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels.adamw import PATSAdamW
+from pats_kernels.backends.tables import capturing
 from pats_kernels.hyperparameters import Hyperparameters, defaults_of
 from pats_kernels.state import parameter_names
 
@@ -63,6 +64,8 @@ def have_no_masters(optimizer: Optimizer) -> bool:
     Raises:
         ValueError: naming the first parameter that has one: the next step would write it over the noise.
     """
+    if any(capturing(param.device) for group in optimizer.param_groups for param in group["params"][:1]):
+        return False  # no value can be read now
     low = {torch.bfloat16, torch.float16}
     names = parameter_names(optimizer.param_groups)
     params = [param for param in names if param.dtype in low and param.numel() > 0 and not param.is_meta]

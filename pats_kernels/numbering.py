@@ -114,9 +114,13 @@ class Numbering:
         if any(param not in self._added for param in params):
             self._compare(batch, param_groups)
         in_turn = len(param_groups) < self.groups or not all(group["params"] for group in param_groups)
+        given = {id(param) for group in param_groups if KEY in group for param in group["params"]}
         for i, param in enumerate(batch.params):
-            taking_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
-            self._claim(batch, i, param, taking_turns, begins=id(param) in fresh)
+            message = SHARED
+            if id(param) not in given:  # what its user has numbered stays so
+                takes_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
+                message = IN_TURN if takes_turns else IN_BACKWARD if self._in_backward else SHARED
+            self._claim(batch, i, param, message, begins=id(param) in fresh)
         self._special = bool(self._places) or any(self._added.values())
 
     def _compare(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -144,27 +148,26 @@ class Numbering:
         for param, rank in zip(params, ranks, strict=True):
             self._added.setdefault(param, int(f"{rank:0{BITS}b}"[::-1], 2))
 
-    def _claim(self, batch: Batch, i: int, param: Tensor, in_turn: bool, begins: bool) -> None:
-        """Registers a tensor's number; makes it another one where a tensor of the same model has it.
+    def _claim(self, batch: Batch, i: int, param: Tensor, message: str, begins: bool) -> None:
+        """Registers a tensor's number, or makes it another one where a tensor of the same model has it.
 
         Args:
-            in_turn: the optimizer is given a part of its tensors at a time, and each is the first then.
+            message: for a number that is taken. IN_TURN: by a tensor of this optimizer. IN_BACKWARD: by one
+                of the same model, if its optimizer too steps in backward. Else by one of another optimizer.
         """
         seed, name = batch.hyperparameters[i].seed, batch.name(i)
         claim = seed, batch.tensor_ids[i] ^ self._added[param]
         owner, other = self._holder(claim)
-        if owner is self and other is not param and in_turn:
-            self._warn("turns", IN_TURN.format(name=name))
-            claim = self._renumber(param, claim)
-        elif owner is not None and owner is not self and other is not param:
-            message = IN_BACKWARD if owner._in_backward and self._in_backward else SHARED
-            self._warn("shared", message.format(name=name, seed=seed, number=claim[1]), owner)
-            if message is IN_BACKWARD:
-                claim = self._renumber(param, claim)
+        if owner is not None and other is not param:
+            if message is IN_BACKWARD and not owner._in_backward:
+                message = SHARED
+            if (owner is self) == (message is IN_TURN):
+                self._warn(message, message.format(name=name, seed=seed, number=claim[1]), owner)
+                claim = claim if message is SHARED else self._renumber(param, claim)
         if begins:
             begun: set[Claim] = _begun.setdefault(param, set())
             if claim in begun:
-                self._warn("again", AGAIN.format(name=name, seed=seed))
+                self._warn(AGAIN, AGAIN.format(name=name, seed=seed))
             begun.add(claim)
         self._take(claim, param)
 
@@ -179,7 +182,7 @@ class Numbering:
             return owner, param
 
         owner, _ = found()
-        if owner is not None and owner is not self and owner._in_cycle and "shared" not in self._warned:
+        if owner is not None and owner is not self and owner._in_cycle and SHARED not in self._warned:
             del owner
             gc.collect()  # nobody is told of an optimizer that only a cycle keeps
         return found()
@@ -200,7 +203,7 @@ class Numbering:
         raise ValueError(f"tensor_id {number}: too many optimizers have it: give their groups a tensor_id")
 
     def _warn(self, kind: str, message: str, owner: "Numbering | None" = None) -> None:
-        """Once for an optimizer, and once for all that share their numbers."""
+        """Once of each kind for an optimizer, and for all that share their numbers."""
         if kind not in self._warned and (owner is None or kind not in owner._warned):
             warnings.warn(f"PATS: {message}", stacklevel=2)
         self._warned.add(kind)

@@ -56,7 +56,7 @@ def flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
     wanted = {id(param) for param in params}
     places: dict[int, Shard] = {}
     # A parameter does not lead to its handle; this is looked for once, at the first step.
-    for handle in [o for o in gc.get_objects() if isinstance(o, module.FlatParamHandle)]:
+    for handle in _alive(module.FlatParamHandle):
         flat = handle.flat_param
         if id(flat) in wanted:
             first = handle.rank * flat.numel() if handle.uses_sharded_strategy else 0
@@ -81,10 +81,15 @@ def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
         return {}
-    for outer in [o for o in gc.get_objects() if isinstance(o, module.ZeroRedundancyOptimizer)]:
+    for outer in _alive(module.ZeroRedundancyOptimizer):
         if getattr(getattr(outer, "optim", None), "param_groups", None) is param_groups:
             return {id(param): position for param, position in outer._param_to_index.items()}
     return {}
+
+
+def _alive(kind: type) -> list[Any]:
+    """A class's instances in this process, by their type: `isinstance` would ask each object itself."""
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def are_several() -> bool:

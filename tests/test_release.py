@@ -139,6 +139,7 @@ def assert_same(actual: Any, expected: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:PATS. .*another optimizer draws its noise")  # the twin
 @pytest.mark.filterwarnings("error")  # of schedulers that believe that no step was taken
 def test_the_same_bits(kind: str, dtype: torch.dtype) -> None:
     plain, released = (Run(OPTIMIZERS[kind], release, dtype).train() for release in (False, True))
