@@ -192,11 +192,12 @@ class Numbering:
         self._claims[param] = claim
 
     def _renumber(self, param: Tensor, claim: Claim) -> Claim:
-        """Gives a tensor the first number above its own that is free."""
+        """Gives a tensor the first number above its own that no tensor of the same model has."""
         seed, number = claim
         for count in range(1, 2 ** (BITS - POSITION_BITS)):
             own = seed, number ^ (count << POSITION_BITS)
-            if self._holder(own) == (None, None):
+            owner, _ = self._holder(own)
+            if owner is None or (owner is not self and not (owner._in_backward and self._in_backward)):
                 self._added[param] ^= count << POSITION_BITS
                 self._take(own, param)
                 return own

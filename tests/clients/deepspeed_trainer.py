@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from pats_kernels import PATS, PATSAdamW
+from pats_kernels.hf import PATSCallback
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -30,6 +31,7 @@ arguments = TrainingArguments(
     folder,
     max_steps=STEPS,
     save_steps=STEPS // 2,
+    logging_steps=1,
     learning_rate=1e-3,
     seed=1,
     use_cpu=True,
@@ -55,8 +57,11 @@ class AdamWWithPATS(torch.optim.AdamW):
 
 model = BertForSequenceClassification(config)
 make = (PATSAdamW, {"lr": 1e-3} | NOISE) if how == "fused" else (AdamWWithPATS, {"lr": 1e-3})
-trainer = Trainer(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=make)
+trainer = Trainer(
+    model, arguments, train_dataset=data, optimizer_cls_and_kwargs=make, callbacks=[PATSCallback()]
+)
 trainer.train(resume_from_checkpoint=resume)
+assert "pats/nonfinite" in [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 
 pats: Any = trainer.optimizer
 while hasattr(pats, "optimizer"):  # Accelerate's, and DeepSpeed's
