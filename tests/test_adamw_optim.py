@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from bad_input import BAD_ADAMW_HYPERPARAMETERS, BAD_HYPERPARAMETERS, assert_names
@@ -97,6 +98,30 @@ def test_a_tensor_lr_may_be_filled(backend: str) -> None:
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] is lr
     assert_same_bits(snapshot(optimizer), snapshot(plain))
+
+
+@pytest.mark.parametrize("name", ["betas", "sens_betas"])
+def test_tensor_betas_may_be_filled(backend: str, name: str) -> None:
+    """A schedule that writes into them is followed at every step, as one that replaces numbers is."""
+    tensors = (torch.tensor(0.5), torch.tensor(0.75))
+    optimizer = optimizer_of(parameters(), **{name: tensors}, backend=backend)
+    plain = optimizer_of(parameters(), **{name: (0.5, 0.75)}, backend=backend)
+    for number in (1, 2, 3):
+        steps(optimizer, number)
+        steps(plain, number)
+        assert_same_bits(snapshot(optimizer), snapshot(plain))
+        tensors[0].add_(0.125)
+        plain.param_groups[0][name] = (0.5 + 0.125 * number, 0.75)
+
+
+def test_numbers_of_every_kind(backend: str) -> None:
+    """NumPy's, and sequences that are no tuples: the bits of Python's own, whose arithmetic is float64."""
+    values = {"lr": 1e-2, "weight_decay": 0.3, "betas": (0.8, 0.9), "seed": 3, "gamma": 0.7}
+    single = {name: np.float32(value) for name, value in values.items() if isinstance(value, float)}
+    single |= {"betas": np.array(values["betas"], np.float32), "seed": np.int64(3)}
+    exact = {name: value.tolist() for name, value in single.items()}
+    one, two = (optimizer_of(parameters(), **kind, backend=backend) for kind in (single, exact))
+    assert_same_bits(snapshot(steps(one, 1, 2, 3)), snapshot(steps(two, 1, 2, 3)))
 
 
 def test_noise_may_begin_and_end(backend: str) -> None:
