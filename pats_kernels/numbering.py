@@ -6,7 +6,6 @@ number of an optimizer that counts anew, from the top bit down the rank of a pro
 model without knowing where it lies (`parts`).
 """
 
-import gc
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -65,12 +64,10 @@ class Numbering:
 
     Args:
         groups: how many param groups the optimizer has, so that it is noticed where a step sees fewer.
-        in_cycle: whether it may outlive its last reference until the garbage collector runs.
     """
 
-    def __init__(self, groups: int, in_cycle: bool = False) -> None:
+    def __init__(self, groups: int) -> None:
         self.groups = groups
-        self._in_cycle = in_cycle
         # By parameter: what its number has beyond `ids_of`'s; the `Shard` of a part that knows its place.
         self._added: Any = WeakIdKeyDictionary()
         self._places: Any = WeakIdKeyDictionary()
@@ -108,14 +105,22 @@ class Numbering:
         ids = [i ^ self._added[p] for i, p in zip(batch.tensor_ids, batch.params, strict=True)]
         return replace(batch, tensor_ids=ids, shards=[self._places.get(p) for p in batch.params])
 
+    def sees_a_part(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the optimizer is shown a few of its tensors at a time, so that the others may come back."""
+        return len(param_groups) < self.groups or any(
+            not group["params"]
+            or hasattr(group["params"][0], "ds_id")  # DeepSpeed's stage 3 gives it to parts
+            for group in param_groups
+        )
+
     def _settle(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]], fresh: set[int]) -> None:
         params = list(chain.from_iterable(group["params"] for group in param_groups))
-        _check_distinct(param_groups)
+        check_distinct(param_groups)
         if any(param not in self._added for param in params):
             self._compare(batch, param_groups)
-        in_turn = len(param_groups) < self.groups or not all(group["params"] for group in param_groups)
+        in_turn = self.sees_a_part(param_groups)
         for i, param in enumerate(batch.params):
-            taking_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
+            taking_turns = in_turn or hasattr(param, "ds_id")
             self._claim(batch, i, param, taking_turns, begins=id(param) in fresh)
         self._special = bool(self._places) or any(self._added.values())
 
@@ -170,19 +175,11 @@ class Numbering:
 
     def _holder(self, claim: Claim) -> "tuple[Numbering | None, Tensor | None]":
         """Who draws a claim's noise, and for which tensor, if both are alive."""
-
-        def found() -> "tuple[Numbering | None, Tensor | None]":
-            holder = _holders.get(claim)
-            owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
-            if owner is None or param is None or owner._claims.get(param) != claim:
-                return None, None
-            return owner, param
-
-        owner, _ = found()
-        if owner is not None and owner is not self and owner._in_cycle and "shared" not in self._warned:
-            del owner
-            gc.collect()  # nobody is told of an optimizer that only a cycle keeps
-        return found()
+        holder = _holders.get(claim)
+        owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
+        if owner is None or param is None or owner._claims.get(param) != claim:
+            return None, None
+        return owner, param
 
     def _take(self, claim: Claim, param: Tensor) -> None:
         _holders[claim] = _Holder(weakref.ref(self), weakref.ref(param))
@@ -208,7 +205,7 @@ class Numbering:
             owner._warned.add(kind)
 
 
-def _check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
+def check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError where two of an optimizer's tensors have one number: a `tensor_id` says so."""
     if not any(KEY in group for group in param_groups):
         return
