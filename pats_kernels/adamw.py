@@ -19,6 +19,7 @@ from pats_kernels.hyperparameters import (
     Uncertainty,
     defaults_of,
     hyperparameters,
+    is_one_of,
 )
 from pats_kernels.numbering import Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
@@ -369,7 +370,7 @@ _check_capture = next(getattr(Optimizer, name) for name in _CHECKS if hasattr(Op
 def _values(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdamWHyperparameters:
     """A group's hyperparameters, or the ValueError that names what is wrong with them."""
     for name in UNSUPPORTED:
-        if group.get(name, False) not in (False, None):
+        if not is_one_of(group.get(name), (None, False)):
             raise ValueError(f"Invalid {name}: {group[name]!r} (PATSAdamW has no such form; must be False)")
     if type(group.get("capturable", False)) is not bool:
         raise ValueError(f"Invalid capturable: {group['capturable']!r} (must be one of True, False)")

@@ -244,14 +244,15 @@ def _require_decay_rates(name: str, betas: Any) -> None:
 
 
 def _require_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(_equal(value, choice) for choice in choices):
+    if not is_one_of(value, choices):
         raise ValueError(f"Invalid {name}: {value!r} (must be one of {', '.join(map(repr, choices))})")
 
 
-def _equal(value: Any, choice: Any) -> bool:
+def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Also for values that cannot be compared, as tensors and arrays of several elements."""
     try:
-        return value is choice or bool(value == choice)
-    except (TypeError, ValueError, RuntimeError):  # of a tensor or an array of several elements
+        return any(value is choice or bool(value == choice) for choice in choices)
+    except (TypeError, ValueError, RuntimeError):
         return False
 
 

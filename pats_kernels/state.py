@@ -235,7 +235,7 @@ class Limits:
                 else:
                     fits, limits = low >= 0 and high < math.inf, "finite and >= 0"
                 if not fits:
-                    value = high if low >= 0 else low
+                    value = high if low >= 0 and key != "step" else low
                     raise ValueError(f"{name}: {key} is {value} in the state_dict (must be {limits})")
 
 
@@ -277,7 +277,8 @@ def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limit
     """A copy of one of a state_dict's values as the state keeps it."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value, device="cpu")
+            double = torch.float64 if isinstance(value, float) else None  # not the default, float32
+            value = torch.as_tensor(value, dtype=double, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(f"{name}: {key} is {_shown(value)} in the state_dict, not a tensor") from None
     value = value.detach()
