@@ -7,7 +7,6 @@ the first steps leave behind is state, what a step holds for a while is temporar
 """
 
 import argparse
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -140,7 +139,6 @@ def run(model: str, device: torch.device, tell: Callable[[str], None] = lambda d
         for contestant in contestants(dtype):
             tell(f"{contestant.name}, {dtype_name(dtype)}")
             rows.append(measure(contestant, shapes, dtype, device))
-            gc.collect()  # an optimizer and its hooks refer to each other
     numel = sum(shape.numel() for shape in shapes)
     return {**about, "model": model, "params": numel, "tensors": len(shapes), "results": rows}
 

@@ -26,6 +26,7 @@ from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
     Limits,
+    check_group,
     check_order,
     check_position,
     check_structure,
@@ -323,8 +324,8 @@ class PATSAdamW(Optimizer):
                 f"the state_dict's param groups have {sizes} parameters, the optimizer's {own_sizes}"
             )
         merged = [{**own, **group} for group, own in zip(groups, self.param_groups, strict=True)]
-        for group in merged:
-            _values(group, self.defaults)
+        for group, own in zip(merged, self.param_groups, strict=True):
+            check_group(_values(group, self.defaults), own["params"])
         check_distinct(merged)
         check_order(groups, self.param_groups)
         ids = chain.from_iterable(group["params"] for group in groups)
@@ -337,7 +338,7 @@ class PATSAdamW(Optimizer):
                 position, (param, name) = places[key]
                 if isinstance(entry, Mapping):
                     check_position(name, position, entry.get(TENSOR_ID))
-                if entry or not isinstance(entry, Mapping):
+                if not isinstance(entry, Mapping) or entry:
                     state[param] = checked_entry(name, param, entry, _ADAMW_STATE, _PATS_STATE, limits)
             elif isinstance(entry, Mapping):
                 raise ValueError(

@@ -29,6 +29,7 @@ from pats_kernels.state import (
     TENSOR_ID,
     Limits,
     State,
+    check_group,
     check_order,
     check_position,
     check_structure,
@@ -474,8 +475,8 @@ class _Attachment:
             names = (*defaults_of(Hyperparameters), KEY)
             kept = [{name: g[name] for name in names if name in g} for g in optimizer.param_groups]
         groups = [{**old, **group} for old, group in zip(kept, rest["param_groups"], strict=False)]
-        for group in groups:
-            hyperparameters(group, loaded["defaults"])
+        for group, own in zip(groups, optimizer.param_groups, strict=False):
+            check_group(hyperparameters(group, loaded["defaults"]), own["params"])
         check_distinct(groups)
         self._loaded = loaded | {"kept": kept}
         return rest

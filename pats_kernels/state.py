@@ -136,6 +136,16 @@ def check_structure(state_dict: Any) -> None:
             raise ValueError(f"{where}['params'] is {_shown(params)}, not a list")
 
 
+def check_group(values: Hyperparameters, params: Sequence[Tensor]) -> None:
+    """Raises ValueError where a hyperparameter lies on another device than a param group's parameters."""
+    for name, value in values.on_device.items():
+        other = next((param.device for param in params if param.device != value.device), None)
+        if other is not None:
+            raise ValueError(
+                f"device mismatch: {name} is on {value.device} in the state_dict, its parameters on {other}"
+            )
+
+
 def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError where the param groups of a state_dict hold known parameters in another order, or
     do not tell them apart.

@@ -397,6 +397,7 @@ BAD_STATE_DICTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no state": (lambda sd: sd.update(state=None), ("state", "None")),
     "names": (in_group(param_names=["a"]), ("param_groups[0]", "param_names")),
     "tensor_id": (in_group(tensor_id=[0, 1, 2, 3, 3]), ("tensor_id", "[4]", "3")),
+    "lr on another device": (in_group(lr=torch.zeros((), device="meta")), ("lr", "meta", "cpu")),
     "capturable": (in_group(capturable="no"), ("capturable", "'no'")),
     "amsgrad of many": (in_group(amsgrad=torch.ones(2)), ("amsgrad",)),
     "no v": (lambda sd: sd["state"][4].pop("exp_avg_sq"), ("e:", "exp_avg_sq")),

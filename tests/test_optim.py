@@ -720,6 +720,7 @@ BAD_GROUPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "betas": ({"sens_betas": [0.5, 1.5]}, ("sens_betas", "1.5", "[0, 1)")),
     "tensor_id": ({"tensor_id": -1}, ("tensor_id", "-1")),
     "one tensor_id for two": ({"tensor_id": [0, 1, 2, 2, 4]}, ("tensor_id", "[3]", "2")),
+    "another device": ({"noise_scale": torch.zeros((), device="meta")}, ("noise_scale", "meta", "cpu")),
     "names": ({"param_names": None}, ("param_groups[0]", "param_names")),
     "fewer names": ({"param_names": ["a"]}, ("param_groups[0]", "param_names", "5")),
     "parameters": ({"params": None}, ("param_groups[0]", "params", "None")),
