@@ -174,7 +174,7 @@ def train(
             step()
         peaks.append(timing.memory(step, device).peak)
         del model, optimizer, step
-        gc.collect()  # an optimizer and its hooks refer to each other
+        gc.collect()  # released gradients' hooks, and transformers' models, are in cycles
     return {
         "optimizer": contestant.name,
         "dtype": dtype_name(dtype),
@@ -194,7 +194,6 @@ def run(model: str, device: torch.device, tell: Callable[[str], None] = lambda d
         for contestant in contestants(dtype):
             tell(f"{contestant.name}, {dtype_name(dtype)}")
             rows.append(measure(contestant, shapes, dtype, device))
-            gc.collect()  # an optimizer and its hooks refer to each other
     trainings: list[Training] = []
     for dtype in TRAINED_DTYPES:
         for contestant in trained(dtype):

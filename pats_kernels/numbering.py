@@ -65,19 +65,17 @@ class Numbering:
 
     Args:
         groups: how many param groups the optimizer has, so that it is noticed where a step sees fewer.
-        in_cycle: whether it may outlive its last reference until the garbage collector runs.
     """
 
-    def __init__(self, groups: int, in_cycle: bool = False) -> None:
+    def __init__(self, groups: int) -> None:
         self.groups = groups
-        self._in_cycle = in_cycle
         # By parameter: what its number has beyond `ids_of`'s; the `Shard` of a part that knows its place.
         self._added: Any = WeakIdKeyDictionary()
         self._places: Any = WeakIdKeyDictionary()
         self._claims: Any = WeakIdKeyDictionary()
         self._special = False  # whether any number or place is not what it would be without this class
         self._first = 0  # id of the last batch's first parameter
-        self._in_backward = False  # whether the last step was taken within a backward pass
+        self.in_backward = False  # whether the last step was taken within a backward pass
         self._seen_nothing = False
         self._warned: set[str] = set()
 
@@ -99,7 +97,7 @@ class Numbering:
                 self._seen_nothing = True
                 parts.streams([])  # the other processes ask what this one holds
             return batch
-        self._in_backward = torch._C._current_graph_task_id() != -1
+        self.in_backward = torch._C._current_graph_task_id() != -1
         if fresh or id(batch.params[0]) != self._first:
             self._settle(batch, param_groups, {id(param) for param in fresh})
             self._first = id(batch.params[0])
@@ -108,18 +106,26 @@ class Numbering:
         ids = [i ^ self._added[p] for i, p in zip(batch.tensor_ids, batch.params, strict=True)]
         return replace(batch, tensor_ids=ids, shards=[self._places.get(p) for p in batch.params])
 
+    def sees_a_part(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the optimizer is shown a few of its tensors at a time, so that the others may come back."""
+        return len(param_groups) < self.groups or any(
+            not group["params"]
+            or hasattr(group["params"][0], "ds_id")  # DeepSpeed's stage 3 gives it to parts
+            for group in param_groups
+        )
+
     def _settle(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]], fresh: set[int]) -> None:
         params = list(chain.from_iterable(group["params"] for group in param_groups))
-        _check_distinct(param_groups)
+        check_distinct(param_groups)
         if any(param not in self._added for param in params):
             self._compare(batch, param_groups)
-        in_turn = len(param_groups) < self.groups or not all(group["params"] for group in param_groups)
+        in_turn = self.sees_a_part(param_groups)
         given = {id(param) for group in param_groups if KEY in group for param in group["params"]}
         for i, param in enumerate(batch.params):
             message = SHARED
             if id(param) not in given:  # what its user has numbered stays so
                 takes_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
-                message = IN_TURN if takes_turns else IN_BACKWARD if self._in_backward else SHARED
+                message = IN_TURN if takes_turns else IN_BACKWARD if self.in_backward else SHARED
             self._claim(batch, i, param, message, begins=id(param) in fresh)
         self._special = bool(self._places) or any(self._added.values())
 
@@ -158,8 +164,12 @@ class Numbering:
         seed, name = batch.hyperparameters[i].seed, batch.name(i)
         claim = seed, batch.tensor_ids[i] ^ self._added[param]
         owner, other = self._holder(claim)
+        if not (owner is None or owner is self or other is param or SHARED in self._warned | owner._warned):
+            del owner, other
+            gc.collect()  # torch.compile and Trainers leave what they are done with in cycles
+            owner, other = self._holder(claim)
         if owner is not None and other is not param:
-            if message is IN_BACKWARD and not owner._in_backward:
+            if message is IN_BACKWARD and not owner.in_backward:
                 message = SHARED
             if (owner is self) == (message is IN_TURN):
                 self._warn(message, message.format(name=name, seed=seed, number=claim[1]), owner)
@@ -173,19 +183,11 @@ class Numbering:
 
     def _holder(self, claim: Claim) -> "tuple[Numbering | None, Tensor | None]":
         """Who draws a claim's noise, and for which tensor, if both are alive."""
-
-        def found() -> "tuple[Numbering | None, Tensor | None]":
-            holder = _holders.get(claim)
-            owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
-            if owner is None or param is None or owner._claims.get(param) != claim:
-                return None, None
-            return owner, param
-
-        owner, _ = found()
-        if owner is not None and owner is not self and owner._in_cycle and SHARED not in self._warned:
-            del owner
-            gc.collect()  # nobody is told of an optimizer that only a cycle keeps
-        return found()
+        holder = _holders.get(claim)
+        owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
+        if owner is None or param is None or owner._claims.get(param) != claim:
+            return None, None
+        return owner, param
 
     def _take(self, claim: Claim, param: Tensor) -> None:
         _holders[claim] = _Holder(weakref.ref(self), weakref.ref(param))
@@ -197,7 +199,7 @@ class Numbering:
         for count in range(1, 2 ** (BITS - POSITION_BITS)):
             own = seed, number ^ (count << POSITION_BITS)
             owner, _ = self._holder(own)
-            if owner is None or (owner is not self and not (owner._in_backward and self._in_backward)):
+            if owner is None or (owner is not self and not (owner.in_backward and self.in_backward)):
                 self._added[param] ^= count << POSITION_BITS
                 self._take(own, param)
                 return own
@@ -212,7 +214,7 @@ class Numbering:
             owner._warned.add(kind)
 
 
-def _check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
+def check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError where two of an optimizer's tensors have one number: a `tensor_id` says so."""
     if not any(KEY in group for group in param_groups):
         return

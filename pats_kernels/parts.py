@@ -192,9 +192,10 @@ _exchanges: list[_Exchange] = []  # that of the process group there is
 
 
 def _exchange() -> _Exchange | None:
-    """The default process group's; None where it has no store."""
+    """The default process group's; None where it has no store, or a stand-in that stores nothing."""
     try:
         store = dist.distributed_c10d._get_default_store()
+        store.check(["pats_kernels"])
     except (AttributeError, RuntimeError, ValueError):
         return None
     if not _exchanges or _exchanges[0].store is not store:
