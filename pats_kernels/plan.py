@@ -602,6 +602,8 @@ def _refresh(plan: Plan, batch: Batch) -> None:
     steps = None if are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
     # Equal ones may hold tensors that lie elsewhere.
     changed = not plan.hyperparameters or not all(map(is_, plan.hyperparameters, batch.hyperparameters))
+    if changed:
+        plan.hyperparameters = []  # until all tables have them: what follows may raise
     for launch in plan.launches:
         table, index = launch.table, launch.index
         table[:, Column.GRAD] = grads[index]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -473,6 +474,23 @@ def test_hyperparameters_on_the_device_that_no_longer_are_what_they_were(name: s
     tensor.data = value
     with pytest.raises(ValueError, match=f"Invalid {name}"):
         planner.plan(batch)
+
+
+def test_an_error_leaves_no_hyperparameters_of_the_refused_step() -> None:
+    """Those of before come back after it: the table has to say so."""
+    tensor = torch.tensor(0.01)
+    planner, batch = Planner(), hyperparameter_batch(lr=0.5)
+    good = batch.hyperparameters
+    (launch,) = planner.plan(batch).launches
+    batch.hyperparameters = [AdamWHyperparameters(gamma=2.0, lr=tensor)] * 2
+    tensor.data = torch.ones(2)
+    with pytest.raises(ValueError, match="Invalid lr"):
+        planner.plan(batch)
+    batch.hyperparameters = good
+    planner.plan(batch)
+    numbers = launch.table.view(np.float64)
+    assert numbers[:, [Column.LR, Column.GAMMA]].tolist() == [[0.5, 1.0]] * 2
+    assert launch.table[:, Column.LR_TENSOR].tolist() == [0, 0]
 
 
 # Threads.
