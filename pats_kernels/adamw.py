@@ -219,7 +219,7 @@ class PATSAdamW(Optimizer):
                 count = self._nonfinite.get(id(param)) if noisy else None
                 if noisy and (count is None or moved):
                     new = new or count is None
-                    count = counter_of(self._nonfinite, param, state["step"].device)
+                    count = counter_of(self._nonfinite, param, state["exp_avg"].device)
                 rows.append(
                     (
                         param,

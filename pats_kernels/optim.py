@@ -375,7 +375,7 @@ class _Attachment:
                 unc = state["exp_avg_unc"] if has_unc else None
                 count = self.nonfinite.get(id(param))
                 if count is None or moved:
-                    count = counter_of(self.nonfinite, param, step.device)
+                    count = counter_of(self.nonfinite, param, sens.device)
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         columns = map(list, zip(*rows, strict=True))
         batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))

@@ -206,7 +206,12 @@ def _exchange() -> _Exchange | None:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor whose elements this process holds and can read."""
     strided = tensor.layout is torch.strided and tensor.dtype.is_floating_point
-    return strided and not tensor.is_meta and not is_dtensor(type(tensor))
+    return strided and not tensor.is_meta and not is_dtensor(type(tensor)) and _has_memory(tensor)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Not so of tensors that are made of others."""
+    return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
 def _key(turn: int, rank: int) -> str:

@@ -63,7 +63,8 @@ def have_moved(counters: Mapping[int, Tensor], params: Sequence[Tensor], state: 
     for param in params:
         count = counters.get(id(param))
         if count is not None and "step" in (entry := state.get(param, {})):
-            return count.device != entry["step"].device
+            step = entry["step"]  # what is no tensor is named where the step's tensors are checked
+            return isinstance(step, Tensor) and count.device != step.device
     return False
 
 
