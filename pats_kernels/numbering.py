@@ -6,7 +6,6 @@ number of an optimizer that counts anew, from the top bit down the rank of a pro
 model without knowing where it lies (`parts`).
 """
 
-import gc
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -164,10 +163,6 @@ class Numbering:
         seed, name = batch.hyperparameters[i].seed, batch.name(i)
         claim = seed, batch.tensor_ids[i] ^ self._added[param]
         owner, other = self._holder(claim)
-        if not (owner is None or owner is self or other is param or SHARED in self._warned | owner._warned):
-            del owner, other
-            gc.collect()  # torch.compile and Trainers leave what they are done with in cycles
-            owner, other = self._holder(claim)
         if owner is not None and other is not param:
             if message is IN_BACKWARD and not owner.in_backward:
                 message = SHARED
