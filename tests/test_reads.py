@@ -568,6 +568,15 @@ def signals(number: int) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, as it does in a terminal: what runs in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("normalization", ["exact", "delayed"])
 def test_an_interrupt_in_a_step(form: Callable[..., Optimizer], backend: str, normalization: str) -> None:
     """It comes when the step is whole: the state goes on, and is that of a run without it."""
@@ -603,6 +612,7 @@ def test_a_handler_of_the_user_s(backend: str) -> None:
     assert seen == [4.0] * 4
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_step_in_another_thread_leaves_the_handlers_alone(backend: str) -> None:
     run = Run(adamw, backend)
     errors: list[BaseException] = []
