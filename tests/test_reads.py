@@ -509,6 +509,7 @@ def many_switches() -> Any:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is one for all threads")
 def test_the_functional_api_in_threads(many_switches: Any, backend: str) -> None:
     """Sixteen at once, each with tensors that come and go: the bits are those of one after another."""
     steps = 2 if INTERPRETED else 40
@@ -531,6 +532,7 @@ def test_the_functional_api_in_threads(many_switches: Any, backend: str) -> None
         assert_same_bits(result, serial)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is one for all threads")
 def test_optimizers_in_threads(many_switches: Any, form: Callable[..., Optimizer], backend: str) -> None:
     def trained(number: int) -> list[Tensor]:
         run = Run(form, backend, seed=number, normalization="exact")
