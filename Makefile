@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup bench test finetune lint clean
+.PHONY: setup bench test test-clients finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -24,6 +24,19 @@ test: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m backend
 
+# The frameworks that PATS is used in, in a virtual environment of their own: docs/integrations.md. DeepSpeed compiles
+# its operators when they are asked for, not as it is installed. The package is the one in this folder.
+CLIENTS := .venv-clients
+test-clients: setup $(CLIENTS)/.installed
+	PATS_CLIENTS=1 OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients --numprocesses auto --maxprocesses 8
+
+$(CLIENTS)/.installed: requirements-dev.txt $(wildcard tests/clients/*.txt)
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --requirement requirements-dev.txt --requirement tests/clients/requirements.txt
+	DS_BUILD_OPS=0 $(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation \
+	    --requirement tests/clients/requirements-deepspeed.txt
+	touch $@
+
 # AdamW against PATS with the Hugging Face Trainer, offline: a small BERT learns a grammar's sentences.
 finetune: setup
 	$(BIN)/python examples/run_glue.py
@@ -34,4 +47,4 @@ lint: setup
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build pats_kernels.egg-info pats_kernels/*.so
+	rm -rf .venv $(CLIENTS) build pats_kernels.egg-info pats_kernels/*.so

@@ -43,7 +43,7 @@ def attached(
     pats = PATS(optimizer, backend=backend, normalization=normalization)
     optimizer.step()
     optimizer.step()
-    return lambda: pats._before_step(optimizer, (), {})
+    return lambda: pats._attachment.before_step(optimizer, (), {})
 
 
 def with_adamw(

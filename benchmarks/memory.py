@@ -3,7 +3,8 @@
     python -m benchmarks.memory [--model NAME] [--device cpu|cuda] [--json FILE]
 
 The tensors are a model's, their numbers random. Measured by torch's own account of its allocations: what
-the first steps leave behind is state, what a step holds for a while is temporary.
+the first steps leave behind is state, what a step holds for a while is temporary. Then the model is trained,
+forward, backward and step, and with released gradients (`release_gradients`): what it holds at most.
 """
 
 import argparse
@@ -13,24 +14,25 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks import machine, models, report, timing
 from benchmarks.results import ACCESSES, dtype_name
-from pats_kernels import PATS, PATSAdamW
+from pats_kernels import PATS, PATSAdamW, release_gradients
 from pats_kernels.hyperparameters import Sensitivity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOISE_SCALE = 1e-5
 SETTLED = 3  # steps; from then on nothing more is allocated that stays
-
-Step = Callable[[], object]
+SEQUENCES = (1, 2, 4, 8)  # of a batch of training, each of `models.SEQUENCE` tokens
+TRAINED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Row(TypedDict):
@@ -46,13 +48,26 @@ class Row(TypedDict):
     moved_bytes: int | None
 
 
+class Training(TypedDict):
+    """One optimizer in training. Measured: the most that forward, backward and step hold beyond parameters
+    and state, and the same with gradients released."""
+
+    optimizer: str
+    dtype: str
+    sequences: int
+    tokens: int
+    peak_bytes: int
+    released_peak_bytes: int
+
+
 class Report(machine.Machine):
-    """One run. `param_bytes` are of the parameters alone; gradients are as many."""
+    """One run."""
 
     model: str
     params: int
     tensors: int
     results: list[Row]
+    training: list[Training]
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Contestant:
     with the dtype of its state; none where torch makes many."""
 
     name: str
-    make: Callable[[list[nn.Parameter]], Step]
+    make: Callable[[list[nn.Parameter]], Optimizer]
     state_dtype: torch.dtype
     passes: tuple[tuple[str, torch.dtype], ...] = ()
 
@@ -73,10 +88,10 @@ def contestants(dtype: torch.dtype) -> Iterator[Contestant]:
     """All that have parameters of `dtype`; torch's AdamW keeps its moments in the parameters' dtype."""
     single, half = torch.float32, torch.bfloat16
     own, other = (half, single) if dtype == half else (single, half)  # PATS's default comes first
-    yield Contestant("AdamW", lambda ps: torch.optim.AdamW(ps, foreach=False).step, dtype)
-    yield Contestant("AdamW(foreach=True)", lambda ps: torch.optim.AdamW(ps, foreach=True).step, dtype)
+    yield Contestant("AdamW", lambda ps: torch.optim.AdamW(ps, foreach=False), dtype)
+    yield Contestant("AdamW(foreach=True)", lambda ps: torch.optim.AdamW(ps, foreach=True), dtype)
     adamw = (MOMENTS, dtype)
-    yield Contestant("AdamW(fused=True)", lambda ps: torch.optim.AdamW(ps, fused=True).step, dtype, (adamw,))
+    yield Contestant("AdamW(fused=True)", lambda ps: torch.optim.AdamW(ps, fused=True), dtype, (adamw,))
     yield Contestant("AdamW(fused=True) + PATS", _attached, dtype, (("pats", own), adamw))
     for state in (own, other):
         yield Contestant("PATSAdamW", _one_pass("ema", state), state, (("pats_adamw", state),))
@@ -84,17 +99,17 @@ def contestants(dtype: torch.dtype) -> Iterator[Contestant]:
         yield Contestant(name, _one_pass("moments", state), state, ((MOMENTS, state),))
 
 
-def _attached(params: list[nn.Parameter]) -> Step:
+def _attached(params: list[nn.Parameter]) -> Optimizer:
     optimizer = torch.optim.AdamW(params, fused=True)
     PATS(optimizer, noise_scale=NOISE_SCALE)
-    return optimizer.step
+    return optimizer
 
 
-def _one_pass(sensitivity: Sensitivity, state_dtype: torch.dtype) -> Callable[[list[nn.Parameter]], Step]:
-    def make(params: list[nn.Parameter]) -> Step:
-        return PATSAdamW(
-            params, noise_scale=NOISE_SCALE, sensitivity=sensitivity, state_dtype=state_dtype
-        ).step
+def _one_pass(
+    sensitivity: Sensitivity, state_dtype: torch.dtype
+) -> Callable[[list[nn.Parameter]], Optimizer]:
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        return PATSAdamW(params, noise_scale=NOISE_SCALE, sensitivity=sensitivity, state_dtype=state_dtype)
 
     return make
 
@@ -116,7 +131,7 @@ def measure(
     params = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param)
-    step = contestant.make(params)
+    step = contestant.make(params).step
     first = timing.memory(step, device)
     state = first.kept + sum(timing.memory(step, device).kept for _ in range(SETTLED - 1))
     moved = moved_bytes(contestant, dtype) * sum(map(Tensor.numel, params))
@@ -131,6 +146,45 @@ def measure(
     }
 
 
+def trained(dtype: torch.dtype) -> Iterator[Contestant]:
+    """PATS in its forms, with state in the parameters' dtype."""
+    return (c for c in contestants(dtype) if "PATS" in c.name and c.state_dtype == dtype)
+
+
+def train(
+    contestant: Contestant, name: str, dtype: torch.dtype, sequences: int, device: torch.device
+) -> Training:
+    """The peaks of a step of training, which begins and ends without gradients."""
+    peaks: list[int] = []
+    for released in (False, True):
+        model: Any = models.build(name, device)
+        model.to(dtype).train()
+        optimizer = contestant.make(list(model.parameters()))
+        if released:
+            release_gradients(optimizer)
+        vocabulary = model.config.vocab_size
+        tokens = torch.randint(vocabulary, (sequences, models.SEQUENCE), device=device)
+
+        def step(model: Any = model, optimizer: Optimizer = optimizer, tokens: Tensor = tokens) -> None:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(SETTLED - 1):
+            step()
+        peaks.append(timing.memory(step, device).peak)
+        del model, optimizer, step
+        gc.collect()  # released gradients' hooks, and transformers' models, are in cycles
+    return {
+        "optimizer": contestant.name,
+        "dtype": dtype_name(dtype),
+        "sequences": sequences,
+        "tokens": models.SEQUENCE,
+        "peak_bytes": peaks[0],
+        "released_peak_bytes": peaks[1],
+    }
+
+
 def run(model: str, device: torch.device, tell: Callable[[str], None] = lambda doing: None) -> Report:
     about = machine.prepare(device)
     with torch.device("meta"):
@@ -140,9 +194,15 @@ def run(model: str, device: torch.device, tell: Callable[[str], None] = lambda d
         for contestant in contestants(dtype):
             tell(f"{contestant.name}, {dtype_name(dtype)}")
             rows.append(measure(contestant, shapes, dtype, device))
-            gc.collect()  # an optimizer and its hooks refer to each other
+    trainings: list[Training] = []
+    for dtype in TRAINED_DTYPES:
+        for contestant in trained(dtype):
+            for sequences in SEQUENCES:
+                tell(f"{contestant.name}, {dtype_name(dtype)}, {sequences} sequences")
+                trainings.append(train(contestant, model, dtype, sequences, device))
     numel = sum(shape.numel() for shape in shapes)
-    return {**about, "model": model, "params": numel, "tensors": len(shapes), "results": rows}
+    about_model = {"model": model, "params": numel, "tensors": len(shapes)}
+    return cast(Report, {**about, **about_model, "results": rows, "training": trainings})
 
 
 def table(result: Report) -> Table:
@@ -174,6 +234,33 @@ def table(result: Report) -> Table:
     return grid
 
 
+def training_table(result: Report) -> Table:
+    caption = (
+        f"MB that forward, backward and step hold at most; sequences of {models.SEQUENCE} tokens. Beyond "
+        "parameters and state, and with them"
+    )
+    grid = Table(
+        title=f"training {result['model']}", caption=caption, title_style="bold", box=box.SIMPLE_HEAD
+    )
+    for column in ("parameters", "optimizer"):
+        grid.add_column(column, no_wrap=True)
+    for column in ("sequences", "beyond", "released", "saved", "in all", "released"):
+        grid.add_column(column, justify="right")
+    state = {(row["optimizer"], row["dtype"], row["state_dtype"]): row for row in result["results"]}
+    for row in result["training"]:
+        peaks = row["peak_bytes"], row["released_peak_bytes"]
+        held = getattr(torch, row["dtype"]).itemsize * result["params"]
+        held += state[row["optimizer"], row["dtype"], row["dtype"]]["state_bytes"]
+        columns = (*peaks, peaks[0] - peaks[1], *(held + peak for peak in peaks))
+        grid.add_row(
+            row["dtype"],
+            row["optimizer"].replace("[", r"\["),
+            str(row["sequences"]),
+            *(f"{value / 1e6:.0f}" for value in columns),
+        )
+    return grid
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory",
@@ -192,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else report.WIDTH)
     with console.status("", refresh_per_second=2) as status:
         result = run(options.model, torch.device(options.device), lambda doing: status.update(f"{doing} ..."))
-    console.print(table(result))
+    console.print(table(result), training_table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0

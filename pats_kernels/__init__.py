@@ -5,6 +5,7 @@ from pats_kernels.adamw import PATSAdamW
 from pats_kernels.backends import available_backends
 from pats_kernels.groups import param_groups
 from pats_kernels.optim import PATS
+from pats_kernels.release import release_gradients
 from pats_kernels.step import pats_step_
 from pats_kernels.version import __version__
 
@@ -16,4 +17,5 @@ __all__ = [
     "param_groups",
     "pats_step_",
     "reference",
+    "release_gradients",
 ]

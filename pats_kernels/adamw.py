@@ -19,17 +19,23 @@ from pats_kernels.hyperparameters import (
     Uncertainty,
     defaults_of,
     hyperparameters,
+    is_one_of,
 )
-from pats_kernels.numbering import Numbering, ids_of
+from pats_kernels.numbering import Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
-    State,
+    Limits,
+    check_group,
     check_order,
     check_position,
+    check_structure,
     checked_entry,
     complete,
+    counter_of,
+    have_moved,
     is_distributed,
+    keep_only,
     keys_of,
     name_finder,
     nonfinite_counts,
@@ -189,6 +195,7 @@ class PATSAdamW(Optimizer):
         """The parameters that have a gradient, with their state, which is allocated here at first."""
         rows: list[tuple[Any, ...]] = []
         fresh: list[Tensor] = []
+        new = False
         name_of = name_finder(self.param_groups)
         position = 0
         for group in self.param_groups:
@@ -198,6 +205,7 @@ class PATSAdamW(Optimizer):
             ema, has_unc = "exp_avg_sens" in needed, "exp_avg_unc" in needed
             ids = ids_of(group, position)
             position += len(ids)
+            moved = noisy and have_moved(self._nonfinite, group["params"], self.state)
             for param, tensor_id in zip(group["params"], ids, strict=True):
                 grad = param.grad
                 if grad is None:
@@ -208,6 +216,10 @@ class PATSAdamW(Optimizer):
                         continue
                     fresh += [param] if not state else []
                     complete(state, name_of(param), param, values)
+                count = self._nonfinite.get(id(param)) if noisy else None
+                if noisy and (count is None or moved):
+                    new = new or count is None
+                    count = counter_of(self._nonfinite, param, state["exp_avg"].device)
                 rows.append(
                     (
                         param,
@@ -216,7 +228,7 @@ class PATSAdamW(Optimizer):
                         state["exp_avg_unc"] if has_unc else None,
                         state["sens_stats"] if noisy else None,
                         state["step"],
-                        self._nonfinite_count(param) if noisy else None,
+                        count,
                         tensor_id,
                         values,
                         state["exp_avg"],
@@ -224,19 +236,14 @@ class PATSAdamW(Optimizer):
                     )
                 )
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
         batch = self._numbering.numbered(batch, self.param_groups, fresh)
         if fresh:
             self._advisor.read(self.param_groups, self.defaults)
             self._advisor.judge(batch, fresh)
+        if new:
+            keep_only(self._nonfinite, {*self.state, *parameter_names(self.param_groups)})
         return batch
-
-    def _nonfinite_count(self, param: Tensor) -> Tensor:
-        count = self._nonfinite.get(id(param))
-        if count is None:
-            count = torch.zeros((), dtype=torch.int64, device=param.device)
-            self._nonfinite[id(param)] = count
-        return count
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
@@ -260,13 +267,14 @@ class PATSAdamW(Optimizer):
         self._launcher.finish()
         state_dict = super().state_dict()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        state_dict["state"] = {i: saved(params[i], entry) for i, entry in state_dict["state"].items()}
-        if is_distributed():
-            # torch.distributed.checkpoint goes by the parameters' names, and loses their order.
-            state_dict["state"] = {
-                position: {**entry, TENSOR_ID: position} for position, entry in state_dict["state"].items()
-            }
-        return state_dict
+        # torch.distributed.checkpoint goes by the parameters' names, and loses their order.
+        numbered = is_distributed()
+        state: dict[Any, Any] = {}
+        for i, entry in state_dict["state"].items():
+            if isinstance(entry, dict):
+                entry = {**saved(params[i], entry), **({TENSOR_ID: i} if numbered else {})}
+            state[i] = entry  # what is no dictionary is of no parameter
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
@@ -277,11 +285,13 @@ class PATSAdamW(Optimizer):
         param groups after loading if they are to be others.
 
         Raises:
-            ValueError: the state is of other parameters or shapes, naming the first, or needs amsgrad;
-                nothing was changed.
+            ValueError: naming the first parameter, key or hyperparameter: the state is of other parameters,
+                shapes or dtypes, no step could have left its values, or it needs amsgrad; nothing was
+                changed.
         """
+        check_structure(state_dict)
         groups = [dict(group) for group in self.param_groups]
-        loaded: dict[Tensor, State] = {}
+        loaded: dict[Any, Any] = {}
 
         def take_state(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             loaded.update(self._checked(final))
@@ -304,30 +314,39 @@ class PATSAdamW(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _checked(self, state_dict: Mapping[str, Any]) -> dict[Tensor, State]:
+    def _checked(self, state_dict: Mapping[str, Any]) -> dict[Any, Any]:
         """A copy of the state for these parameters and devices, or the error why it is none."""
+        check_structure(state_dict)
         groups = state_dict["param_groups"]
         sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
         if sizes != own_sizes:
             raise ValueError(
                 f"the state_dict's param groups have {sizes} parameters, the optimizer's {own_sizes}"
             )
-        for group, own in zip(groups, self.param_groups, strict=True):
-            _values(group, own)
+        merged = [{**own, **group} for group, own in zip(groups, self.param_groups, strict=True)]
+        for group, own in zip(merged, self.param_groups, strict=True):
+            check_group(_values(group, self.defaults), own["params"])
+        check_distinct(merged)
         check_order(groups, self.param_groups)
         ids = chain.from_iterable(group["params"] for group in groups)
         params = enumerate(parameter_names(self.param_groups).items())
         places = dict(zip(ids, params, strict=True))
-        state: dict[Tensor, State] = {}
+        state: dict[Any, Any] = {}
+        limits = Limits()
         for key, entry in state_dict["state"].items():
-            if key not in places:
+            if key in places:
+                position, (param, name) = places[key]
+                if isinstance(entry, Mapping):
+                    check_position(name, position, entry.get(TENSOR_ID))
+                if not isinstance(entry, Mapping) or entry:
+                    state[param] = checked_entry(name, param, entry, _ADAMW_STATE, _PATS_STATE, limits)
+            elif isinstance(entry, Mapping):
                 raise ValueError(
                     f"the state_dict has state of parameter {key!r}, which is in none of its groups"
                 )
-            position, (param, name) = places[key]
-            check_position(name, position, entry.get(TENSOR_ID))
-            if entry:
-                state[param] = checked_entry(name, param, entry, _ADAMW_STATE, _PATS_STATE)
+            else:  # of no parameter: as torch has it
+                state[key] = entry
+        limits.check()
         return state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -352,6 +371,8 @@ _check_capture = next(getattr(Optimizer, name) for name in _CHECKS if hasattr(Op
 def _values(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdamWHyperparameters:
     """A group's hyperparameters, or the ValueError that names what is wrong with them."""
     for name in UNSUPPORTED:
-        if group.get(name):
+        if not is_one_of(group.get(name), (None, False)):
             raise ValueError(f"Invalid {name}: {group[name]!r} (PATSAdamW has no such form; must be False)")
+    if type(group.get("capturable", False)) is not bool:
+        raise ValueError(f"Invalid capturable: {group['capturable']!r} (must be one of True, False)")
     return hyperparameters(group, defaults, AdamWHyperparameters)

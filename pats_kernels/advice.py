@@ -159,7 +159,8 @@ def noise_warning(params: Sequence[tuple[str, Tensor]], values: Sequence[Hyperpa
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and tensor.dtype in PARAM_DTYPES
+    strided = tensor.layout is torch.strided and not tensor.is_meta and tensor.dtype in PARAM_DTYPES
+    return strided and tensor.data_ptr() != 0
 
 
 def _rounds_to_nearest(tensor: Tensor, h: Hyperparameters) -> bool:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pats_kernels.adamw import PATSAdamW
+from pats_kernels.backends.tables import capturing
+from pats_kernels.hyperparameters import Hyperparameters, defaults_of
 from pats_kernels.state import parameter_names
 
 
@@ -24,7 +26,7 @@ def attachable(optimizer: Any) -> Optimizer:
 
     Raises:
         TypeError: it is no `torch.optim.Optimizer`, or one that has never been initialized as one.
-        ValueError: it is a `PATSAdamW`, or its steps are another optimizer's.
+        ValueError: it is a `PATSAdamW`; its steps are another optimizer's; its groups have a key of PATS's.
     """
     optimizer = unwrapped(optimizer)
     kind = type(optimizer).__name__
@@ -39,6 +41,11 @@ def attachable(optimizer: Any) -> Optimizer:
         raise ValueError(
             f"optimizer is a {kind}, which steps through another one and puts weights of its own over the "
             f"noise{advice}"
+        )
+    for name in sorted(defaults_of(Hyperparameters).keys() & getattr(optimizer, "defaults", {}).keys()):
+        raise ValueError(
+            f"optimizer is a {kind}, whose param groups have a {name!r} of their own, which means something "
+            "else and which PATS would read as its: it cannot be attached"
         )
     return optimizer
 
@@ -57,6 +64,8 @@ def have_no_masters(optimizer: Optimizer) -> bool:
     Raises:
         ValueError: naming the first parameter that has one: the next step would write it over the noise.
     """
+    if any(capturing(param.device) for group in optimizer.param_groups for param in group["params"][:1]):
+        return False  # no value can be read now
     low = {torch.bfloat16, torch.float16}
     names = parameter_names(optimizer.param_groups)
     params = [param for param in names if param.dtype in low and param.numel() > 0 and not param.is_meta]

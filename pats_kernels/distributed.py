@@ -148,6 +148,21 @@ class _Route(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Set:
+    """Tensors that are stepped together, with what follows from which they are."""
+
+    params: list[Tensor]
+    stats: list[Tensor | None]
+    shards: list[Shard | None]
+    shares: list[Tensor | None]
+    routes: list[_Route]
+
+    def holds(self, batch: Batch) -> bool:
+        pairs = ((self.params, batch.params), (self.stats, batch.sens_stats))
+        return all(list(map(id, own)) == list(map(id, others)) for own, others in pairs)
+
+
+@dataclass(slots=True)
 class _Message:
     """The shares of the tensors of one mesh, on their way through its process groups, one after another."""
 
@@ -164,46 +179,62 @@ class Statistics:
     `localized` gives a batch whose shares go to one buffer a mesh, `start` sends these, `finish` waits for
     them and writes the means where the next step reads them. All processes of a mesh have to step the same
     tensors, and get the same bits, whatever the order in which the sum is taken.
+
+    Tensors may also be stepped in several sets, each with its own messages: those of the others stay on their
+    way meanwhile. No tensor is in two sets: a new one takes the place of all that it shares a tensor with.
     """
 
     def __init__(self) -> None:
-        self._known: list[list[Any]] = [[], []]  # tensors and means of the last step, and what follows
-        self._shards: list[Shard | None] = []
-        self._shares: list[Tensor | None] = []
-        self._routes: list[_Route] = []
+        self._set_of: dict[int, _Set] = {}  # by a tensor's id
         self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
-        self._open: list[_Route] = []
-        self._pending: list[_Message] = []
+        # By the first tensor's id: the set that is being stepped, and the messages that are on their way.
+        self._open: tuple[int, list[_Route]] = (0, [])
+        self._pending: dict[int, list[_Message]] = {}
 
     def localized(self, batch: Batch) -> Batch:
-        """The batch of what this process holds of each tensor.
+        """The batch of what this process holds of each tensor, once the means that it reads are there.
 
         Raises:
             ValueError: naming the parameter, where it and its gradient are not both sharded, or a placement
                 that no step could work with.
         """
-        known: list[list[Any]] = [batch.params, list(batch.sens_stats)]
-        if [list(map(id, tensors)) for tensors in known] != [list(map(id, last)) for last in self._known]:
-            self._shards = [
-                layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else place
-                for i, (param, place) in enumerate(
-                    zip(batch.params, batch.shards or [None] * len(batch.params), strict=True)
-                )
-            ]
-            self._shares, self._routes = self._routed(batch, self._shards)
-            self._known = known
+        first = id(batch.params[0])
+        self._open = (first, [])
+        self._receive(self._pending.pop(first, []))
+        own = self._set_of.get(first)
+        if own is None or not own.holds(batch):
+            own = self._new_set(batch)
         pairs = enumerate(zip(batch.params, batch.grads, strict=True))
         grads = [_matching(batch, i, param, grad) for i, (param, grad) in pairs]
         averages = {name: _localized(column) for name, column in batch.averages.items()}
-        self._open = list(self._routes)
+        self._open = (first, own.routes)
         return replace(
             batch,
             params=_localized(batch.params),
             grads=grads,
-            shards=self._shards,
-            shares=self._shares,
+            shards=own.shards,
+            shares=own.shares,
             **averages,
         )
+
+    def _new_set(self, batch: Batch) -> _Set:
+        places = batch.shards or [None] * len(batch.params)
+        shards = [
+            layout_of(batch.name(i), param).shard if isinstance(param, DTensor) else place
+            for i, (param, place) in enumerate(zip(batch.params, places, strict=True))
+        ]
+        self.finish()
+        for param in batch.params:
+            if (old := self._set_of.get(id(param))) is not None:
+                for other in old.params:
+                    self._set_of.pop(id(other), None)
+        if len(self._set_of) + len(batch.params) > batch.kept:  # some are of tensors that are kept no more
+            self._set_of.clear()
+            self._buffers.clear()
+        shares, routes = self._routed(batch, shards)
+        new = _Set(batch.params, list(batch.sens_stats), shards, shares, routes)
+        self._set_of |= dict.fromkeys(map(id, batch.params), new)
+        return new
 
     def _routed(
         self, batch: Batch, shards: Sequence[Shard | None]
@@ -216,15 +247,18 @@ class Statistics:
         shares: list[Tensor | None] = [None] * len(shards)
         routes: list[_Route] = []
         for (mesh, device), index in of_mesh.items():
-            buffer, rows = self._buffer(mesh, device, len(index))
+            buffer, rows = self._buffer(mesh, device, len(index), id(batch.params[index[0]]))
             means = [stats for i in index if (stats := batch.sens_stats[i]) is not None]
             routes.append(_Route(mesh, buffer, rows, means))
             for i, row in zip(index, rows, strict=True):
                 shares[i] = row
         return shares, routes
 
-    def _buffer(self, mesh: DeviceMesh, device: torch.device, count: int) -> tuple[Tensor, list[Tensor]]:
-        key = (mesh, device, count)
+    def _buffer(
+        self, mesh: DeviceMesh, device: torch.device, count: int, first: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same for sets that take turns, since plans know it; another for each of those that coexist."""
+        key = (mesh, device, count, first)
         if key not in self._buffers:
             buffer = torch.zeros((count, 2), dtype=torch.float32, device=device)
             self._buffers[key] = buffer, list(buffer.unbind())
@@ -232,18 +266,28 @@ class Statistics:
 
     def start(self, found_inf: Tensor | None) -> None:
         """Sends the shares that the kernels have been asked to write."""
-        for route in self._open:
+        first, routes = self._open
+        messages: list[_Message] = []
+        for route in routes:
             groups = _groups(route.mesh)
             sent = _for_group(route.shares, groups[0], route.mesh.device_type)
             work = dist.all_reduce(sent, group=groups[0], async_op=True)
             assert work is not None
-            self._pending.append(_Message(route, sent, groups[1:], work, found_inf))
-        self._open.clear()
+            messages.append(_Message(route, sent, groups[1:], work, found_inf))
+        if messages:
+            self._pending[first] = messages
+        self._open = (0, [])
 
     def finish(self) -> None:
-        """Waits for what was sent, and stores the means; where a step was skipped they stay."""
-        self._open.clear()  # of a step that failed
-        for message in self._pending:
+        """Waits for all that was sent."""
+        self._open = (0, [])  # of a step that failed
+        for messages in self._pending.values():
+            self._receive(messages)
+        self._pending.clear()
+
+    def _receive(self, messages: list[_Message]) -> None:
+        """Waits for the messages, and stores the means; where a step was skipped they stay."""
+        for message in messages:
             message.work.wait()
             for group in message.groups:
                 dist.all_reduce(message.sent, group=group)
@@ -254,7 +298,6 @@ class Statistics:
                 found = message.found_inf.to(shares.device) != 0
                 shares.copy_(torch.where(found, torch.stack(means), shares))
             torch._foreach_copy_(means, rows)  # pyright: ignore[reportPrivateImportUsage]
-        self._pending.clear()
 
 
 def _matching(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ Form = Literal["pats", "pats_adamw", "moments_adamw"]
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 READ_ON_DEVICE = ("lr", "noise_scale")  # if they are tensors there, as for CUDA graphs
+PAIRS = ("betas", "sens_betas")
 
 
 class Variant(NamedTuple):
@@ -185,21 +188,41 @@ def hyperparameters(
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A tensor as its number, but where the host would wait for a GPU and the kernel need not; a list, as
-    JSON and YAML give it, as a tuple."""
-    if isinstance(value, list):
-        return tuple(value)
-    stays = isinstance(value, Tensor) and name in READ_ON_DEVICE and value.device.type != "cpu"
-    if isinstance(value, Tensor) and value.numel() == 1 and not stays:
+    """A number of any kind as Python's, and any sequence of them as a tuple, so that equal values are equal.
+
+    A tensor is read, at every call, but where the host would wait for a GPU and the kernel need not.
+    """
+    kind = type(value)
+    if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
+        return value
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1 and name not in PAIRS:
+        device = value.device.type if isinstance(value, Tensor) else "cpu"
+        stays = device == "meta" or (name in READ_ON_DEVICE and device != "cpu")
+        return value if stays else value.item()
+    if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, (list, tuple)) or (name in PAIRS and _is_sequence(value)):
+        return tuple(_plain("", entry) for entry in value)
     return value
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether it has entries by position; also where its class does not say that it is a `Sequence`."""
+    has_entries = (
+        hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) == 1
+    )
+    return has_entries and not isinstance(value, (Mapping, str))
 
 
 def _in_range(value: Any, low: float, high: float) -> bool:
     """low <= value < high for a real number; False for NaN and for anything else."""
     try:
-        return low <= float(value) < high and not isinstance(value, (str, bool))
-    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several elements
+        return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) < high
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -221,5 +244,16 @@ def _require_decay_rates(name: str, betas: Any) -> None:
 
 
 def _require_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or value == choice for choice in choices):
+    if not is_one_of(value, choices):
         raise ValueError(f"Invalid {name}: {value!r} (must be one of {', '.join(map(repr, choices))})")
+
+
+def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Also for values that cannot be compared, as tensors and arrays of several elements."""
+    try:
+        return any(value is choice or bool(value == choice) for choice in choices)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+_PLAIN = frozenset({float, int, bool, str, type(None), torch.dtype})

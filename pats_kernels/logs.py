@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch.optim import Optimizer
-
 from pats_kernels.adamw import PATSAdamW
 from pats_kernels.optim import PATS, attached_to
 
@@ -12,9 +10,12 @@ LOGGED = ("mean_gate", "noisy_share", "noise_scale", "noise_rms", "noise_to_weig
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, and those that frameworks have put wrappers around: the innermost comes last."""
+    """An optimizer, and those that frameworks have put wrappers around: the innermost comes last.
+
+    Not all wrappers are optimizers themselves: DeepSpeed's are not.
+    """
     yield optimizer
-    while isinstance(optimizer := getattr(optimizer, "optimizer", None), Optimizer):
+    while (optimizer := getattr(optimizer, "optimizer", None)) is not None:
         yield optimizer
 
 

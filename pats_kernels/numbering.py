@@ -6,7 +6,6 @@ number of an optimizer that counts anew, from the top bit down the rank of a pro
 model without knowing where it lies (`parts`).
 """
 
-import gc
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -65,19 +64,17 @@ class Numbering:
 
     Args:
         groups: how many param groups the optimizer has, so that it is noticed where a step sees fewer.
-        in_cycle: whether it may outlive its last reference until the garbage collector runs.
     """
 
-    def __init__(self, groups: int, in_cycle: bool = False) -> None:
+    def __init__(self, groups: int) -> None:
         self.groups = groups
-        self._in_cycle = in_cycle
         # By parameter: what its number has beyond `ids_of`'s; the `Shard` of a part that knows its place.
         self._added: Any = WeakIdKeyDictionary()
         self._places: Any = WeakIdKeyDictionary()
         self._claims: Any = WeakIdKeyDictionary()
         self._special = False  # whether any number or place is not what it would be without this class
         self._first = 0  # id of the last batch's first parameter
-        self._in_backward = False  # whether the last step was taken within a backward pass
+        self.in_backward = False  # whether the last step was taken within a backward pass
         self._seen_nothing = False
         self._warned: set[str] = set()
 
@@ -99,7 +96,7 @@ class Numbering:
                 self._seen_nothing = True
                 parts.streams([])  # the other processes ask what this one holds
             return batch
-        self._in_backward = torch._C._current_graph_task_id() != -1
+        self.in_backward = torch._C._current_graph_task_id() != -1
         if fresh or id(batch.params[0]) != self._first:
             self._settle(batch, param_groups, {id(param) for param in fresh})
             self._first = id(batch.params[0])
@@ -108,15 +105,27 @@ class Numbering:
         ids = [i ^ self._added[p] for i, p in zip(batch.tensor_ids, batch.params, strict=True)]
         return replace(batch, tensor_ids=ids, shards=[self._places.get(p) for p in batch.params])
 
+    def sees_a_part(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the optimizer is shown a few of its tensors at a time, so that the others may come back."""
+        return len(param_groups) < self.groups or any(
+            not group["params"]
+            or hasattr(group["params"][0], "ds_id")  # DeepSpeed's stage 3 gives it to parts
+            for group in param_groups
+        )
+
     def _settle(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]], fresh: set[int]) -> None:
         params = list(chain.from_iterable(group["params"] for group in param_groups))
-        _check_distinct(param_groups)
+        check_distinct(param_groups)
         if any(param not in self._added for param in params):
             self._compare(batch, param_groups)
-        in_turn = len(param_groups) < self.groups or not all(group["params"] for group in param_groups)
+        in_turn = self.sees_a_part(param_groups)
+        given = {id(param) for group in param_groups if KEY in group for param in group["params"]}
         for i, param in enumerate(batch.params):
-            taking_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
-            self._claim(batch, i, param, taking_turns, begins=id(param) in fresh)
+            message = SHARED
+            if id(param) not in given:  # what its user has numbered stays so
+                takes_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
+                message = IN_TURN if takes_turns else IN_BACKWARD if self.in_backward else SHARED
+            self._claim(batch, i, param, message, begins=id(param) in fresh)
         self._special = bool(self._places) or any(self._added.values())
 
     def _compare(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -144,63 +153,55 @@ class Numbering:
         for param, rank in zip(params, ranks, strict=True):
             self._added.setdefault(param, int(f"{rank:0{BITS}b}"[::-1], 2))
 
-    def _claim(self, batch: Batch, i: int, param: Tensor, in_turn: bool, begins: bool) -> None:
-        """Registers a tensor's number; makes it another one where a tensor of the same model has it.
+    def _claim(self, batch: Batch, i: int, param: Tensor, message: str, begins: bool) -> None:
+        """Registers a tensor's number, or makes it another one where a tensor of the same model has it.
 
         Args:
-            in_turn: the optimizer is given a part of its tensors at a time, and each is the first then.
+            message: for a number that is taken. IN_TURN: by a tensor of this optimizer. IN_BACKWARD: by one
+                of the same model, if its optimizer too steps in backward. Else by one of another optimizer.
         """
         seed, name = batch.hyperparameters[i].seed, batch.name(i)
         claim = seed, batch.tensor_ids[i] ^ self._added[param]
         owner, other = self._holder(claim)
-        if owner is self and other is not param and in_turn:
-            self._warn("turns", IN_TURN.format(name=name))
-            claim = self._renumber(param, claim)
-        elif owner is not None and owner is not self and other is not param:
-            message = IN_BACKWARD if owner._in_backward and self._in_backward else SHARED
-            self._warn("shared", message.format(name=name, seed=seed, number=claim[1]), owner)
-            if message is IN_BACKWARD:
-                claim = self._renumber(param, claim)
+        if owner is not None and other is not param:
+            if message is IN_BACKWARD and not owner.in_backward:
+                message = SHARED
+            if (owner is self) == (message is IN_TURN):
+                self._warn(message, message.format(name=name, seed=seed, number=claim[1]), owner)
+                claim = claim if message is SHARED else self._renumber(param, claim)
         if begins:
             begun: set[Claim] = _begun.setdefault(param, set())
             if claim in begun:
-                self._warn("again", AGAIN.format(name=name, seed=seed))
+                self._warn(AGAIN, AGAIN.format(name=name, seed=seed))
             begun.add(claim)
         self._take(claim, param)
 
     def _holder(self, claim: Claim) -> "tuple[Numbering | None, Tensor | None]":
         """Who draws a claim's noise, and for which tensor, if both are alive."""
-
-        def found() -> "tuple[Numbering | None, Tensor | None]":
-            holder = _holders.get(claim)
-            owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
-            if owner is None or param is None or owner._claims.get(param) != claim:
-                return None, None
-            return owner, param
-
-        owner, _ = found()
-        if owner is not None and owner is not self and owner._in_cycle and "shared" not in self._warned:
-            del owner
-            gc.collect()  # nobody is told of an optimizer that only a cycle keeps
-        return found()
+        holder = _holders.get(claim)
+        owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
+        if owner is None or param is None or owner._claims.get(param) != claim:
+            return None, None
+        return owner, param
 
     def _take(self, claim: Claim, param: Tensor) -> None:
         _holders[claim] = _Holder(weakref.ref(self), weakref.ref(param))
         self._claims[param] = claim
 
     def _renumber(self, param: Tensor, claim: Claim) -> Claim:
-        """Gives a tensor the first number above its own that is free."""
+        """Gives a tensor the first number above its own that no tensor of the same model has."""
         seed, number = claim
         for count in range(1, 2 ** (BITS - POSITION_BITS)):
             own = seed, number ^ (count << POSITION_BITS)
-            if self._holder(own) == (None, None):
+            owner, _ = self._holder(own)
+            if owner is None or (owner is not self and not (owner.in_backward and self.in_backward)):
                 self._added[param] ^= count << POSITION_BITS
                 self._take(own, param)
                 return own
         raise ValueError(f"tensor_id {number}: too many optimizers have it: give their groups a tensor_id")
 
     def _warn(self, kind: str, message: str, owner: "Numbering | None" = None) -> None:
-        """Once for an optimizer, and once for all that share their numbers."""
+        """Once of each kind for an optimizer, and for all that share their numbers."""
         if kind not in self._warned and (owner is None or kind not in owner._warned):
             warnings.warn(f"PATS: {message}", stacklevel=2)
         self._warned.add(kind)
@@ -208,7 +209,7 @@ class Numbering:
             owner._warned.add(kind)
 
 
-def _check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
+def check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError where two of an optimizer's tensors have one number: a `tensor_id` says so."""
     if not any(KEY in group for group in param_groups):
         return

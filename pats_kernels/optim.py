@@ -1,7 +1,10 @@
 """PATS attached to an optimizer."""
 
+import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from typing import Any
 
@@ -20,20 +23,27 @@ from pats_kernels.hyperparameters import (
     defaults_of,
     hyperparameters,
 )
-from pats_kernels.numbering import Numbering, ids_of
+from pats_kernels.numbering import KEY, Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
+    Limits,
     State,
+    check_group,
     check_order,
     check_position,
+    check_structure,
     checked_entry,
     complete,
+    counter_of,
+    have_moved,
     is_distributed,
+    keep_only,
     keys_of,
     name_finder,
     nonfinite_counts,
     parameter_names,
+    position_of,
     saved,
 )
 from pats_kernels.step import Launcher
@@ -41,6 +51,18 @@ from pats_kernels.step import Launcher
 VERSION = 1  # of the state_dict
 STATE_KEY = "pats"  # where an optimizer's state_dict carries PATS's
 PREFIX = "pats_"  # of its state in the parameters' own entries
+
+
+def _shared(name: str) -> Any:
+    """An attribute that a `PATS` has in common with the hooks of its optimizer."""
+
+    def get(pats: "PATS") -> Any:
+        return getattr(pats._attachment, name)
+
+    def set_(pats: "PATS", value: Any) -> None:
+        setattr(pats._attachment, name, value)
+
+    return property(get, set_)
 
 
 class PATS:
@@ -102,9 +124,7 @@ class PATS:
                 f"optimizer is a {type(optimizer).__name__} that has a PATS already, and two add it twice: "
                 "remove() that one first"
             )
-        self.optimizer = optimizer
-        self.backend = backend
-        self.defaults: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "noise_scale": noise_scale,
             "gamma": gamma,
             "sens_betas": sens_betas,
@@ -114,44 +134,35 @@ class PATS:
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
-        hyperparameters(self.defaults, self.defaults)
+        hyperparameters(defaults, defaults)
         backends.check_name(backend)
         for group in optimizer.param_groups:
-            hyperparameters(group, self.defaults)
+            hyperparameters(group, defaults)
             for param in group["params"]:
                 backends.resolve(backend, param.device)
 
-        self.state: dict[Tensor, State] = {}
-        self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
-        self._launcher = Launcher(owned=True)
-        self._numbering = Numbering(len(optimizer.param_groups), in_cycle=True)
-        self._advisor = Advisor(defaults_of(Hyperparameters))
-        self._advisor.read(optimizer.param_groups, optimizer.defaults)
-        self._looks_for_masters = 3  # steps: the optimizer has its state after the first that it takes
-        self._loaded: dict[str, Any] | None = None
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
-        self._replaced: list[str] = []
-        for name, replacement in (
-            ("state_dict", self._state_dict_of),
-            ("load_state_dict", self._load_state_dict_of),
-        ):
-            if getattr(type(optimizer), name) is not getattr(Optimizer, name):  # its own may run no hooks
-                setattr(optimizer, name, replacement(getattr(optimizer, name)))
-                self._replaced.append(name)
-        if "state_dict" not in self._replaced:
-            self._hooks.append(optimizer.register_state_dict_post_hook(self._join_state_dict))
-        if "load_state_dict" not in self._replaced:
-            self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
-            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._after_load))
+        self._hold(optimizer, _Attachment(defaults, backend, len(optimizer.param_groups)))
+        self._attachment.attach(optimizer)
+
+    def _hold(self, optimizer: Optimizer, attachment: "_Attachment") -> None:
+        """Becomes the object by which users know an attachment, unless there is one."""
+        self.optimizer = optimizer
+        self._attachment = attachment
+        if attachment.handle is None or attachment.handle() is None:
+            attachment.handle = weakref.ref(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hold(self.optimizer, self._attachment)
+
+    state: dict[Tensor, State] = _shared("state")
+    defaults: dict[str, Any] = _shared("defaults")
+    backend: str = _shared("backend")
+    _nonfinite: dict[int, Tensor] = _shared("nonfinite")
 
     def remove(self) -> None:
         """Detaches from the optimizer, which then steps as if PATS had never been there."""
-        for hook in self._hooks:
-            hook.remove()
-        for name in self._replaced:
-            delattr(self.optimizer, name)
-        self._hooks.clear()
-        self._replaced.clear()
+        self._attachment.detach(self.optimizer)
 
     def nonfinite_counts(self) -> dict[str, int]:
         """How many gradient elements were not finite so far, by parameter. Waits for the device."""
@@ -174,19 +185,152 @@ class PATS:
         values = ", ".join(f"{name}={value!r}" for name, value in self.defaults.items())
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
 
+    def state_dict(self) -> dict[str, Any]:
+        """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
+        return self._attachment.state_dict(self.optimizer)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave; every tensor is copied and keeps its dtype.
+
+        The checkpoint's noise_scale, gamma, seed, ... come back with it, as lr does in torch: set them after
+        loading, in `defaults` or in the optimizer's param groups, if they are to be others. Loading by the
+        optimizer's own `load_state_dict` does the same.
+
+        Raises:
+            ValueError: naming the first parameter, key or hyperparameter: the state is of other parameters,
+                shapes or dtypes, or no step could have left its values; nothing was changed.
+        """
+        self._attachment.commit(self._attachment.checked(self.optimizer, state_dict))
+
+
+class _Attachment:
+    """What an optimizer's hooks hold of a `PATS`.
+
+    It refers neither to the optimizer, which the hooks are given, nor strongly to the `PATS`: so all of them
+    are freed with their last references, and a copied or pickled optimizer takes its attachment along.
+    """
+
+    def __init__(
+        self,
+        defaults: dict[str, Any],
+        backend: str,
+        groups: int,
+        state: dict[Tensor, State] | None = None,
+        is_attached: bool = False,
+    ) -> None:
+        self.defaults = defaults
+        self.backend = backend
+        self.state: dict[Tensor, State] = {} if state is None else state
+        self.is_attached = is_attached
+        self.handle: weakref.ref[PATS] | None = None
+        self.nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
+        self._launcher = Launcher(owned=True)
+        self._numbering = Numbering(groups)
+        self._advisor = Advisor(defaults_of(Hyperparameters))
+        self._looks_for_masters = 3  # steps: the optimizer has its state after the first that it takes
+        self._loaded: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of a `PATSAdamW`: what was derived from the state is not copied."""
+        self._launcher.finish()
+        names = ("defaults", "backend", "state", "is_attached")
+        return {"groups": self._numbering.groups} | {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def pats(self, optimizer: Optimizer) -> PATS:
+        """The user's `PATS` while it is alive, else a new one, as they did not keep it."""
+        pats = None if self.handle is None else self.handle()
+        if pats is None:
+            pats = PATS.__new__(PATS)
+            pats._hold(optimizer, self)
+        return pats
+
+    def attach(self, optimizer: Optimizer) -> None:
+        self.is_attached = True
+        self._advisor.read(optimizer.param_groups, optimizer.defaults)
+        for name, hook in self._hooks(optimizer).items():
+            getattr(optimizer, name)[STATE_KEY] = hook
+        for name in ("__getstate__", *_overridden(optimizer)):
+            setattr(optimizer, name, _Method(optimizer, name, self, vars(optimizer).get(name)))
+
+    def detach(self, optimizer: Optimizer) -> None:
+        self.is_attached = False
+        for name in self._hooks(optimizer):
+            hooks = getattr(optimizer, name)
+            if getattr(hooks.get(STATE_KEY), "__self__", None) is self:
+                del hooks[STATE_KEY]
+        for name, method in self._methods(optimizer).items():
+            delattr(optimizer, name)
+            if method.own is not None:
+                setattr(optimizer, name, method.own)
+
+    def _hooks(self, optimizer: Optimizer) -> dict[str, Callable[..., Any]]:
+        """By the attribute that holds them. Not by numbers as torch's, which begin anew in each process."""
+        hooks: dict[str, Callable[..., Any]] = {"_optimizer_step_pre_hooks": self.before_step}
+        overridden = _overridden(optimizer)
+        if "state_dict" not in overridden:
+            hooks["_optimizer_state_dict_post_hooks"] = self._join_state_dict
+        if "load_state_dict" not in overridden:
+            hooks["_optimizer_load_state_dict_pre_hooks"] = self._before_load
+            hooks["_optimizer_load_state_dict_post_hooks"] = self._after_load
+        return hooks
+
+    def _methods(self, optimizer: Optimizer) -> "dict[str, _Method]":
+        return {
+            name: value
+            for name, value in vars(optimizer).items()
+            if isinstance(value, _Method) and value.attachment is self
+        }
+
+    def _getstate_of(self, optimizer: Optimizer, original: Callable[..., Any]) -> Any:
+        """What copies and pickles of the optimizer are made of: torch's own has no hooks in it."""
+        state = original()
+        if not isinstance(state, dict):
+            warnings.warn(
+                f"PATS: {type(optimizer).__name__} has a __getstate__ that gives no dictionary, so "
+                "its copies and pickles have no PATS: attach one to them, and load pats.state_dict() there",
+                stacklevel=2,
+            )
+            return state
+        hooks = {name: OrderedDict({STATE_KEY: hook}) for name, hook in self._hooks(optimizer).items()}
+        return hooks | self._methods(optimizer) | state
+
+    def _state_dict_of(
+        self, optimizer: Optimizer, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The optimizer's own `state_dict`, and PATS's part."""
+        joined = original(*args, **kwargs)
+        self._join_state_dict(optimizer, joined)
+        return joined
+
+    def _load_state_dict_of(
+        self,
+        optimizer: Optimizer,
+        original: Callable[..., Any],
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The optimizer's own `load_state_dict` of what is its own, and PATS's of the rest."""
+        result = original(self._before_load(optimizer, state_dict), *args, **kwargs)
+        self._after_load(optimizer)
+        return result
+
     @uncompiled
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Steps on the gradients that the optimizer will step on: a closure has yet to compute them."""
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._step()
+            self._step(optimizer)
             return None
-        wrapped = self._stepping_after(closure)
+        wrapped = self._stepping_after(closure, optimizer)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    def _stepping_after(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+    def _stepping_after(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
         """The closure, with PATS's step after its first evaluation: later ones search from there."""
         evaluated = False
 
@@ -196,15 +340,14 @@ class PATS:
             loss = closure(*args, **kwargs)
             if not evaluated:
                 evaluated = True
-                self._step()
+                self._step(optimizer)
             return loss
 
         return wrapped
 
     @uncompiled
     @torch.no_grad()
-    def _step(self) -> None:
-        optimizer = self.optimizer
+    def _step(self, optimizer: Optimizer) -> None:
         if self._looks_for_masters:
             self._looks_for_masters = 0 if have_no_masters(optimizer) else self._looks_for_masters - 1
         rows: list[tuple[Any, ...]] = []
@@ -217,6 +360,7 @@ class PATS:
             has_unc = "exp_avg_unc" in needed
             ids = ids_of(group, position)
             position += len(ids)
+            moved = values.noisy and have_moved(self.nonfinite, group["params"], self.state)
             for param, tensor_id in zip(group["params"], ids, strict=True):
                 grad = param.grad
                 if grad is None or not values.noisy:
@@ -229,12 +373,15 @@ class PATS:
                     state = self._complete(name_of(param), param, values)
                 sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
                 unc = state["exp_avg_unc"] if has_unc else None
-                count = self._nonfinite[id(param)]
+                count = self.nonfinite.get(id(param))
+                if count is None or moved:
+                    count = counter_of(self.nonfinite, param, sens.device)
                 rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
         columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns)
+        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
         batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
         if fresh:
+            self._prune(optimizer)
             self._advisor.read(optimizer.param_groups, optimizer.defaults)
             self._advisor.judge(batch, fresh)
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
@@ -243,14 +390,21 @@ class PATS:
     def _complete(self, name: str, param: Tensor, values: Hyperparameters) -> State:
         state = self.state.get(param, {})
         complete(state, name, param, values)
-        self._nonfinite.setdefault(id(param), torch.zeros((), dtype=torch.int64, device=param.device))
         self.state[param] = state
         return state
 
-    def state_dict(self) -> dict[str, Any]:
-        """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
+    def _prune(self, optimizer: Optimizer) -> None:
+        """Forgets parameters that are in no group any more, if the optimizer has forgotten them too."""
+        if self._numbering.in_backward or self._numbering.sees_a_part(optimizer.param_groups):
+            return  # where gradients are released, each is stepped alone
+        params = parameter_names(optimizer.param_groups)
+        for param in [p for p in self.state if p not in params and p not in optimizer.state]:
+            del self.state[param]
+        keep_only(self.nonfinite, self.state)
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         self._launcher.finish()
-        ids = {param: i for i, param in enumerate(parameter_names(self.optimizer.param_groups))}
+        ids = {param: i for i, param in enumerate(parameter_names(optimizer.param_groups))}
         return {
             "version": VERSION,
             "num_params": len(ids),
@@ -258,74 +412,45 @@ class PATS:
             "state": {ids[p]: dict(saved(p, state)) for p, state in self.state.items() if p in ids},
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave; every tensor is copied and keeps its dtype.
-
-        The checkpoint's noise_scale, gamma, seed, ... come back with it, as lr does in torch: set them after
-        loading, in `defaults` or in the optimizer's param groups, if they are to be others. Loading by the
-        optimizer's own `load_state_dict` does the same.
-
-        Raises:
-            ValueError: the state is of other parameters or shapes, naming the first; nothing was changed.
-        """
-        self._commit(self._checked(state_dict))
-
-    def _checked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def checked(self, optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
         """A copy of `state_dict` for this optimizer's parameters and devices, or the error why it is none."""
-        if not isinstance(state_dict, Mapping) or "state" not in state_dict:
-            raise ValueError("not a state_dict of PATS: it has no 'state'")
-        if state_dict.get("version", VERSION) > VERSION:
-            raise ValueError(
-                f"state_dict version {state_dict['version']} is newer than this package's, {VERSION}"
-            )
-        defaults = self.defaults | dict(state_dict.get("defaults", {}))
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
+            raise ValueError("not a state_dict of PATS: it has no dictionary 'state'")
+        version, saved_defaults = state_dict.get("version", VERSION), state_dict.get("defaults", {})
+        if (number := position_of(version)) is None or number > VERSION:
+            raise ValueError(f"state_dict version {version!r} is newer than this package's, {VERSION}")
+        if not isinstance(saved_defaults, Mapping):
+            raise ValueError("not a state_dict of PATS: its 'defaults' is no dictionary")
+        defaults = self.defaults | dict(saved_defaults)
         hyperparameters(defaults, defaults)
-        names = parameter_names(self.optimizer.param_groups)
+        names = parameter_names(optimizer.param_groups)
         count = state_dict.get("num_params", len(names))
-        if count != len(names):
-            raise ValueError(f"state_dict has {count} parameters, the optimizer {len(names)}")
+        if position_of(count) != len(names):
+            raise ValueError(f"state_dict has {count!r} parameters (num_params), the optimizer {len(names)}")
         params = list(names)
         state: dict[Tensor, State] = {}
+        limits = Limits()
         for key, entry in state_dict["state"].items():
-            if not 0 <= int(key) < len(params):
-                raise ValueError(f"state_dict has state of parameter {key}, the optimizer has {len(params)}")
-            param = params[int(key)]
-            state[param] = checked_entry(names[param], param, entry, _REQUIRED, _OPTIONAL)
+            position = position_of(key)
+            if position is None or not 0 <= position < len(params):
+                raise ValueError(
+                    f"state_dict has state of parameter {key!r}, the optimizer has {len(params)}"
+                )
+            param = params[position]
+            if param in state:
+                raise ValueError(f"{names[param]}: the state_dict has its state twice")
+            state[param] = checked_entry(names[param], param, entry, _REQUIRED, _OPTIONAL, limits)
+        limits.check()
         return {"defaults": defaults, "state": state}
 
-    def _commit(self, checked: dict[str, Any]) -> None:
+    def commit(self, checked: dict[str, Any]) -> None:
         self.defaults = {name: checked["defaults"][name] for name in defaults_of(Hyperparameters)}
         self.state = checked["state"]
         self._launcher = Launcher(owned=True)  # the old one keeps the old state alive
-        self._nonfinite = {
-            id(param): torch.zeros((), dtype=torch.int64, device=param.device) for param in self.state
-        }
-
-    def _state_dict_of(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The optimizer's own `state_dict`, and PATS's part."""
-
-        @wraps(original)
-        def state_dict(*args: Any, **kwargs: Any) -> Any:
-            joined = original(*args, **kwargs)
-            self._join_state_dict(self.optimizer, joined)
-            return joined
-
-        return state_dict
-
-    def _load_state_dict_of(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The optimizer's own `load_state_dict` of what is its own, and PATS's of the rest."""
-
-        @wraps(original)
-        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            rest = self._before_load(self.optimizer, state_dict)
-            result = original(rest, *args, **kwargs)
-            self._after_load(self.optimizer)
-            return result
-
-        return load_state_dict
+        self.nonfinite = {}
 
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        own = self.state_dict()
+        own = self.state_dict(optimizer)
         state_dict[STATE_KEY] = own
         if is_distributed():  # torch.distributed.checkpoint takes but groups and parameters' entries along
             entries = state_dict["state"]
@@ -338,22 +463,38 @@ class PATS:
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks PATS's part before the optimizer loads its own: an error leaves both as they were."""
+        check_structure(state_dict)
         check_order(state_dict["param_groups"], optimizer.param_groups)
-        rest, part = self._split(state_dict)
+        rest, part = self._split(optimizer, state_dict)
         part = state_dict.get(STATE_KEY, part)
-        empty = {"defaults": self.defaults, "state": {}}  # the checkpoint is of a run without PATS
-        self._loaded = self._checked(part) if part is not None else empty
+        if part is not None:
+            loaded = self.checked(optimizer, part)
+            kept: list[dict[str, Any]] = [{} for _ in rest["param_groups"]]
+        else:  # the checkpoint is of a run without PATS, whose groups hold nothing of it
+            loaded = {"defaults": self.defaults, "state": {}}
+            names = (*defaults_of(Hyperparameters), KEY)
+            kept = [{name: g[name] for name in names if name in g} for g in optimizer.param_groups]
+        groups = [{**old, **group} for old, group in zip(kept, rest["param_groups"], strict=False)]
+        for group, own in zip(groups, optimizer.param_groups, strict=False):
+            check_group(hyperparameters(group, loaded["defaults"]), own["params"])
+        check_distinct(groups)
+        self._loaded = loaded | {"kept": kept}
         return rest
 
-    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def _split(
+        self, optimizer: Optimizer, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """What is the optimizer's own, and what the groups and the parameters' entries hold of PATS's."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         defaults = [group.pop(STATE_KEY) for group in groups if STATE_KEY in group]
         rest: dict[Any, Any] = {}
         state: dict[int, Any] = {}
-        names = list(parameter_names(self.optimizer.param_groups).values())
+        names = list(parameter_names(optimizer.param_groups).values())
         positions = {key: i for i, key in enumerate(chain.from_iterable(group["params"] for group in groups))}
         for key, entry in state_dict["state"].items():
+            if not isinstance(entry, Mapping):  # of the optimizer as a whole: MADGRAD counts its steps there
+                rest[key] = entry
+                continue
             own = {name.removeprefix(PREFIX): value for name, value in entry.items() if _is_prefixed(name)}
             others = {name: value for name, value in entry.items() if not _is_prefixed(name)}
             if own and key in positions and positions[key] < len(names):
@@ -367,15 +508,57 @@ class PATS:
 
     def _after_load(self, optimizer: Optimizer) -> None:
         if self._loaded is not None:
-            self._commit(self._loaded)
+            self.commit(self._loaded)
+            for group, kept in zip(optimizer.param_groups, self._loaded["kept"], strict=True):
+                for name, value in kept.items():
+                    group.setdefault(name, value)
             self._loaded = None
+
+
+class _Method:
+    """Stands on one optimizer in place of a method of its class, and keeps it alive no more than that would.
+
+    Args:
+        optimizer: the one; a copy's own in the copy.
+        name: of the method.
+        attachment: what the call goes to while it is attached.
+        own: what stood on the optimizer under this name before, if anything did.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, name: str, attachment: _Attachment, own: Callable[..., Any] | None
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.__name__ = name
+        self.attachment = attachment
+        self.own = own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Method, (self._optimizer(), self.__name__, self.attachment, self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise ReferenceError(f"{self.__name__} of an optimizer that is gone")
+        original = self.own or partial(getattr(type(optimizer), self.__name__), optimizer)
+        if not self.attachment.is_attached:
+            return original(*args, **kwargs)
+        name = f"_{self.__name__.strip('_')}_of"
+        return getattr(self.attachment, name)(optimizer, original, *args, **kwargs)
+
+
+def _overridden(optimizer: Optimizer) -> list[str]:
+    """The methods of which its class has its own, which may run no hooks."""
+    names = ("state_dict", "load_state_dict")
+    return [name for name in names if getattr(type(optimizer), name) is not getattr(Optimizer, name)]
 
 
 def attached_to(optimizer: Optimizer) -> PATS | None:
     """The `PATS` that is attached to an optimizer, or None."""
-    hooks = getattr(unwrapped(optimizer), "_optimizer_step_pre_hooks", {})
-    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
-    return next((owner for owner in owners if isinstance(owner, PATS)), None)
+    optimizer = unwrapped(optimizer)
+    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(STATE_KEY)
+    attachment = getattr(hook, "__self__", None)
+    return attachment.pats(optimizer) if isinstance(attachment, _Attachment) else None
 
 
 def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from pats_kernels.plan import Shard, is_dtensor
 
 SAMPLE = 4096  # elements of a tensor that are compared: other parts differ in nearly all of them
+FEW = 16  # values that a tensor must have so that its parts are not the same by chance
 PATIENCE = 60.0  # seconds, for processes of a lower rank, which step at the same time as this one
 GLANCE = 5.0  # seconds, where an answer is not to be expected
 
@@ -55,7 +56,7 @@ def flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
     wanted = {id(param) for param in params}
     places: dict[int, Shard] = {}
     # A parameter does not lead to its handle; this is looked for once, at the first step.
-    for handle in [o for o in gc.get_objects() if isinstance(o, module.FlatParamHandle)]:
+    for handle in _alive(module.FlatParamHandle):
         flat = handle.flat_param
         if id(flat) in wanted:
             first = handle.rank * flat.numel() if handle.uses_sharded_strategy else 0
@@ -78,12 +79,17 @@ def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
         param_groups: those of the optimizer that it made, which hold this process's share of the parameters.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    if module is None:
+    if module is None or not dist.is_initialized():  # looking for one takes a tenth of a second
         return {}
-    for outer in [o for o in gc.get_objects() if isinstance(o, module.ZeroRedundancyOptimizer)]:
+    for outer in _alive(module.ZeroRedundancyOptimizer):
         if getattr(getattr(outer, "optim", None), "param_groups", None) is param_groups:
             return {id(param): position for param, position in outer._param_to_index.items()}
     return {}
+
+
+def _alive(kind: type) -> list[Any]:
+    """A class's instances in this process, by their type: `isinstance` would ask each object itself."""
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def are_several() -> bool:
@@ -97,7 +103,8 @@ def streams(params: Sequence[Tensor | None]) -> tuple[list[int], bool]:
     Also whether to warn: on rank 0, and on the first process that is no replica of it.
 
     The rank is 0 everywhere where all processes are replicas, as under DistributedDataParallel. A tensor
-    whose elements are all equal tells nothing: there the gradients are compared too. Reads a sample of each
+    of few values tells nothing, as a layer norm's ones and a bias's zeros, which a part may have one after
+    another: there the gradients are compared too. Reads a sample of each
     tensor and waits for the device once. What is exchanged goes through the process group's store: a
     collective would hang where a process takes no part in the step.
 
@@ -185,9 +192,10 @@ _exchanges: list[_Exchange] = []  # that of the process group there is
 
 
 def _exchange() -> _Exchange | None:
-    """The default process group's; None where it has no store."""
+    """The default process group's; None where it has no store, or a stand-in that stores nothing."""
     try:
         store = dist.distributed_c10d._get_default_store()
+        store.check(["pats_kernels"])
     except (AttributeError, RuntimeError, ValueError):
         return None
     if not _exchanges or _exchanges[0].store is not store:
@@ -198,7 +206,12 @@ def _exchange() -> _Exchange | None:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor whose elements this process holds and can read."""
     strided = tensor.layout is torch.strided and tensor.dtype.is_floating_point
-    return strided and not tensor.is_meta and not is_dtensor(type(tensor))
+    return strided and not tensor.is_meta and not is_dtensor(type(tensor)) and _has_memory(tensor)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Not so of tensors that are made of others."""
+    return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
 def _key(turn: int, rank: int) -> str:
@@ -214,14 +227,14 @@ def _fingerprints(params: Sequence[Tensor]) -> list[int]:
         on_device.setdefault(param.device, []).append(i)
     for index in on_device.values():
         rows = torch.stack([_fingerprint(params[i]) for i in index]).tolist()
-        for i, (value, gradient, constant) in zip(index, rows, strict=True):
-            seen = value, gradient if constant else 0
+        for i, (value, gradient, few) in zip(index, rows, strict=True):
+            seen = value, gradient if few else 0
             numbers[i] = _hashed((tuple(params[i].shape), str(params[i].dtype), *seen))
     return numbers
 
 
 def _fingerprint(param: Tensor) -> Tensor:
-    """Digests of a sample of the values and of the gradient, and whether all values are equal: int64 [3]."""
+    """Digests of a sample of the values and of the gradient, and whether the values are few: int64 [3]."""
     nothing = torch.zeros((), dtype=torch.int64, device=param.device)
     if param.numel() == 0:
         return torch.stack((nothing, nothing, nothing))
@@ -231,7 +244,9 @@ def _fingerprint(param: Tensor) -> Tensor:
     grad = param.grad
     comparable = grad is not None and _is_plain(grad) and grad.numel() == param.numel()
     of_grad = digest(torch.take(grad, places)) if grad is not None and comparable else nothing
-    return torch.stack((digest(values), of_grad, (values == values[0]).all().to(torch.int64)))
+    ordered = values.sort().values
+    distinct = 1 + (ordered[1:] != ordered[:-1]).sum()
+    return torch.stack((digest(values), of_grad, (distinct < min(max(size, 2), FEW)).to(torch.int64)))
 
 
 def _hashed(values: tuple[Any, ...]) -> int:

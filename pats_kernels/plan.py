@@ -4,16 +4,18 @@ A step's tensors are checked once, sorted into launches (one for each combinatio
 variant) and described by two tables of int64: one row for each tensor (`Column`), and one row for each
 dimension of the tensors that are not contiguous. The tables are kept: as long as the tensors stay what
 they were, a step only writes the gradients' addresses anew, since `zero_grad(set_to_none=True)` moves them.
-No plan holds a gradient; none holds any tensor, unless the planner's owner holds them all the same.
+Whether they are is looked up at every step, of each of them: where it lies and what its bytes mean. A plan
+holds no tensor, and needs none to live: the next at the same address, of the same kind, is as good.
 """
 
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import accumulate, chain, pairwise
+from operator import attrgetter, is_, mul
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
@@ -30,6 +32,7 @@ VECTOR_BYTES = 16
 OPERANDS = 6  # tensors of the parameter's shape: the first columns, and a layout row's strides
 # An aligned chunk of a tensor smaller than this does not cross a multiple of 2^32 groups of four.
 GROUPS_WITHOUT_CARRY, COARSEST_CHUNK = 2**34, 2**16
+ROW_BYTES, ELEMENTS_A_BYTE = 1300, 128  # of a kept plan: its rows; a GPU's 32 bytes for each 4096 elements
 
 # What a backend is asked to do with a launch: all of it, or the half before the means of the state just
 # updated are known, or the half after. Each but the last ends with the statistics, and advances t.
@@ -114,7 +117,8 @@ class Batch:
     adds to. `name` gives a tensor's name for an error message. Where a form keeps no such state there is
     None; a tensor without `sens_stats` gets no noise, only AdamW's step. `exp_avg` and `exp_avg_sq` are
     empty where no AdamW is asked for. Where `shards` is not empty, some of the tensors are parts of others:
-    their part in the new means goes to `shares`, as the means themselves do for the rest (None).
+    their part in the new means goes to `shares`, as the means themselves do for the rest (None). `kept`: how
+    many tensors the caller keeps from step to step, where these may be some of them.
     """
 
     name: Callable[[int], str]
@@ -131,6 +135,7 @@ class Batch:
     exp_avg_sq: list[Tensor] = field(default_factory=list)
     shards: Sequence[Shard | None] = field(default_factory=list)
     shares: Sequence[Tensor | None] = field(default_factory=list)
+    kept: int = 0
 
     @property
     def averages(self) -> dict[str, Sequence[Tensor | None]]:
@@ -157,14 +162,16 @@ class Launch:
     """One launch: some of a batch's tensors, and the tables that describe them.
 
     `table` is int64 [tensors, Column], `layout` int64 [rows, 1 + OPERANDS + 1]: a dimension's size, then its
-    stride in elements in each operand and in the whole tensor's numbering, outermost dimension first. `cache`
-    is the backend's own.
+    stride in elements in each operand and in the whole tensor's numbering, outermost dimension first.
+    `on_device`: for each hyperparameter that lies there its column, its few tensors, and each row's among
+    them. `cache` is the backend's own.
     """
 
     key: LaunchKey
     index: list[int]
     table: np.ndarray
     layout: np.ndarray
+    on_device: list[tuple[Column, list[Tensor | None], list[int]]] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
 
     def of(self, column: Sequence[T | None]) -> list[T]:
@@ -175,82 +182,129 @@ class Launch:
 
 @dataclass(slots=True)
 class Plan:
+    """What a step needs to know, and of which tensors it is true.
+
+    Attributes:
+        without_memory: an error message where a tensor has none of its own, so that no kernel finds it by
+            address; None: there is no such tensor.
+    """
+
     signature: list[Any]
     launches: list[Launch]
     hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
-    alive: list[Any] = field(default_factory=list)
+    without_memory: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(len(launch.index) for launch in self.launches)
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes to keep it."""
+        numel = sum(int(launch.table[:, Column.NUMEL].sum()) for launch in self.launches)
+        return ROW_BYTES * self.rows + numel // ELEMENTS_A_BYTE
 
 
 class Planner:
-    """Makes plans and keeps the last few, so that freezing and unfreezing a layer costs nothing either.
+    """Makes plans and keeps many, so that freezing and unfreezing a layer costs nothing either.
+
+    Beyond what there is room for, plans are forgotten at random: of sets that take turns the share that fits
+    stays, where the longest unused would be the very one that comes next.
 
     Args:
-        owned: the caller keeps the tensors from step to step and lets go of the planner with them. Then it
-            is enough to see that they are the same objects, which halves the host's time.
+        owned: the caller keeps state for the tensors: each then has a counter of its steps.
+        capacity: how many plans of all the tensors that the caller keeps there is room for in any case. Each
+            tensor may also be stepped alone: no matter how many they are, each then has its plan.
+        spare: bytes that more plans may take.
     """
 
-    def __init__(self, owned: bool = False, capacity: int = 8) -> None:
+    def __init__(self, owned: bool = False, capacity: int = 8, spare: int = 2**25) -> None:
         self._owned = owned
         self._capacity = capacity
-        self._plans: list[Plan] = []
+        self._spare = spare
+        self._plans: dict[tuple[int, ...], list[Plan]] = {}  # by the parameters' addresses; last used first
+        self._rows = self._bytes = 0  # of all of them
+        self._most = 0  # tensors that were kept, or planned at once
+        self._random = random.Random(0)
 
     def plan(self, batch: Batch) -> Plan:
-        """The tables for these tensors, up to date.
+        """The tables for these tensors, up to date. Gradients with torch's negative bit are resolved.
 
         Raises:
             TypeError, ValueError: naming the first tensor that no kernel could update, and why.
         """
+        if any(map(Tensor.is_neg, batch.grads)):  # their memory holds -g
+            batch.grads = [grad.resolve_neg() for grad in batch.grads]
         try:
-            signature = _identities(batch) if self._owned else _descriptions(batch)
-        except (RuntimeError, NotImplementedError):  # a sparse tensor has neither address nor strides
-            check(batch)
+            signature = _signature(batch)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            check(batch, self._owned)  # a sparse tensor, say, has neither address nor strides
             raise
-        plan = next((plan for plan in self._plans if plan.signature == signature), None)
+        key = tuple(signature[0])
+        plans = self._plans.get(key, [])
+        plan = next((plan for plan in plans if plan.signature == signature), None)
         if plan is None:
-            check(batch)
-            plan = Plan(signature, _launches(batch))
-            if self._owned:  # an object's identity is its own only while it lives
-                plan.alive = [batch.params, *batch.averages.values()]
-                plan.alive += [batch.sens_stats, batch.shares, batch.steps, batch.nonfinite]
-            del self._plans[self._capacity - 1 :]
-            self._plans.insert(0, plan)
-        elif plan is not self._plans[0]:
-            self._plans.remove(plan)
-            self._plans.insert(0, plan)
+            check(batch, self._owned)
+            plan = Plan(signature, _launches(batch), without_memory=_without_memory(batch))
+            self._most = max(self._most, batch.kept, len(batch.params))
+            self._keep(key, plan)
+        elif plan is not plans[0]:
+            plans[:] = [plan, *(other for other in plans if other is not plan)]
         _refresh(plan, batch)
         return plan
 
+    def _keep(self, key: tuple[int, ...], plan: Plan) -> None:
+        plans = self._plans.setdefault(key, [])
+        plans.insert(0, plan)
+        self._rows += plan.rows
+        self._bytes += plan.bytes
+        if len(plans) > self._capacity:
+            self._drop(key)
+        others = [other for other in self._plans if other != key] if self._is_full() else []
+        self._random.shuffle(others)
+        while self._is_full() and others:
+            self._drop(others[-1])
+            if others[-1] not in self._plans:
+                others.pop()
 
-# Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step. Flat
-# comprehensions: a call for each tensor would cost as much again.
+    def _is_full(self) -> bool:
+        return self._rows > self._capacity * self._most and self._bytes > self._spare
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        """Forgets the longest unused of the plans of these parameters."""
+        plan = self._plans[key].pop()
+        self._rows -= plan.rows
+        self._bytes -= plan.bytes
+        if not self._plans[key]:
+            del self._plans[key]
 
 
-def _identities(batch: Batch) -> list[Any]:
-    """For tensors that are kept: which they are, and where, as `.data` may be assigned anew."""
-    moved = (batch.params, *batch.averages.values())
-    return [
-        [
-            list(map(id, tensors))
-            for tensors in (*moved, batch.sens_stats, batch.shares, batch.steps, batch.nonfinite)
-        ],
-        [_addresses(tensors) for tensors in moved],
-        [(g.dtype, g.device, g.shape, g.stride()) for g in batch.grads],
-        batch.tensor_ids,
-        batch.shards,
-        [h.variant for h in batch.hyperparameters],
-    ]
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
-def _descriptions(batch: Batch) -> list[Any]:
-    """For tensors of which nothing is known: all that matters about each, and no reference to it."""
+def _signature(batch: Batch) -> list[Any]:
+    """Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step.
+
+    The same object may have come to lie elsewhere, or be other strides' or dtype's view of the same memory
+    (`.data = ...`, `set_`, `share_memory_`): its identity says nothing. By `map`: a call of a Python function
+    for each tensor would cost as much again. Contiguous state is walked in the order of its memory, so that
+    its number of elements says enough.
+    """
     counters = batch.steps if are_counters(batch.steps) else []
-    kept = (batch.params, *batch.averages.values(), batch.sens_stats, batch.shares, counters, batch.nonfinite)
+    averages, others = batch.averages.values(), (batch.sens_stats, batch.shares, counters, batch.nonfinite)
+    shaped = [*batch.params, *batch.grads]
+    state = [tensor for tensor in chain(*averages) if tensor is not None]
+    small = [tensor for tensor in chain(*others) if tensor is not None]
+    dense = all(map(Tensor.is_contiguous, shaped)) and all(map(Tensor.is_contiguous, state))
     return [
-        [
-            [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
-            for tensors in (*kept, batch.grads)
-        ],
-        [_addresses(tensors) for tensors in kept],
+        list(map(Tensor.data_ptr, batch.params)),
+        *map(_addresses, (*averages, *others)),
+        list(map(_DTYPE, chain(shaped, state, small))),
+        list(map(_SHAPE, shaped)),
+        list(map(Tensor.numel, chain(state, small))),
+        None if dense else [(tensor.shape, tensor.stride()) for tensor in chain(shaped, state)],
+        any(map(Tensor.is_neg, batch.params)),
+        [grad.device for grad in batch.grads],
         batch.tensor_ids,
         batch.shards,
         [h.variant for h in batch.hyperparameters],
@@ -265,8 +319,12 @@ def are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
     return bool(steps) and isinstance(steps[0], Tensor)
 
 
-def check(batch: Batch) -> None:
-    """Raises the error that names the first tensor that a kernel could not update."""
+def check(batch: Batch, owned: bool = False) -> None:
+    """Raises the error that names the first tensor that a kernel could not update.
+
+    Args:
+        owned: a number of steps has to be a tensor, which the step advances.
+    """
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
         name, variant, stats = batch.name(i), batch.hyperparameters[i].variant, batch.sens_stats[i]
         check_param(name, param)
@@ -284,6 +342,10 @@ def check(batch: Batch) -> None:
                 dtypes = (average.dtype,)  # all of a parameter's
         if stats is not None:
             _check_stats(name, param, stats)
+        if owned or isinstance(batch.steps[i], Tensor):
+            _check_counter(name, "step", batch.steps[i], param, torch.float32)
+        if batch.nonfinite and (count := batch.nonfinite[i]) is not None:
+            _check_counter(name, "count of elements that are not finite", count, param, torch.int64)
     _check_disjoint(batch)
 
 
@@ -300,7 +362,24 @@ def _described(variant: Variant) -> str:
     return f"{sensitivity}uncertainty={variant.uncertainty!r}"
 
 
+def _check_counter(name: str, key: str, counter: object, param: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(counter, Tensor):
+        raise ValueError(f"{name}: {key} is {counter!r}, but must be a 0-d tensor of {dtype}")
+    _check_kind(name, key, counter, floating=False)
+    if counter.dtype != dtype or counter.numel() != 1:
+        raise ValueError(
+            f"{name}: {key} must be a 0-d tensor of {dtype}, but is {counter.dtype} of shape "
+            f"{tuple(counter.shape)}"
+        )
+    _require_same(name, "device", param.device, key, counter.device)
+    _check_sign(name, key, counter)
+
+
 def _check_stats(name: str, param: Tensor, stats: Tensor) -> None:
+    if not isinstance(stats, Tensor):
+        raise ValueError(f"{name}: sens_stats is {stats!r}, but must be a tensor")
+    _check_kind(name, "sens_stats", stats)
+    _check_sign(name, "sens_stats", stats)
     if stats.shape != (2,) or stats.dtype != torch.float32 or not stats.is_contiguous():
         raise ValueError(
             f"{name}: sens_stats must be contiguous float32 of shape (2,), "
@@ -316,11 +395,12 @@ def _check_disjoint(batch: Batch) -> None:
     """
     extents: list[tuple[int, int, int, str]] = []
     columns: dict[str, Sequence[Tensor | None]] = {"params": batch.params, **batch.averages}
-    columns |= {"sens_stats": batch.sens_stats, "grads": batch.grads}
+    columns |= {"sens_stats": batch.sens_stats, "nonfinite": batch.nonfinite, "grads": batch.grads}
+    columns |= {"step": batch.steps} if are_counters(batch.steps) else {}
     for key, tensors in columns.items():
         for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel() > 0 and not tensor.is_meta:  # others have no memory
-                start, dense = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            if tensor is not None and tensor.numel() > 0 and (start := tensor.data_ptr()):
+                dense = tensor.numel() * tensor.element_size()
                 extents.append((start, start + (dense if _has_no_holes(tensor) else 1), i, key))
     extents.sort()
     for (_, end, i, key), (start, _, j, other) in pairwise(extents):
@@ -340,21 +420,51 @@ def _has_no_holes(tensor: Tensor) -> bool:
 def check_param(name: str, param: Tensor) -> None:
     """Raises TypeError or ValueError, naming it, where PATS cannot update this parameter."""
     _check_kind(name, "parameter", param)
+    _check_sign(name, "parameter", param)
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"{name}: PATS updates {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
     if _overlaps_itself(param):
         raise ValueError(f"{name}: overlapping memory: the parameter has strides {param.stride()}")
 
 
-def _check_kind(name: str, what: str, tensor: Tensor) -> None:
+def _check_kind(name: str, what: str, tensor: Tensor, floating: bool = True) -> None:
     if tensor.layout is not torch.strided:
         remedy = "; sparse=False in its nn.Embedding or nn.EmbeddingBag gives a dense one"
         raise TypeError(
             f"{name}: PATS does not support sparse tensors, but the {what} is {tensor.layout}"
             f"{remedy if what == 'gradient' else ''}"
         )
-    if not tensor.dtype.is_floating_point:
+    if floating and not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: PATS needs real floating point, but the {what} is {tensor.dtype}")
+    try:
+        tensor.data_ptr()
+    except RuntimeError as error:  # of a transformed function, say
+        raise TypeError(f"{name}: the {what}, a {type(tensor).__name__}, has no address: {error}") from error
+
+
+def _check_sign(name: str, what: str, tensor: Tensor) -> None:
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name}: the {what} has torch's negative bit set (Tensor.is_neg): its memory, which the step "
+            "writes to, holds the opposite of what it says. Tensor.resolve_neg gives one without"
+        )
+
+
+def _without_memory(batch: Batch) -> str | None:
+    """Names the first tensor that has elements and no address, as wrapper subclasses have none."""
+    columns: dict[str, Sequence[Tensor | None]] = {
+        "parameter": batch.params,
+        "gradient": batch.grads,
+        **batch.averages,
+        "sens_stats": batch.sens_stats,
+        "nonfinite": batch.nonfinite,
+        "step": batch.steps if are_counters(batch.steps) else [],
+    }
+    for what, tensors in columns.items():
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and tensor.numel() > 0 and tensor.data_ptr() == 0:
+                return f"{batch.name(i)}: the {what}, a {type(tensor).__name__}, has no memory of its own"
+    return None
 
 
 def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -367,7 +477,10 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
 
 
 def _check_state(name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if not isinstance(state, Tensor):
+        raise ValueError(f"{name}: {key} is {state!r}, but must be a tensor")
     _check_kind(name, key, state)
+    _check_sign(name, key, state)
     _require_same(name, "shape", tuple(param.shape), key, tuple(state.shape))
     _require_same(name, "device", param.device, key, state.device)
     if state.dtype not in dtypes or (state.dtype == torch.float64 and param.dtype != torch.float64):
@@ -483,9 +596,14 @@ def collapse(
 
 def _refresh(plan: Plan, batch: Batch) -> None:
     """Writes what may change while the tensors stay: the gradients' addresses, t, hyperparameters."""
-    grads = np.array([grad.data_ptr() for grad in batch.grads], dtype=np.int64)
+    grads = np.array(list(map(Tensor.data_ptr, batch.grads)), dtype=np.int64)
+    if plan.without_memory is not None or not grads.all():
+        plan.without_memory = _without_memory(batch)
     steps = None if are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
-    changed = plan.hyperparameters != batch.hyperparameters
+    # Equal ones may hold tensors that lie elsewhere.
+    changed = not plan.hyperparameters or not all(map(is_, plan.hyperparameters, batch.hyperparameters))
+    if changed:
+        plan.hyperparameters = []  # until all tables have them: what follows may raise
     for launch in plan.launches:
         table, index = launch.table, launch.index
         table[:, Column.GRAD] = grads[index]
@@ -495,7 +613,20 @@ def _refresh(plan: Plan, batch: Batch) -> None:
         table[:, Column.VECTOR] = (addresses % VECTOR_BYTES == 0) & (table[:, Column.NDIM] == 0)
         if changed:
             _write_hyperparameters(launch, [batch.hyperparameters[i] for i in index])
+        for column, tensors, rows in launch.on_device:
+            for tensor in tensors:
+                if tensor is not None:
+                    _check_on_device(ON_DEVICE[column], tensor, launch.key.device)
+            table[:, column] = np.array(_addresses(tensors))[rows]
     plan.hyperparameters = batch.hyperparameters
+
+
+def _check_on_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError for a hyperparameter that a kernel cannot read where it lies, as it is now."""
+    if tensor.device != device:
+        raise ValueError(f"device mismatch: {name} is on {tensor.device}, its parameters on {device}")
+    if tensor.dtype != torch.float32 or tensor.numel() != 1 or tensor.is_neg() or tensor.data_ptr() == 0:
+        raise ValueError(f"Invalid {name}: {tensor!r} (must have one element, and be float32 on a GPU)")
 
 
 def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> None:
@@ -503,14 +634,12 @@ def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> Non
     kinds = {id(h): h for h in values}
     place = {identity: i for i, identity in enumerate(kinds)}
     rows = [place[id(h)] for h in values]
+    launch.on_device.clear()
     for column, name in ON_DEVICE.items():
         tensors = [h.on_device.get(name) for h in kinds.values()]
-        for tensor in tensors:
-            if tensor is not None and tensor.device != launch.key.device:
-                raise ValueError(
-                    f"device mismatch: {name} is on {tensor.device}, its parameters on {launch.key.device}"
-                )
-        launch.table[:, column] = np.array(_addresses(tensors))[rows]
+        if any(tensor is not None for tensor in tensors):
+            launch.on_device.append((column, tensors, rows))
+        launch.table[:, column] = 0
     seeds = np.array([h.seed for h in kinds.values()], dtype=np.uint64)
     launch.table[:, Column.SEED] = seeds.view(np.int64)[rows]
     numbers = np.array([h.numbers for h in kinds.values()])

@@ -1,6 +1,8 @@
 """What `PATS` and `PATSAdamW` share: the state they keep for a parameter, and how it is loaded."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import operator
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from pats_kernels.parts import is_flattened
 from pats_kernels.plan import STATE_DTYPES, averages_of, check_param, is_dtensor
 
 State = dict[str, Tensor]
+COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 TENSOR_ID = "tensor_id"  # in a state_dict's entry: the position on which a parameter's noise depends
 
 
@@ -44,6 +47,32 @@ def nonfinite_counts(
     names = parameter_names(param_groups)
     counts = {name: int(counters[id(param)]) for param, name in names.items() if id(param) in counters}
     return {name: count for name, count in counts.items() if count > 0}
+
+
+def counter_of(counters: dict[int, Tensor], param: Tensor, device: torch.device) -> Tensor:
+    """A parameter's counter of elements that were not finite, made anew or moved where it has to be."""
+    count = counters.get(id(param))
+    if count is None or count.device != device:
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        count = counters[id(param)] = zero if count is None else zero + count.to(device)
+    return count
+
+
+def have_moved(counters: Mapping[int, Tensor], params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
+    """Whether a group's counters are not where its state is. Looks at the first that has both."""
+    for param in params:
+        count = counters.get(id(param))
+        if count is not None and "step" in (entry := state.get(param, {})):
+            step = entry["step"]  # what is no tensor is named where the step's tensors are checked
+            return isinstance(step, Tensor) and count.device != step.device
+    return False
+
+
+def keep_only(counters: dict[int, Tensor], params: Collection[Tensor]) -> None:
+    """Drops the counters of all other parameters: they are by id, which another may get."""
+    kept = set(map(id, params))
+    for key in counters.keys() - kept:
+        del counters[key]
 
 
 def keys_of(values: Hyperparameters) -> frozenset[str]:
@@ -90,11 +119,53 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def check_structure(state_dict: Any) -> None:
+    """Raises ValueError, naming what is missing, where a state_dict is not built as those of torch.optim."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the state_dict is {_shown(state_dict)}, not a dictionary")
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"the state_dict's 'param_groups' is {_shown(groups)}, not a list")
+    if not isinstance(state_dict.get("state"), Mapping):
+        raise ValueError(f"the state_dict's 'state' is {_shown(state_dict.get('state'))}, not a dictionary")
+    for number, group in enumerate(groups):
+        where = f"the state_dict's param_groups[{number}]"
+        if not isinstance(group, Mapping):
+            raise ValueError(f"{where} is {_shown(group)}, not a dictionary")
+        params = group.get("params")
+        if not isinstance(params, (list, tuple)):
+            raise ValueError(f"{where}['params'] is {_shown(params)}, not a list")
+
+
+def check_group(values: Hyperparameters, params: Sequence[Tensor]) -> None:
+    """Raises ValueError where a hyperparameter lies on another device than a param group's parameters."""
+    for name, value in values.on_device.items():
+        other = next((param.device for param in params if param.device != value.device), None)
+        if other is not None:
+            raise ValueError(
+                f"device mismatch: {name} is on {value.device} in the state_dict, its parameters on {other}"
+            )
+
+
 def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where the param groups of a state_dict hold known parameters in another order.
+    """Raises ValueError where the param groups of a state_dict hold known parameters in another order, or
+    do not tell them apart.
 
     A parameter's position decides what noise it gets. Other names (of a wrapped model, say) prove nothing.
     """
+    for number, group in enumerate(saved):
+        names, count = group.get("param_names", ()), len(group["params"])
+        strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        if not strings or ("param_names" in group and len(names) != count):
+            raise ValueError(
+                f"the state_dict's param_groups[{number}]['param_names'] is no list of {count} names"
+            )
+    keys = [key for group in saved for key in group["params"]]
+    if not all(isinstance(key, Hashable) for key in keys):
+        raise ValueError("the state_dict's param_groups hold a parameter that is no key")
+    if [len(g["params"]) for g in saved] == [len(g["params"]) for g in own] and len({*keys}) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the state_dict's param_groups hold parameter {twice!r} twice")
     saved_names, own_names = (
         [n for group in gs for n in group.get("param_names", ())] for gs in (saved, own)
     )
@@ -106,10 +177,23 @@ def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, A
 
 def check_position(name: str, position: int, saved: Any) -> None:
     """Raises ValueError where the state of a parameter, found by its name, comes from another position."""
-    if saved is not None and int(saved) != position:
+    if saved is None:
+        return
+    number = position_of(saved)
+    if number is None:
+        raise ValueError(f"{name}: {TENSOR_ID} is {_shown(saved)} in the state_dict, not a number")
+    if number != position:
         raise ValueError(
-            f"{name}: another order: parameter {int(saved)} of the state_dict is the optimizer's {position}"
+            f"{name}: another order: parameter {number} of the state_dict is the optimizer's {position}"
         )
+
+
+def position_of(key: Any) -> int | None:
+    """The number of a parameter, which may have become a string or a tensor on its way; None: it is none."""
+    try:
+        return int(key) if isinstance(key, str) else operator.index(key)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def local(name: str, param: Tensor) -> Tensor:
@@ -135,43 +219,112 @@ def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
     return distributed.laid_out_as(value, name, param)
 
 
+class Limits:
+    """What the values of a state_dict have to keep to. They are looked at together, so that each device is
+    waited for once."""
+
+    def __init__(self) -> None:
+        self._found: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
+
+    def add(self, name: str, key: str, low: Tensor, high: Tensor) -> None:
+        """Two numbers of `key` of the parameter `name`: the least and the largest; of a step the number in
+        float64, and as it is kept."""
+        if type(low) is Tensor and not low.is_meta:  # others have no values to look at
+            pair = torch.stack((low.detach().double(), high.detach().double()))
+            self._found.setdefault(low.device, []).append((name, key, pair))
+
+    def check(self) -> None:
+        """Raises ValueError, naming parameter and key, where a value is one that no step could have left."""
+        for found in self._found.values():
+            pairs = torch.stack([pair for _, _, pair in found]).tolist()
+            for (name, key, _), (low, high) in zip(found, pairs, strict=True):
+                if key == "step":
+                    fits = low == high and 0 <= low < 2**32 and low % 1 == 0
+                    limits = "a whole number in [0, 2^32) that float32 holds exactly"
+                elif key == "exp_avg_sq":  # a gradient that is not finite has made these infinite, or NaN
+                    fits, limits = not low < 0, ">= 0"
+                else:
+                    fits, limits = low >= 0 and high < math.inf, "finite and >= 0"
+                if not fits:
+                    value = high if low >= 0 and key != "step" else low
+                    raise ValueError(f"{name}: {key} is {value} in the state_dict (must be {limits})")
+
+
 def checked_entry(
-    name: str, param: Tensor, entry: Mapping[str, Any], required: Sequence[str], optional: Sequence[str]
+    name: str, param: Tensor, entry: Any, required: Sequence[str], optional: Sequence[str], limits: Limits
 ) -> State:
     """A copy of one parameter's state on its device, or a ValueError that names what does not fit.
 
     Every average keeps its dtype, but for those that no kernel keeps (float16, or float64 of another
     parameter than float64): they become float32. Other keys than those asked for are left out. Means that
-    are missing, as `saved` leaves them out, are those of the averages.
+    are missing, as `saved` leaves them out, are those of the averages. What only the device knows is left to
+    `limits`.
     """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{name}: its state in the state_dict is {_shown(entry)}, not a dictionary")
     copied: State = {}
     for key in sorted((*required, *optional)):
-        if key not in entry:
-            if key == "sens_stats" and "exp_avg_sens" in copied and not is_dtensor(type(param)):
-                averages = (copied["exp_avg_sens"], copied.get("exp_avg_unc"))
-                means = [
-                    0.0 if a is None or a.numel() == 0 else a.mean(dtype=torch.float64) for a in averages
-                ]
-                copied[key] = torch.tensor(means, dtype=torch.float32, device=param.device)
-                continue
-            if key in optional:
-                continue
+        if key in entry:
+            copied[key] = _checked_value(name, param, key, entry[key], limits)
+        elif key == "sens_stats" and "exp_avg_sens" in copied and not is_dtensor(type(param)):
+            copied[key] = _means(copied, param)
+        elif key not in optional:
             raise ValueError(f"{name}: the state_dict has no {key}")
-        value = torch.as_tensor(entry[key])
-        shape = {"step": (), "sens_stats": (2,)}.get(key, tuple(param.shape))
-        if tuple(value.shape) != shape and (key != "step" or value.numel() != 1):
+    averages = [key for key in copied if key.startswith("exp_avg")]
+    for key in averages:
+        if copied[key].dtype != copied[averages[0]].dtype:
             raise ValueError(
-                f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, "
-                f"{shape} is expected"
+                f"{name}: dtype mismatch: {averages[0]} is {copied[averages[0]].dtype} in the state_dict, "
+                f"{key} {copied[key].dtype}: all of a parameter's have one"
             )
-        if not value.dtype.is_floating_point and key != "step":
-            raise ValueError(f"{name}: {key} is {value.dtype} in the state_dict, which is not a float")
-        if key.startswith("exp_avg"):
-            value = laid_out_as(value, name, param)
-        keeps = key.startswith("exp_avg") and value.dtype in STATE_DTYPES
-        keeps &= value.dtype != torch.float64 or param.dtype == torch.float64
-        dtype = value.dtype if keeps else torch.float32
-        copied[key] = value.to(param.device, dtype, copy=True)
-        if key == "step":
-            copied[key] = copied[key].reshape(())
+    for key in copied.keys() - {"step", "exp_avg"}:
+        held = local(name, copied[key])
+        if held.numel() > 0:
+            limits.add(name, key, *held.aminmax())
     return copied
+
+
+def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limits) -> Tensor:
+    """A copy of one of a state_dict's values as the state keeps it."""
+    if not isinstance(value, Tensor):
+        try:
+            double = torch.float64 if isinstance(value, float) else None  # not the default, float32
+            value = torch.as_tensor(value, dtype=double, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"{name}: {key} is {_shown(value)} in the state_dict, not a tensor") from None
+    value = value.detach()
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = value.layout if value.layout is not torch.strided else value.dtype
+        raise ValueError(f"{name}: {key} is {kind} in the state_dict, not a dense tensor")
+    shape = {"step": (), "sens_stats": (2,)}.get(key, tuple(param.shape))
+    if tuple(value.shape) != shape and (key != "step" or value.numel() != 1):
+        raise ValueError(
+            f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, {shape} is expected"
+        )
+    if not value.dtype.is_floating_point and (key != "step" or value.dtype in (torch.bool, *COMPLEX)):
+        raise ValueError(f"{name}: {key} is {value.dtype} in the state_dict, which is not a float")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{name}: {key} is on the meta device in the state_dict, where it has no values")
+    if key.startswith("exp_avg"):
+        value = laid_out_as(value, name, param)
+    keeps = key.startswith("exp_avg") and value.dtype in STATE_DTYPES
+    keeps &= value.dtype != torch.float64 or param.dtype == torch.float64
+    copied = value.to(param.device, value.dtype if keeps else torch.float32, copy=True)
+    if type(copied) not in (Tensor, type(param.detach())) and not is_dtensor(type(copied)):
+        raise ValueError(f"{name}: {key} is a {type(copied).__name__} in the state_dict, not a plain tensor")
+    if key == "step":
+        copied = copied.reshape(())
+        limits.add(name, key, value.to(param.device, torch.float64).reshape(()), copied)
+    return copied
+
+
+def _means(state: State, param: Tensor) -> Tensor:
+    """The means of the averages, as `sens_stats` has them."""
+    zero = torch.zeros((), dtype=torch.float64, device=param.device)
+    averages = (state["exp_avg_sens"], state.get("exp_avg_unc"))
+    means = [zero if a is None or a.numel() == 0 else a.mean(dtype=torch.float64) for a in averages]
+    return torch.stack(means).to(torch.float32)
+
+
+def _shown(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,5 +1,7 @@
 """The functional API, and the one road from a batch of tensors to a launch."""
 
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from pats_kernels import backends
 from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import Hyperparameters, defaults_of, hyperparameters
-from pats_kernels.plan import Batch, Phase, Planner, is_dtensor
+from pats_kernels.plan import Batch, Launch, Phase, Planner, check, is_dtensor
 from pats_kernels.reference import betas_per_tensor, per_tensor
 
 PHASES: tuple[dict[str, Phase], ...] = (
@@ -44,15 +46,38 @@ class Launcher:
         `grad_scale` and `found_inf` are a GradScaler's one-element tensors: the gradients are divided by the
         first, and where the second is not 0 nothing is changed. Neither is read on the host. The new means
         of sharded tensors are on their way when it returns, unless they must not `overlap` with what follows.
+        An interrupt waits until all is launched: between the phases the state is that of no step.
+
+        Raises:
+            TypeError, ValueError: naming the first tensor that no kernel could update, and why.
+            RuntimeError: a backend that cannot run here.
         """
         if not batch.params:
             return
-        self.finish()
-        params = batch.params
-        if any(map(is_dtensor, {*map(type, params), *map(type, batch.grads)})):
+        params = batch.params  # as autograd knows them
+        if any(map(is_dtensor, {*map(type, batch.params), *map(type, batch.grads)})):
             batch = self._shared().localized(batch)
+        elif self._statistics is not None:
+            self.finish()
         plan = self._planner.plan(batch)
+        chosen = {backends.choose(backend, launch.key.device) for launch in plan.launches}
+        if "eager" in chosen:
+            check(batch)  # of shapes that make no difference to a kernel: its operations would stop halfway
+        if chosen != {"eager"} and plan.without_memory is not None:
+            raise TypeError(f"{plan.without_memory}, where kernels could find it; backend='eager' can")
         work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
+        with _Uninterrupted():
+            self._run(batch, work, grad_scale, found_inf, overlap)
+            torch.autograd.graph.increment_version(params)
+
+    def _run(
+        self,
+        batch: Batch,
+        work: list[tuple[Launch, backends.Step]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        overlap: bool,
+    ) -> None:
         for phases in PHASES:
             for launch, step_ in work:
                 if phase := phases.get(launch.key.variant.normalization):
@@ -62,10 +87,9 @@ class Launcher:
                 self._statistics.start(found_inf)
                 if not overlap or any(h.normalization == "exact" for h in batch.hyperparameters):
                     self.finish()
-        torch.autograd.graph.increment_version(params)
 
     def finish(self) -> None:
-        """Waits until the statistics of the last step are those of all shards."""
+        """Waits until the statistics of all steps so far are those of all shards."""
         if self._statistics is not None:
             self._statistics.finish()
 
@@ -77,7 +101,54 @@ class Launcher:
         return self._statistics
 
 
-_launcher = Launcher()
+class _OfThread(threading.local):
+    """A launcher for each thread, as a plan's tables are written anew for each of its steps."""
+
+    def __init__(self) -> None:
+        self.launcher = Launcher()
+
+
+_of_thread = _OfThread()
+
+
+class _Uninterrupted:
+    """Puts off signals whose handlers may raise, as Ctrl-C's does, until it is left.
+
+    Python runs handlers in the main thread, between two of its instructions; other threads have no need. One
+    that raises while the handlers are exchanged leaves some of these in place, which pass on what comes.
+    """
+
+    _signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> None:
+        self._active = False
+        self._handlers: dict[int, Any] = {}
+        self._pending: list[tuple[int, Any]] = []
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                if callable(handler := signal.getsignal(number)):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._handle)
+        self._active = True
+
+    def __exit__(self, *_error: object) -> None:
+        self._active = False
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._deliver()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._pending.append((number, frame))
+        if not self._active:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        while self._pending:
+            number, frame = self._pending.pop(0)
+            try:
+                self._handlers[number](number, frame)
+            finally:  # one that raises does not take the others with it
+                self._deliver()
 
 
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
@@ -171,7 +242,7 @@ def pats_step_(
         tensor_ids=[tensor_ids[i] for i in chosen],
         hyperparameters=values,
     )
-    _launcher.launch(batch, backend, overlap=False)
+    _of_thread.launcher.launch(batch, backend, overlap=False)
 
 
 _NAMES = defaults_of(Hyperparameters).keys()

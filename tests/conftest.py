@@ -3,10 +3,14 @@
 Triton decides at import whether it is interpreted, so there are two runs: `pytest tests` proves eager and
 cpp, `TRITON_INTERPRET=1 pytest tests -m backend` the Triton kernel under its interpreter. A backend that is
 meant to run and cannot fails its tests; PATS_KERNELS_NO_EXTENSION=1 says that cpp is not meant to.
+Of tests/clients those are collected whose client is installed.
 """
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +26,20 @@ BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager
 REHEARSAL = os.environ.get("PATS_GPU_REHEARSAL") == "1"  # of tests/gpu, on the CPU: tests/gpu/device.py
 
 collect_ignore = [] if torch.cuda.is_available() or REHEARSAL else ["gpu"]
+
+
+def client_is_missing(file: Path) -> bool:
+    """Whether the package that a file is named after, as test_PACKAGE or test_PACKAGE_*, is not there."""
+    names = accumulate(file.stem.removeprefix("test_").split("_"), "{}_{}".format)
+    return all(find_spec(name) is None for name in names)
+
+
+# `make test-clients` has all of them, and where PATS_CLIENTS=1 says so, one that is missing is a failure.
+if os.environ.get("PATS_CLIENTS") != "1":
+    clients = Path(__file__).parent.glob("clients/test_*.py")
+    collect_ignore += [f"clients/{file.name}" for file in clients if client_is_missing(file)]
 if INTERPRETED:
-    collect_ignore.append("test_cuda_emulation.py")  # proves another backend, once
+    collect_ignore += ["test_cuda_emulation.py", "clients"]  # prove other backends, once
 
 settings.register_profile(
     "pats",

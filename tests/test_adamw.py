@@ -111,7 +111,7 @@ def test_groups_of_all_kinds_share_a_launch(backend: str, normalization: str, se
         | {"lr": [1e-3, 1e-2, 1e-4, 2e-3]},
     )
     optimizer = run_checked(backend, case)
-    (plan, *_) = optimizer._launcher._planner._plans
+    ((plan, *_),) = optimizer._launcher._planner._plans.values()
     assert [launch.index for launch in plan.launches] == [[0, 1, 2, 3]]
     kept = [set(optimizer.state[param]) for param in params_of(optimizer)]
     adamw, sens = {"step", "exp_avg", "exp_avg_sq"}, {"exp_avg_sens", "exp_avg_unc"}

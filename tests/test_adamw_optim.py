@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from bad_input import BAD_ADAMW_HYPERPARAMETERS, BAD_HYPERPARAMETERS, assert_names
@@ -14,6 +15,7 @@ from test_optim import give_gradients, parameters, saved
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.testing._internal.two_tensor import TwoTensor
 
 from pats_kernels import PATSAdamW
 
@@ -97,6 +99,30 @@ def test_a_tensor_lr_may_be_filled(backend: str) -> None:
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] is lr
     assert_same_bits(snapshot(optimizer), snapshot(plain))
+
+
+@pytest.mark.parametrize("name", ["betas", "sens_betas"])
+def test_tensor_betas_may_be_filled(backend: str, name: str) -> None:
+    """A schedule that writes into them is followed at every step, as one that replaces numbers is."""
+    tensors = (torch.tensor(0.5), torch.tensor(0.75))
+    optimizer = optimizer_of(parameters(), **{name: tensors}, backend=backend)
+    plain = optimizer_of(parameters(), **{name: (0.5, 0.75)}, backend=backend)
+    for number in (1, 2, 3):
+        steps(optimizer, number)
+        steps(plain, number)
+        assert_same_bits(snapshot(optimizer), snapshot(plain))
+        tensors[0].add_(0.125)
+        plain.param_groups[0][name] = (0.5 + 0.125 * number, 0.75)
+
+
+def test_numbers_of_every_kind(backend: str) -> None:
+    """NumPy's, and sequences that are no tuples: the bits of Python's own, whose arithmetic is float64."""
+    values = {"lr": 1e-2, "weight_decay": 0.3, "betas": (0.8, 0.9), "seed": 3, "gamma": 0.7}
+    single = {name: np.float32(value) for name, value in values.items() if isinstance(value, float)}
+    single |= {"betas": np.array(values["betas"], np.float32), "seed": np.int64(3)}
+    exact = {name: value.tolist() for name, value in single.items()}
+    one, two = (optimizer_of(parameters(), **kind, backend=backend) for kind in (single, exact))
+    assert_same_bits(snapshot(steps(one, 1, 2, 3)), snapshot(steps(two, 1, 2, 3)))
 
 
 def test_noise_may_begin_and_end(backend: str) -> None:
@@ -294,6 +320,32 @@ def test_loading_copies() -> None:
     assert_same_bits([t for state in state_dict["state"].values() for t in state.values()], before)
 
 
+def test_state_that_is_no_parameter_s() -> None:
+    """As torch has it: copied as it is."""
+    optimizer = steps(optimizer_of(parameters()), 1)
+    optimizer.state["global_step"] = 7  # type: ignore[index]
+    other = optimizer_of(parameters())
+    other.load_state_dict(saved(optimizer.state_dict()))
+    assert other.state["global_step"] == 7  # type: ignore[index]
+    assert len(other.state) == 6
+
+
+@pytest.mark.parametrize("value", [None, [], 3])
+def test_what_is_no_state_dict(value: Any) -> None:
+    with pytest.raises(ValueError, match="state_dict"):
+        optimizer_of(parameters()).load_state_dict(value)
+
+
+def test_a_step_count_as_torch_once_had_it() -> None:
+    """A Python int: the noise goes on with it, and so do the bias corrections."""
+    optimizer, other = (steps(optimizer_of(parameters()), 1, 2) for _ in range(2))
+    state_dict = saved(optimizer.state_dict())
+    for entry in state_dict["state"].values():
+        entry["step"] = int(entry["step"])
+    other.load_state_dict(state_dict)
+    assert_same_bits(snapshot(steps(other, 3, 4)), snapshot(steps(optimizer, 3, 4)))
+
+
 def test_hooks_of_loading() -> None:
     """Another's hook may exchange the dictionary, and one after sees the state that was loaded."""
     source, optimizer = steps(optimizer_of(parameters()), 1, 2), optimizer_of(parameters())
@@ -324,6 +376,31 @@ BAD_STATE_DICTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "means of another shape": (edited(2, "sens_stats", torch.zeros(3)), ("c:", "sens_stats", "(3,)")),
     "a step of another shape": (edited(3, "step", torch.zeros(2)), ("d:", "step", "(2,)")),
     "an integer moment": (edited(0, "exp_avg", torch.zeros(5, 8, dtype=torch.int8)), ("a:", "int8")),
+    "mixed dtypes": (
+        edited(1, "exp_avg_sq", torch.zeros(8).bfloat16()),
+        ("b:", "exp_avg_sq", "bfloat16", "float32"),
+    ),
+    "sparse m": (edited(1, "exp_avg", torch.zeros(8).to_sparse()), ("b:", "exp_avg", "sparse")),
+    "negative v": (edited(1, "exp_avg_sq", -torch.eye(8)[2]), ("b:", "exp_avg_sq", "-1.0", ">= 0")),
+    "negative S": (edited(1, "exp_avg_sens", -torch.eye(8)[2]), ("b:", "exp_avg_sens", "-1.0", ">= 0")),
+    "U not a number": (edited(1, "exp_avg_unc", torch.eye(8)[0].log().log()), ("b:", "exp_avg_unc", "nan")),
+    "infinite means": (edited(1, "sens_stats", torch.tensor([0, torch.inf])), ("b:", "sens_stats", "inf")),
+    "a negative step": (edited(3, "step", -1), ("d:", "step", "-1")),
+    "a broken step": (edited(3, "step", torch.tensor(1.5)), ("d:", "step", "1.5")),
+    "a step not a number": (edited(3, "step", torch.tensor(torch.nan)), ("d:", "step", "nan")),
+    "no entry": (lambda sd: sd["state"].update({2: None}), ("c:", "None")),
+    "another position": (edited(2, "tensor_id", 1), ("c:", "another order", "1")),
+    "a position that is none": (edited(2, "tensor_id", "first"), ("c:", "tensor_id")),
+    "no groups": (lambda sd: sd.update(param_groups=None), ("param_groups", "None")),
+    "a group that is none": (lambda sd: sd["param_groups"].append(None), ("param_groups[1]", "None")),
+    "no parameters": (in_group(params=None), ("param_groups[0]", "params")),
+    "a parameter twice": (in_group(params=[0, 1, 1, 3, 4]), ("parameter 1 twice",)),
+    "no state": (lambda sd: sd.update(state=None), ("state", "None")),
+    "names": (in_group(param_names=["a"]), ("param_groups[0]", "param_names")),
+    "tensor_id": (in_group(tensor_id=[0, 1, 2, 3, 3]), ("tensor_id", "[4]", "3")),
+    "lr on another device": (in_group(lr=torch.zeros((), device="meta")), ("lr", "meta", "cpu")),
+    "capturable": (in_group(capturable="no"), ("capturable", "'no'")),
+    "amsgrad of many": (in_group(amsgrad=torch.ones(2)), ("amsgrad",)),
     "no v": (lambda sd: sd["state"][4].pop("exp_avg_sq"), ("e:", "exp_avg_sq")),
     "no step": (lambda sd: sd["state"][0].pop("step"), ("a:", "step")),
     "another parameter": (lambda sd: sd["state"].update({7: sd["state"][0]}), ("7",)),
@@ -352,6 +429,20 @@ def test_bad_state_dicts(name: str) -> None:
     assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     assert_same_bits(snapshot(optimizer), snapshot(untouched))
     assert_same_bits(snapshot(steps(optimizer, 3)), snapshot(steps(untouched, 3)))
+
+
+def test_moments_that_are_not_finite_go_on() -> None:
+    """As in torch's AdamW, which a gradient that is not finite leaves so: what was saved can be loaded."""
+    optimizer = optimizer_of(by_name(parameters()))
+    for number in (1, 2):
+        give_gradients(params_of(optimizer), number)
+        grad = params_of(optimizer)[1].grad
+        assert grad is not None
+        grad[:2] = torch.tensor([torch.nan, -torch.inf])
+        optimizer.step()
+    other = optimizer_of(by_name([nn.Parameter(p.detach().clone()) for p in params_of(optimizer)]))
+    other.load_state_dict(saved(optimizer.state_dict()))
+    assert_same_bits(snapshot(steps(other, 3)), snapshot(steps(optimizer, 3)))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -540,3 +631,12 @@ def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
     own.grad = torch.tensor([1.0, 2.0, 4.0, 3.0])
     PATSAdamW([own], lr=0.1).step()
     assert torch.equal(param, own)
+
+
+def test_a_tensor_made_of_others_is_refused() -> None:
+    """It has no memory of its own: a kernel would write to address 0."""
+    two = TwoTensor(torch.ones(3), torch.ones(3))
+    param = nn.Parameter(two)
+    param.grad = torch.ones(3)
+    with pytest.raises(TypeError, match=r"named: the parameter, a \w+, has no memory of its own"):
+        PATSAdamW([("named", param)]).step()

@@ -187,6 +187,50 @@ def test_wrappers_are_refused_and_what_they_wrap_is_named(wrapper: Any, error: A
         PATS(wrapper(parameters()))
 
 
+class WithGamma(SGD):
+    """AdaBound and MARS have a `gamma`, which is no gate's."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.defaults["gamma"] = 0.025
+        self.param_groups[0]["gamma"] = 0.025
+
+
+def test_a_key_with_two_meanings_is_refused() -> None:
+    with pytest.raises(ValueError, match="WithGamma, whose param groups have a 'gamma' of their own"):
+        PATS(WithGamma(parameters()))
+    groups = [{"params": parameters(), "gamma": 0.025}]  # this one was meant for PATS
+    PATS(SGD(groups, lr=0.1))
+
+
+class Counting(SGD):
+    """MADGRAD keeps a count of its own beside the parameters' state."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1, momentum=0.9)
+        self.state["k"] = torch.zeros(1)  # type: ignore[index]
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["k"] += 1  # type: ignore[index]
+        return super().step(closure)
+
+
+def test_state_of_the_optimizer_as_a_whole() -> None:
+    params, other = parameters(), parameters()
+    optimizer, resumed = Counting(params), Counting(other)
+    for one in (optimizer, resumed):
+        PATS(one, **SETTINGS)
+    steps(params, optimizer, 1, 2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.state["k"] == 2  # type: ignore[index]
+    with torch.no_grad():
+        for p, q in zip(params, other, strict=True):
+            q.copy_(p)
+    steps(params, optimizer, 3)
+    steps(other, resumed, 3)
+    assert all(map(same_bits, params, other))
+
+
 class WithMasters(SGD):
     """Keeps float32 copies of its parameters, in its state or in a list of each group's."""
 

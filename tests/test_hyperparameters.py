@@ -1,6 +1,9 @@
 """What a param group may hold: every value that is allowed passes, every other is named with its range."""
 
 import math
+from collections import UserList
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,19 @@ GOOD = [
     ("seed", 0),
     ("seed", 2**64 - 1),
 ]
+
+
+class Config:
+    """A sequence that says so by what it has alone."""
+
+    def __init__(self, *entries: float) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> float:
+        return self._entries[index]
 
 
 def test_the_contract_s_defaults() -> None:
@@ -81,13 +97,59 @@ def test_a_group_wins_over_the_defaults() -> None:
     ("name", "given", "value"),
     [
         ("sens_betas", [0.5, 0.25], (0.5, 0.25)),  # as JSON and YAML give it
+        ("sens_betas", UserList([0.5, 0.25]), (0.5, 0.25)),
+        ("sens_betas", Config(0.5, 0.25), (0.5, 0.25)),  # as Hydra gives it
+        ("sens_betas", np.array([0.5, 0.25], np.float32), (0.5, 0.25)),
+        ("sens_betas", torch.tensor([0.5, 0.25]), (0.5, 0.25)),
+        ("sens_betas", (torch.tensor(0.5), np.float32(0.25)), (0.5, 0.25)),
+        ("seed", np.int64(7), 7),
+        ("seed", np.uint64(2**64 - 1), 2**64 - 1),
+        ("seed", torch.tensor(7), 7),
+        ("noise_scale", np.float32(0.25), 0.25),
+        ("noise_scale", np.array(0.25), 0.25),
+        ("noise_scale", Fraction(1, 4), 0.25),
         ("noise_scale", torch.tensor(0.25), 0.25),  # as a schedule on the device may
         ("noise_scale", np.float64(0.25), 0.25),
         ("gamma", torch.tensor(2), 2),
     ],
 )
 def test_other_forms(name: str, given: Any, value: Any) -> None:
-    assert getattr(hyperparameters({name: given}, DEFAULTS), name) == value
+    got = getattr(hyperparameters({name: given}, DEFAULTS), name)
+    assert got == value
+    numbers = got if isinstance(got, tuple) else (got,)
+    assert {type(number) for number in numbers} <= {float, int}  # arithmetic with NumPy's would be float32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sens_betas", {0.5: 0, 0.25: 0}),
+        ("sens_betas", "05"),
+        ("sens_betas", torch.tensor(0.5)),
+        ("sens_betas", torch.zeros(2, 2)),
+        ("sens_betas", np.zeros((2, 2))),
+        ("seed", np.float64(1.0)),
+        ("seed", True),
+        ("gamma", 10**400),
+        ("gamma", 1j),
+        ("gamma", Decimal(1)),
+        ("gamma", torch.empty((), device="meta")),
+        ("uncertainty", torch.zeros(2)),
+        ("normalization", np.zeros(2)),
+        ("stochastic_rounding", torch.zeros(3)),
+    ],
+)
+def test_what_is_no_number_of_any_kind(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {name}"):
+        hyperparameters({name: value}, DEFAULTS)
+
+
+def test_a_pair_of_tensors_is_followed() -> None:
+    """They are read at every call: the cache is by number, not by tensor."""
+    betas = (torch.tensor(0.5), torch.tensor(0.25))
+    assert hyperparameters({"sens_betas": betas}, DEFAULTS).sens_betas == (0.5, 0.25)
+    betas[0].fill_(0.75)
+    assert hyperparameters({"sens_betas": betas}, DEFAULTS).sens_betas == (0.75, 0.25)
 
 
 def test_a_changed_value_is_seen() -> None:

@@ -20,7 +20,7 @@ PATS(optimizer, normalization="exact", noise_scale=0.1, gamma=0.0)
 optimizer.step()
 assert not torch.equal(w, torch.ones(5))
 try:
-    PATS(optimizer, backend="cpp")
+    PATS(torch.optim.SGD([w], lr=0.1), backend="cpp")
 except RuntimeError as error:
     print(error)
 """

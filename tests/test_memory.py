@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks import memory, timing
-from pats_kernels import PATS, PATSAdamW
+from pats_kernels import PATS, PATSAdamW, release_gradients
 
 CPU = torch.device("cpu")
 FUSED = [name for name in BACKENDS if name != "eager"]
@@ -84,7 +85,10 @@ def test_state_to_the_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """Of elements: AdamW's two moments, PATS's two averages. Of tensors: AdamW's step, float32; PATS's own
     and its two statistics; `PATSAdamW` has one step for both."""
     path = tmp_path / "memory.json"
-    assert memory.main(["--model", "tiny", "--device", "cpu", "--json", str(path)]) == 0
+    (first, *_) = memory.trained(torch.float32)  # one of all: a profile of a backward pass takes seconds
+    few = {"trained": lambda dtype: [first], "SEQUENCES": (1,), "TRAINED_DTYPES": (torch.float32,)}
+    with patch.multiple(memory, **few):
+        assert memory.main(["--model", "tiny", "--device", "cpu", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     numel, tensors, rows = report["params"], report["tensors"], report["results"]
     size = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,7 +121,40 @@ def test_state_to_the_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert (row["temporary_bytes"] < 256) == fused, row
         if row["optimizer"] == "AdamW(foreach=True)":
             assert row["temporary_bytes"] >= numel * size[row["dtype"]], row
-    assert "bytes a parameter" in capsys.readouterr().out
+    for row in report["training"]:
+        saved = row["peak_bytes"] - row["released_peak_bytes"]
+        # Where logits are so much bigger than parameters, the peak comes before the first gradient.
+        assert 0 <= saved <= numel * size[row["dtype"]], row
+    assert [row["optimizer"] for row in report["training"]] == [first.name]
+    printed = capsys.readouterr().out
+    assert "bytes a parameter" in printed
+    assert "saved" in printed
+
+
+def test_released_gradients_are_never_held_together() -> None:
+    """Of twenty layers: all gradients, or the last one and what backward itself holds of the one before."""
+    width, layers = (16, 5) if INTERPRETED else (256, 20)
+    held: dict[bool, int] = {}
+    for released in (False, True):
+        model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+        optimizer = PATSAdamW(model.parameters())
+        if released:
+            release_gradients(optimizer)
+        batch = torch.randn(1, width)
+
+        def step(
+            model: nn.Module = model, optimizer: Optimizer = optimizer, batch: torch.Tensor = batch
+        ) -> None:
+            model(batch).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(2):
+            step()
+        held[released] = timing.memory(step, CPU).peak
+    gradient = 4 * width * width
+    assert held[False] >= layers * gradient
+    assert held[True] < 3 * gradient
 
 
 def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@
 import gc
 import weakref
 from collections.abc import Callable
-from itertools import pairwise, product
+from dataclasses import replace
+from itertools import chain, pairwise, product
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from harness import LAYOUTS, Case, Work, assert_same_bits, gradients, prepare, run, run_checked, step
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import Batch, Column, Planner, chunk_table, collapse
@@ -277,15 +279,77 @@ def test_a_variant_is_part_of_the_plan() -> None:
     assert second.launches[0].key.variant.normalization == "exact"
 
 
-def test_alternating_sets_are_both_kept() -> None:
-    """A layer that is frozen and unfrozen costs nothing; more sets than there is room for are rebuilt."""
-    planner, works = Planner(capacity=2), [work_of(Case([(n,)])) for n in (5, 6, 7)]
-    plans = [planner.plan(batch(work)) for work in works[:2]]
+def test_alternating_sets_are_all_kept() -> None:
+    """Layers that are frozen and unfrozen in turn cost nothing, a dozen sets of them no more than one."""
+    planner, work = Planner(), work_of(Case([(n,) for n in range(1, 13)]))
+    sets = [[i for i in range(12) if i != frozen] for frozen in range(12)]
+    plans = [planner.plan(part(work, chosen, 12)) for chosen in sets]
     for _ in range(2):
-        assert [planner.plan(batch(work)) for work in works[:2]] == plans
-        assert all(a is b for a, b in zip((planner.plan(batch(w)) for w in works[:2]), plans, strict=True))
-    planner.plan(batch(works[2]))
-    assert planner.plan(batch(works[0])) is not plans[0]
+        for chosen, plan in zip(sets, plans, strict=True):
+            assert planner.plan(part(work, chosen, 12)) is plan
+    assert len({id(plan) for plan in plans}) == 12
+
+
+def test_the_share_of_the_sets_that_fits_is_kept() -> None:
+    """Three in turn where there is room for two: not all three are planned anew again and again."""
+    planner, works = Planner(capacity=2, spare=0), [work_of(Case([(5,)])) for _ in range(3)]
+    seen = [planner.plan(batch(work)) for work in works]
+    hits = 0
+    for _ in range(40):
+        for work in works:
+            plan = planner.plan(batch(work))
+            hits += any(plan is other for other in seen)
+            seen.append(plan)
+            assert sum(map(len, planner._plans.values())) <= 2
+    assert 20 < hits < 100
+
+
+@pytest.mark.parametrize("spare", [0, 2**14])
+def test_plans_take_no_more_than_there_is_room_for(spare: int) -> None:
+    planner = Planner(capacity=2, spare=spare)
+    for n in range(1, 200):
+        planner.plan(batch(work_of(Case([(n % 50,), (5,)]))))
+        plans = list(chain.from_iterable(planner._plans.values()))
+        rows, size = sum(plan.rows for plan in plans), sum(plan.bytes for plan in plans)
+        assert (planner._rows, planner._bytes) == (rows, size)
+        assert rows <= 4 or size <= spare
+
+
+def part(work: Work, index: list[int], kept: int) -> Batch:
+    """Some of the tensors of a caller who keeps `kept`."""
+    all_ = batch(work)
+    columns = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "sens_stats", "steps", "tensor_ids")
+    own = {name: [getattr(all_, name)[i] for i in index] for name in columns}
+    return Batch(all_.name, **own, hyperparameters=[Hyperparameters()] * len(index), kept=kept)
+
+
+def test_each_tensor_stepped_alone_keeps_its_plan() -> None:
+    """More of them than there is room for plans of one set, and beside a plan of all of them."""
+    count = 20
+    planner, work = Planner(capacity=2, spare=0), work_of(Case([(n,) for n in range(1, 1 + count)]))
+    together = planner.plan(batch(work))
+    plans = [planner.plan(part(work, [i], count)) for i in range(count)]
+    for i in (*range(count), *reversed(range(count))):
+        assert planner.plan(part(work, [i], count)) is plans[i]
+    assert planner.plan(batch(work)) is together
+
+
+def test_no_plan_keeps_tensors_alive_that_come_and_go() -> None:
+    """Neither of an owner: parameters that are replaced again and again leave with their last reference."""
+    planner = Planner(owned=True)
+    references: list[weakref.ref[Tensor]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(30):
+            work = work_of(Case([(5,), (6,), (7,)]))
+            counters = [torch.zeros(()) for _ in work.params]
+            planner.plan(replace(batch(work), steps=counters))
+            references += map(weakref.ref, [*work.tensors(), *counters])
+            del work, counters
+        assert not any(reference() is not None for reference in references)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["params", "grads", "sens", "unc", "stats"])

@@ -1,5 +1,7 @@
 """A launch's tables on the device: what is uploaded when, and what a captured graph copies from."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ CHUNK = 4
 def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Switches: from now on everything happens as if a graph were being captured, or no longer."""
     monkeypatch.setattr(tables, "_captured", [])
+    monkeypatch.setattr(tables, "_constants", [])
     capturing = {"now": False}
     monkeypatch.setattr(tables, "capturing", lambda device: capturing["now"])
     return capturing.__setitem__
@@ -103,6 +106,19 @@ def test_a_graph_copies_from_memory_of_its_own(graph: Any) -> None:
     for source, old, given in zip(sources, before, captured, strict=True):
         assert torch.equal(source, old)
         assert torch.equal(given.table, old)
+
+
+def test_a_graph_outlives_the_plan_that_it_was_captured_with(graph: Any) -> None:
+    """A planner forgets plans, and a replay still reads what they have uploaded."""
+    launch, _, _ = launch_of()
+    kept = DeviceTables(launch, CHUNK, pack)
+    kept.current(launch)
+    graph("now", True)
+    given = kept.current(launch)
+    references = [weakref.ref(tensor) for tensor in (given.layout, given.chunks, given.starts)]
+    del kept, given, launch
+    gc.collect()
+    assert all(reference() is not None for reference in references)
 
 
 def test_a_capture_before_the_first_step(graph: Any) -> None:

@@ -1,13 +1,12 @@
 """The compiled extension (csrc/) on the CPU: `torch.ops.pats_kernels.step_`, over the plan's tables."""
 
 import importlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pats_kernels.compiling import refuse_functionalization
-from pats_kernels.plan import Batch, Launch, Phase, are_counters
+from pats_kernels.plan import Batch, Launch, Phase
 
 MISSING: str | None = None  # why there is no extension
 try:
@@ -32,13 +31,14 @@ def unavailable(device: torch.device) -> str | None:
 def step_(
     launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """One call for all of a launch's tensors."""
+    """One call for all of a launch's tensors.
+
+    The dispatcher is told of the parameters and the gradients alone. They stand for the state, whose tensors
+    are plain ones that the batch keeps alive: to hand over all of them takes longer than to plan the step.
+    """
     key, variant = launch.key, launch.key.variant
-    written: list[Sequence[Tensor | None]] = [batch.params, *batch.averages.values()]
-    written += [batch.sens_stats, batch.shares, batch.nonfinite]
-    written += [batch.steps] if are_counters(batch.steps) else []
     torch.ops.pats_kernels.step_(
-        [tensor for column in written for tensor in launch.of(column)],
+        launch.of(batch.params),
         launch.of(batch.grads),
         torch.from_numpy(launch.table),
         torch.from_numpy(launch.layout),

@@ -12,6 +12,9 @@ from pats_kernels.plan import Column, Launch, chunk_table
 
 # What the graphs that were captured copy from whenever they are replayed. Nobody tells when a graph is gone.
 _captured: list[Tensor] = []
+_constants: list[
+    Tensor
+] = []  # what they read that was uploaded once: the plan it belongs to may be forgotten
 
 
 class Tables(NamedTuple):
@@ -90,6 +93,7 @@ class DeviceTables:
         staging = self._pinned(launch) if self._spare is None else self._spare
         self._spare = None
         _captured.append(staging)
+        _constants.extend((self._layout, self._chunks, self._starts))
         tables = self._allocated(launch)
         self._upload(launch, staging, tables)
         return tables

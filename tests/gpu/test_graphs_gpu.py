@@ -36,7 +36,7 @@ def attached(params: list[Tensor], backend: str, **keywords: Any) -> Run:
     optimizer = torch.optim.SGD(params, lr=0.0)
     keywords.pop("lr", None)
     pats = PATS(optimizer, noise_scale=keywords.pop("noise_scale", NOISE_SCALE), backend=backend, **keywords)
-    optimizer.step = lambda: pats._before_step(optimizer, (), {})  # type: ignore[method-assign]
+    optimizer.step = lambda: pats._attachment.before_step(optimizer, (), {})  # type: ignore[method-assign]
     return params, optimizer, pats
 
 

@@ -1,0 +1,263 @@
+"""Gradient release: each parameter is stepped in backward, and its gradient freed."""
+
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from pats_kernels.plan import is_dtensor
+from pats_kernels.state import TENSOR_ID, is_distributed, parameter_names
+
+SCALER = ("grad_scale", "found_inf")  # what a GradScaler leaves at an optimizer for its step
+
+
+def release_gradients(optimizer: Optimizer, *, synchronized: bool = False) -> "GradientRelease":
+    """Steps each parameter in backward as soon as its gradient is complete, and frees it.
+
+    Gradients then never exist all at once. The optimizer stays what it is, with its param groups, schedules
+    and checkpoints, and the numbers are those of the plain step, to the bit: `optimizer.step()` and
+    `zero_grad()` stay in the loop, and find nothing left to do.
+
+        optimizer = PATSAdamW(model.parameters(), lr=2e-5)
+        release_gradients(optimizer)
+
+    What needs all gradients at once cannot work: clipping by a global norm finds none and clips nothing, and
+    a GradScaler, whose decision to skip a step comes too late, is refused. Step hooks run once a parameter.
+    Parameters that are added or unfrozen later are stepped by `optimizer.step()` once, and then released.
+    It ends with the optimizer: somebody has to keep that, or the handle.
+
+    Args:
+        optimizer: a `PATSAdamW`, or any optimizer whose state is each parameter's own, with `PATS` attached
+            or without.
+        synchronized: says that the gradients of plain parameters are complete when backward has accumulated
+            them, in spite of there being several processes: not so under DistributedDataParallel, which
+            averages them afterwards. Sharded parameters (FSDP2) need no word.
+
+    Returns:
+        The handle: `accumulate()` and `remove()`.
+
+    Raises:
+        TypeError: not a `torch.optim.Optimizer`, or one that needs a closure (LBFGS).
+        ValueError: the gradients of the optimizer, or of one of its parameters, are released already.
+        RuntimeError: a parameter, by name, that FSDP1 has flattened; plain parameters in one of several
+            processes; an optimizer that carries a GradScaler's `grad_scale` or `found_inf`.
+    """
+    return GradientRelease(optimizer, synchronized)
+
+
+class _Place(NamedTuple):
+    """Where a parameter is in its optimizer."""
+
+    param: Tensor
+    name: str
+    group: int
+    slot: int  # in its group
+    position: int  # among all parameters
+
+
+class GradientRelease:
+    """What `release_gradients` returns: released gradients, until `remove()`."""
+
+    def __init__(self, optimizer: Optimizer, synchronized: bool) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"{type(optimizer).__name__} needs a closure, which evaluates the model within its step"
+            )
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks):
+            raise ValueError(f"the gradients of this {type(optimizer).__name__} are released already")
+        self.optimizer = optimizer
+        self._synchronized = synchronized
+        self._holding = 0  # how many `accumulate()` deep
+        self._stepping = False
+        self._lock = threading.RLock()  # each GPU's part of a backward pass runs in a thread of its own
+        self._layout: list[list[int]] = []  # the ids of the groups' parameters, for which `_places` is true
+        self._places: dict[int, _Place] = {}  # by a parameter's id
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._times: dict[int, int] = {}  # how often each was stepped since the last `optimizer.step()`
+        self._changed: set[tuple[int, str]] = set()  # group and key: what steps have changed since then
+        self._refuse_scaler()
+        self._find_places()
+        self._attach()
+        self._step_hook = optimizer.register_step_pre_hook(self._before_step)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within it, backward passes leave their gradients; the next one outside steps on their sum."""
+        self._holding += 1
+        try:
+            yield
+        finally:
+            self._holding -= 1
+
+    def remove(self) -> None:
+        """Ends it: gradients stay until `optimizer.step()` and `zero_grad()`, as ever."""
+        self._step_hook.remove()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+
+    def _find_places(self) -> None:
+        """Where each parameter is now; what is no longer the optimizer's loses its hook."""
+        groups = self.optimizer.param_groups
+        layout = [list(map(id, group["params"])) for group in groups]
+        if layout == self._layout:
+            return
+        names, places = parameter_names(groups), {}
+        for number, group in enumerate(groups):
+            for index, param in enumerate(group["params"]):
+                places[id(param)] = _Place(param, names[param], number, index, len(places))
+        for key in self._hooks.keys() - places.keys():
+            self._hooks.pop(key).remove()
+        self._layout, self._places = layout, places
+
+    def _attach(self) -> None:
+        """Hooks for those that can have a gradient and have none yet."""
+        places = self._places.items()
+        new = {key: place for key, place in places if key not in self._hooks and place.param.requires_grad}
+        for place in new.values():
+            self._check(place)
+        for key, place in new.items():
+            self._hooks[key] = place.param.register_post_accumulate_grad_hook(_Hook(self))
+
+    def _check(self, place: _Place) -> None:
+        if getattr(place.param, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{place.name}: FSDP1 (FullyShardedDataParallel) has flattened it, and completes gradients "
+                "later; FSDP2 (fully_shard) works"
+            )
+        self._require_complete(place)
+        hooks = getattr(place.param, "_post_accumulate_grad_hooks", None) or {}
+        if any(isinstance(hook, _Hook) and hook.release() is not None for hook in hooks.values()):
+            raise ValueError(f"{place.name}: another optimizer releases its gradient already")
+
+    def _require_complete(self, place: _Place) -> None:
+        """Raises RuntimeError where nobody knows whether the other processes' gradients are part of it."""
+        if self._synchronized or is_dtensor(type(place.param)) or not is_distributed():
+            return
+        if (size := dist.get_world_size()) > 1:
+            raise RuntimeError(
+                f"{place.name}: a plain parameter in one of {size} processes: DistributedDataParallel "
+                "averages gradients after backward has accumulated them, and keeps all in its buckets. "
+                "Shard with FSDP2 (fully_shard), or say synchronized=True if they are complete by then"
+            )
+
+    def _refuse_scaler(self) -> None:
+        for name in SCALER:
+            if getattr(self.optimizer, name, None) is not None:
+                raise RuntimeError(
+                    f"the optimizer carries {name} of a GradScaler, which decides to skip a step once it has "
+                    "seen all gradients, when released ones are gone; bfloat16 needs no scaler"
+                )
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Before the loop's own step, which finds gradients of those only that no hook has released."""
+        if self._stepping:
+            return
+        times, self._times = self._times, {}
+        self._changed.clear()
+        self._refuse_scaler()
+        self._find_places()
+        for key, count in times.items():
+            if (place := self._places.get(key)) is None:
+                continue
+            if place.param.grad is not None:
+                raise RuntimeError(
+                    f"{place.name}: has a gradient again after it was stepped in backward: something fills "
+                    "it later, as DistributedDataParallel does, and the step was taken without it"
+                )
+            if count > 1:
+                raise RuntimeError(
+                    f"{place.name}: was stepped {count} times in backward for one optimizer.step(). Of "
+                    "several backward passes all but the last belong in accumulate(); a weight that is used "
+                    "several times may not be in parts checkpointed with use_reentrant=True"
+                )
+        self._attach()
+
+    def _release(self, param: Tensor) -> None:
+        """Steps one parameter, whose gradient is complete, and lets go of that."""
+        with self._lock:
+            if self._holding:
+                self._times.pop(id(param), None)
+                return
+            place = self._place_of(param)
+            if place is None or param.grad is None:
+                return
+            self._require_complete(place)
+            self._refuse_scaler()
+            self._step(place)
+            param.grad = None
+
+    def _place_of(self, param: Tensor) -> _Place | None:
+        """None for a parameter that is no longer the optimizer's."""
+        for _ in range(2):
+            place, groups = self._places.get(id(param)), self.optimizer.param_groups
+            if place is not None and place.group < len(groups):
+                params = groups[place.group]["params"]
+                if place.slot < len(params) and params[place.slot] is param:
+                    return place
+            self._find_places()
+        return None
+
+    def _step(self, place: _Place) -> None:
+        """The optimizer's step, as if it had this parameter alone."""
+        optimizer, key = self.optimizer, id(place.param)
+        groups = optimizer.param_groups
+        group = groups[place.group]
+        own = {"params": [place.param], "param_names": [place.name], TENSOR_ID: _number(group, place)}
+        narrowed = {**group, **own}
+        if key in self._times:  # another backward pass, in a loop that does without `optimizer.step()`
+            self._changed.clear()
+        optimizer.param_groups = [narrowed]
+        self._stepping = True
+        try:
+            optimizer.step()
+        finally:
+            self._stepping = False
+            optimizer.param_groups = groups
+            values = {name: value for name, value in narrowed.items() if name not in own}
+            changed = [name for name, value in values.items() if not _same(value, group.get(name, group))]
+            group.update({name: values[name] for name in changed})
+        self._times[key] = self._times.get(key, 0) + 1
+        for name in changed:
+            if (place.group, name) in self._changed:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} changes {name!r} of a param group at every step: what it "
+                    "keeps for all of a group's parameters cannot be stepped for each of them"
+                )
+            self._changed.add((place.group, name))
+
+
+class _Hook:
+    """A parameter's hook, which keeps nothing alive: Python cannot collect a cycle that leads through one."""
+
+    def __init__(self, release: GradientRelease) -> None:
+        self.release = weakref.ref(release)
+
+    def __call__(self, param: Tensor) -> None:
+        if (release := self.release()) is not None:
+            release._release(param)
+
+
+def _number(group: Mapping[str, Any], place: _Place) -> int:
+    """The tensor_id on which the parameter's noise depends."""
+    numbers = group.get(TENSOR_ID)
+    if numbers is None:
+        return place.position
+    return numbers + place.slot if isinstance(numbers, int) else numbers[place.slot]
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value is other or (
+        not isinstance(value, Tensor) and not isinstance(other, Tensor) and value == other
+    )
