@@ -35,6 +35,15 @@ PATS_INLINE double magnitude(double x) { return reinterpret<double>(bits_of(x) &
 PATS_INLINE float negative(float x) { return float_of(bits_of(x) | kSign); }
 PATS_INLINE double negative(double x) { return reinterpret<double>(bits_of(x) | kSign64); }
 
+// pats_kernels/counters.py: how a float counts steps past 2^24.
+PATS_INLINE uint32_t steps_of(float counter) {
+  const uint32_t exact = 1u << 24, bits = bits_of(counter), exact_bits = 0x4B800000u;
+  return bits > exact_bits ? exact + (bits - exact_bits) : static_cast<uint32_t>(counter);
+}
+PATS_INLINE float advanced(float counter) {
+  return counter < 0x1p24f ? counter + 1.0f : float_of(bits_of(counter) + 1);
+}
+
 template <class T>
 PATS_INLINE T larger(T a, T b) {
   return a > b ? a : b;

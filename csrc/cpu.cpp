@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "arithmetic.h"
 #include "cpu_kernel.h"
 #include "names.h"
 
@@ -48,7 +49,7 @@ struct Work {
 
 uint32_t step_of(const Row& row, Phase phase) {
   if (!row.step_count) return static_cast<uint32_t>(row.step);
-  return static_cast<uint32_t>(*row.step_count) + (phase == Phase::kNoise ? 0 : 1);
+  return steps_of(*row.step_count) + (phase == Phase::kNoise ? 0 : 1);
 }
 
 void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& partials) {
@@ -70,7 +71,7 @@ void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& p
 void finish_statistics(const Work& work, const std::vector<Partial>& partials) {
   for (size_t tensor = 0; tensor < work.rows.size(); ++tensor) {
     const Row& row = work.rows[tensor];
-    if (row.step_count) *row.step_count += 1;
+    if (row.step_count) *row.step_count = advanced(*row.step_count);
     if (!row.stats) continue;
     Partial sum{0, 0, 0};
     for (int64_t i = work.starts[tensor]; i < work.starts[tensor + 1]; ++i) {

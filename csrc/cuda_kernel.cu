@@ -75,7 +75,7 @@ template <class T, class R>
 PATS_DEVICE void prepare(const CudaLaunch& launch, const R& row, Form form, Phase phase,
                          Uncertainty uncertainty, int64_t start, Shared<T>& shared) {
   uint32_t step = static_cast<uint32_t>(row.step);
-  if (row.step_count) step = static_cast<uint32_t>(*row.step_count) + (phase == Phase::kNoise ? 0u : 1u);
+  if (row.step_count) step = steps_of(*row.step_count) + (phase == Phase::kNoise ? 0u : 1u);
   T grad_scale = launch.grad_scale ? T(1) / static_cast<T>(*launch.grad_scale) : T(1);
   if (form != Form::kPats) {
     grad_scale *= static_cast<T>(row.grad_sign);
@@ -441,7 +441,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(const CudaLaunch launch) {
   if (skipped(launch)) return;
   const auto& row = row_of<T>(launch, blockIdx.x);
-  if (threadIdx.x == 0 && row.step_count) *row.step_count += 1;
+  if (threadIdx.x == 0 && row.step_count) *row.step_count = advanced(*row.step_count);
   if (!row.stats) return;
   double own[3] = {0, 0, 0}, total[3];
   const int64_t end = launch.starts[blockIdx.x + 1];

@@ -51,6 +51,10 @@ class Advisor:
         rows = [i for i, param in enumerate(batch.params) if id(param) in begin]
         noisy = [i for i in rows if batch.sens_stats[i] is not None]
         params = [(batch.name(i), batch.params[i]) for i in noisy]
+        for i in noisy:
+            if _is_always_certain(batch.hyperparameters[i]):
+                self._say("certain", certain_warning(batch.name(i)))
+                break
         text = noise_warning(params, [batch.hyperparameters[i] for i in noisy]) if params else None
         if text is not None:
             self._say("noise", text)
@@ -83,6 +87,18 @@ def misspelt(
 def spelling_warning(key: str, name: str) -> str:
     """The text for a pair of `misspelt`."""
     return f"param group key {key!r} is nobody's hyperparameter and changes nothing: did you mean {name!r}?"
+
+
+def certain_warning(name: str) -> str:
+    """The text for a tensor that never gets noise."""
+    return (
+        f'{name}: sens_betas[0] = 0 with uncertainty="product" means no noise, ever: S is the sensitivity '
+        'itself, so its uncertainty U is 0. Take sens_betas[0] > 0, or uncertainty="ucb" or "none"'
+    )
+
+
+def _is_always_certain(h: Hyperparameters) -> bool:
+    return h.sens_betas[0] == 0 and h.uncertainty == "product" and h.variant.form != "moments_adamw"
 
 
 def _is_one_edit(a: str, b: str) -> bool:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pats_kernels.counters import steps_of
 from pats_kernels.hyperparameters import Hyperparameters, hyperparameters
 from pats_kernels.optim import PATS
 from pats_kernels.plan import is_dtensor
@@ -284,7 +285,7 @@ def _gates(
     means = state["sens_stats"].to(dtype)
     moments = group.get("sensitivity") == "moments"
     if moments:
-        corrections = [1 - beta ** state["step"].to(torch.float64) for beta in group["betas"]]
+        corrections = [1 - beta ** steps_of(state["step"]).to(torch.float64) for beta in group["betas"]]
         operands = [param, state["exp_avg"], state["exp_avg_sq"]]
     else:
         corrections = []

@@ -17,6 +17,8 @@ Sensitivity = Literal["ema", "moments"]
 Form = Literal["pats", "pats_adamw", "moments_adamw"]
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+LARGEST = 1e38  # of what the kernels hold as a float32
+LARGEST_NOISE = 1e37  # 6.8 times it, as the largest normal is, still is a float32
 READ_ON_DEVICE = ("lr", "noise_scale")  # if they are tensors there, as for CUDA graphs
 PAIRS = ("betas", "sens_betas")
 
@@ -67,7 +69,7 @@ class Hyperparameters:
     variant: Variant = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _require_real_or_tensor("noise_scale", self.noise_scale)
+        _require_real_or_tensor("noise_scale", self.noise_scale, LARGEST_NOISE)
         _require_real("gamma", self.gamma)
         _require_decay_rates("sens_betas", self.sens_betas)
         _require_one_of("uncertainty", self.uncertainty, get_args(Uncertainty))
@@ -226,14 +228,14 @@ def _in_range(value: Any, low: float, high: float) -> bool:
         return False
 
 
-def _require_real(name: str, value: Any) -> None:
-    if not _in_range(value, 0, math.inf):
-        raise ValueError(f"Invalid {name}: {value!r} (must be a finite number >= 0)")
+def _require_real(name: str, value: Any, most: float = LARGEST) -> None:
+    if not _in_range(value, 0, most):
+        raise ValueError(f"Invalid {name}: {value!r} (must be a finite number >= 0, and below {most:.0e})")
 
 
-def _require_real_or_tensor(name: str, value: Any) -> None:
+def _require_real_or_tensor(name: str, value: Any, most: float = LARGEST) -> None:
     if not isinstance(value, Tensor):
-        _require_real(name, value)
+        _require_real(name, value, most)
     elif value.numel() != 1 or value.dtype != torch.float32:
         raise ValueError(f"Invalid {name}: {value!r} (must have one element, and be float32 on a GPU)")
 

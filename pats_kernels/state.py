@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pats_kernels.backends.tables import capturing
+from pats_kernels.counters import EXACT, MOST_STEPS, counter_at
 from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.parts import is_flattened
 from pats_kernels.plan import STATE_DTYPES, averages_of, check_param, is_dtensor
@@ -227,8 +228,7 @@ class Limits:
         self._found: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
 
     def add(self, name: str, key: str, low: Tensor, high: Tensor) -> None:
-        """Two numbers of `key` of the parameter `name`: the least and the largest; of a step the number in
-        float64, and as it is kept."""
+        """Two numbers of `key` of the parameter `name`: the least and the largest."""
         if type(low) is Tensor and not low.is_meta:  # others have no values to look at
             pair = torch.stack((low.detach().double(), high.detach().double()))
             self._found.setdefault(low.device, []).append((name, key, pair))
@@ -239,8 +239,8 @@ class Limits:
             pairs = torch.stack([pair for _, _, pair in found]).tolist()
             for (name, key, _), (low, high) in zip(found, pairs, strict=True):
                 if key == "step":
-                    fits = low == high and 0 <= low < 2**32 and low % 1 == 0
-                    limits = "a whole number in [0, 2^32) that float32 holds exactly"
+                    fits = 0 <= low <= MOST_STEPS and low % 1 == 0
+                    limits = f"a whole number in [0, {MOST_STEPS}]"
                 elif key == "exp_avg_sq":  # a gradient that is not finite has made these infinite, or NaN
                     fits, limits = not low < 0, ">= 0"
                 else:
@@ -309,13 +309,23 @@ def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limit
         value = laid_out_as(value, name, param)
     keeps = key.startswith("exp_avg") and value.dtype in STATE_DTYPES
     keeps &= value.dtype != torch.float64 or param.dtype == torch.float64
+    if key == "step":
+        value = _checked_count(name, value.to(param.device).reshape(()), limits)
     copied = value.to(param.device, value.dtype if keeps else torch.float32, copy=True)
     if type(copied) not in (Tensor, type(param.detach())) and not is_dtensor(type(copied)):
         raise ValueError(f"{name}: {key} is a {type(copied).__name__} in the state_dict, not a plain tensor")
-    if key == "step":
-        copied = copied.reshape(())
-        limits.add(name, key, value.to(param.device, torch.float64).reshape(()), copied)
     return copied
+
+
+def _checked_count(name: str, value: Tensor, limits: Limits) -> Tensor:
+    """A step count as the state keeps it; float32 is how it has been kept, anything else a plain number."""
+    if value.dtype != torch.float32:
+        limits.add(name, "step", value.double(), value.double())
+        return value if value.is_meta else counter_at(value)
+    is_whole = (value >= EXACT) & value.isfinite()
+    count = torch.where(is_whole, EXACT, value.double())  # every float32 from there on is a count
+    limits.add(name, "step", count, count)
+    return value
 
 
 def _means(state: State, param: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Every backend, each number against the oracle or a closed form.
 """
 
+import warnings
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,7 @@ from conftest import INTERPRETED
 from harness import TOLERANCES, Case, Work, assert_same_bits, check_step, prepare, same_bits, step, values
 from torch import Tensor, nn
 
-from pats_kernels import PATSAdamW, reference
+from pats_kernels import PATS, PATSAdamW, counters, reference
 
 VARIANTS = list(product(["delayed", "exact"], ["product", "ucb", "none"]))
 STORAGES = [
@@ -83,9 +84,8 @@ def test_no_noise_once_the_statistics_are_gone(
     assert (work.params[0] != before).float().mean() > 0.3
 
 
-@pytest.mark.skipif(INTERPRETED, reason="some hundred steps")
-@pytest.mark.parametrize("stochastic_rounding", [True, False])
-@pytest.mark.parametrize(("dtype", "state_dtype"), STORAGES)
+@pytest.mark.parametrize("stochastic_rounding", [True] if INTERPRETED else [True, False])
+@pytest.mark.parametrize(("dtype", "state_dtype"), STORAGES[:1] if INTERPRETED else STORAGES)
 def test_a_layer_that_is_never_used(
     backend: str, dtype: torch.dtype, state_dtype: torch.dtype, stochastic_rounding: bool
 ) -> None:
@@ -141,13 +141,19 @@ def test_where_statistics_begin_and_end(backend: str, uncertainty: str, mean: fl
         assert same_bits(work.params[0], before)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1e-3, 50.0, 1e4, 1e30])
-@pytest.mark.parametrize("level", [2.0**-119, 1e-8, 2.0**100])
+@pytest.mark.parametrize(
+    ("level", "gamma"),
+    [
+        (level, gamma)
+        for level in (2.0**-119, 1e-8, 2.0**100)
+        for gamma in (0.0, 1e-3, 50.0, 1e4, 1e30)
+        # What is subnormal a GPU takes for 0, which opens the gate as well.
+        if level * 0.2 / max(gamma, 1) >= 2.0**-126
+    ],
+)
 @pytest.mark.parametrize("uncertainty", ["ucb", "none"])
 def test_any_gamma_at_any_level(backend: str, gamma: float, level: float, uncertainty: str) -> None:
     """Sensitivities of 0, of a fifth of where the gate opens, and of five times that."""
-    if level * 0.2 / max(gamma, 1) < 2.0**-126:
-        pytest.skip("a fifth of it is subnormal: a GPU takes it for 0, which opens the gate as well")
     case = Case([(300,)], noise_scale=0.5, gamma=gamma, uncertainty=uncertainty, sens_betas=(0.99, 0.99))
     work = prepare(case)
     opens = level / max(gamma, 1)
@@ -244,9 +250,6 @@ def test_a_tensor_of_one_element(backend: str, gamma: float, uncertainty: str) -
         # A rounding of 1/mean may leave q a few 2^-24 below 1, and so a gate of some 1e-7.
         for new, old in zip(work.params, before, strict=True):
             assert (new - old).abs() <= 3 * 0.5 * 6.8 * 16 * 2.0**-24
-    assert all(torch.equal(a, b) for a, b in zip(work.params, before, strict=True)) == (gamma == 1.0) or (
-        gamma == 1.0
-    )
 
 
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
@@ -318,7 +321,7 @@ def test_subnormal_weights_and_gradients(
 # Closed gates.
 
 
-@pytest.mark.parametrize("noise_scale", [1e30, 1e37, 3e38, 1e300])
+@pytest.mark.parametrize("noise_scale", [1e30, 9.9e36])
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_closed_gate_moves_nothing(
@@ -345,7 +348,7 @@ def test_a_closed_gate_with_adamw(backend: str, sensitivity: str) -> None:
     param = nn.Parameter(torch.randn(400, generator=random))
     options: dict[str, Any] = {
         "lr": 0.0,
-        "noise_scale": 1e38,
+        "noise_scale": 9.9e36,
         "gamma": 1e9,
         "sensitivity": sensitivity,
         "uncertainty": "none",
@@ -392,3 +395,92 @@ def test_the_normals_where_the_radius_nears_zero() -> None:
     radius = np.sqrt(-2 * np.log(uniform))
     np.testing.assert_allclose(np.hypot(z[0, ::2].numpy(), z[0, 1::2].numpy()), radius, rtol=1e-7)
     assert oracle.normal(oracle.Hyper(), np.arange(4)).shape == (4,)
+
+
+# The counter of steps.
+
+
+def test_a_float32_counts_on() -> None:
+    """Up to 2^24 the number itself, then one float32 after another, past where their spacing doubles."""
+    steps = torch.tensor([0, 1, 2, 2**24 - 1, 2**24, 2**24 + 1, 2**25, 2**26 + 3, counters.MOST_STEPS])
+    counter = counters.counter_at(steps)
+    assert counter.dtype == torch.float32
+    assert counter.tolist()[:5] == steps.tolist()[:5]
+    assert counter.isfinite().all()
+    assert torch.equal(counters.steps_of(counter), steps)
+    assert torch.equal(counters.advanced(counter[:-1]), counters.counter_at(steps[:-1] + 1))
+    assert counters.advanced(counter[-1:]).isinf().all()  # nothing is left
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("first", [2**24 - 2, 2**24, 2**24 + 2**23 - 2, 2**28 + 3])
+def test_steps_past_what_a_float32_holds(backend: str, first: int, normalization: str) -> None:
+    """An optimizer's steps are those of `pats_step_`, which is told their numbers, to the last bit."""
+    case = Case([(300,)], noise_scale=0.5, normalization=normalization, first_step=first)
+    work = prepare(case)
+    param = nn.Parameter(work.params[0].clone())
+    sgd = torch.optim.SGD([param], lr=0.0)
+    pats = PATS(sgd, noise_scale=0.5, normalization=normalization, seed=case.seed, backend=backend)
+    noises = []
+    for number in range(first, first + 4):
+        work.grads = [torch.randn(300, generator=torch.Generator().manual_seed(number % 1000))]
+        param.grad = work.grads[0].clone()
+        if number == first + 1:  # the first step made the state
+            pats.state[param]["step"].copy_(counters.counter_at(torch.tensor(first)))
+        before = param.detach().clone()
+        if number > first:
+            step(backend, case, work, number)
+            sgd.step()
+            noises.append(param.detach() - before)
+        else:
+            sgd.step()
+            work.params[0].copy_(param.detach())
+            for column, key in (
+                (work.sens, "exp_avg_sens"),
+                (work.unc, "exp_avg_unc"),
+                (work.stats, "sens_stats"),
+            ):
+                assert column[0] is not None
+                column[0].copy_(pats.state[param][key])
+        assert same_bits(param.detach(), work.params[0])
+    assert int(counters.steps_of(pats.state[param]["step"])) == first + 3
+    correlation = torch.corrcoef(torch.stack(noises)).triu(1).abs().max()
+    assert correlation < 0.3  # of 300 normals 0.06; the same noise again would be 1
+
+
+@pytest.mark.parametrize("value", [2**24 + 1, float(2**24 + 1), torch.tensor(2**25 + 2)])
+def test_large_counts_of_other_kinds_are_loaded(value: Any) -> None:
+    param = nn.Parameter(torch.ones(8))
+    optimizer = PATSAdamW([param])
+    param.grad = torch.ones(8)
+    optimizer.step()
+    state_dict = optimizer.state_dict()
+    state_dict["state"][0]["step"] = value
+    optimizer.load_state_dict(state_dict)
+    assert int(counters.steps_of(optimizer.state[param]["step"])) == int(value)
+    reloaded = PATSAdamW([param])
+    reloaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(reloaded.state[param]["step"], optimizer.state[param]["step"])
+
+
+# Hyperparameters that a float32 cannot hold, and those that never give noise.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("noise_scale", 1e37), ("gamma", 1e39), ("lr", 1e39), ("eps", 1e300)]
+)
+def test_numbers_that_no_kernel_could_hold(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {name}: .*below"):
+        PATSAdamW([nn.Parameter(torch.ones(2))], **{name: value})
+
+
+def test_a_warning_where_nobody_is_ever_uncertain() -> None:
+    param = nn.Parameter(torch.randn(64))
+    for options, expected in (({}, 1), ({"uncertainty": "ucb"}, 0), ({"sensitivity": "moments"}, 0)):
+        optimizer = PATSAdamW([param], sens_betas=(0.0, 0.9), **options)
+        param.grad = torch.randn(64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        assert sum("means no noise, ever" in str(w.message) for w in caught) == expected

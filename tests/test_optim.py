@@ -651,14 +651,10 @@ BAD_STATE_DICTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "infinite means": (edited(4, "sens_stats", torch.tensor([torch.inf, 1])), ("e:", "sens_stats", "inf")),
     "a count not a number": (edited(3, "step", torch.tensor(torch.nan)), ("d:", "step", "nan")),
     "an infinite count": (edited(3, "step", torch.tensor(torch.inf)), ("d:", "step", "inf")),
-    "a negative count": (edited(3, "step", -1), ("d:", "step", "-1", "[0, 2^32)")),
+    "a negative count": (edited(3, "step", -1), ("d:", "step", "-1", "[0, 889192447]")),
     "a broken count": (edited(3, "step", 2.5), ("d:", "step", "2.5", "whole")),
-    "a count too large": (edited(3, "step", 2**32), ("d:", "step", "4294967296", "[0, 2^32)")),
+    "a count too large": (edited(3, "step", 889192448), ("d:", "step", "889192448", "[0, 889192447]")),
     "a count too large for an integer": (edited(3, "step", 2**70), ("d:", "step")),
-    "a count that float32 does not hold": (
-        edited(3, "step", 2**24 + 1),
-        ("d:", "step", "16777217", "float32"),
-    ),
     "a complex count": (edited(3, "step", 1j), ("d:", "step", "complex")),
     "a count that is true": (edited(3, "step", True), ("d:", "step", "bool")),
     "no entry": (lambda sd: sd["state"].update({2: None}), ("c:", "None")),
@@ -786,7 +782,7 @@ def test_state_that_is_no_parameter_s() -> None:
 
 @pytest.mark.parametrize(
     "count",
-    [2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2, dtype=torch.bfloat16), 2**24, 2**32 - 256]
+    [2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2, dtype=torch.bfloat16), 2**24]
     + [torch.tensor(2, dtype=dtype) for dtype in (torch.uint8, torch.int32, torch.float64, torch.float16)],
     ids=str,
 )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pats_kernels.counters import advanced, steps_of
 from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters, defaults_of
 from pats_kernels.plan import Batch, Launch, Phase, Shard
 from pats_kernels.reference import pats_adamw_update_, pats_update_
@@ -50,7 +51,7 @@ def _updated(batch: Batch, i: int, grad: Tensor, phase: Phase, copies: bool) -> 
     nonfinite = torch.zeros((), dtype=torch.int64, device=grad.device)
     if phase != "averages" or stats is not None:
         param, *averages = new
-        t = count if isinstance(count, int) else count.to(torch.int64) + (phase != "noise")
+        t = count if isinstance(count, int) else steps_of(count) + (phase != "noise")
         arguments = _arguments(h) | {"step": t, "tensor_id": batch.tensor_ids[i], "normalization": "delayed"}
         numbers = None if shard is None else numbers_of(shard, grad)
         nonfinite = update_(param, grad, *averages, means, **arguments, numbers=numbers)
@@ -60,7 +61,7 @@ def _updated(batch: Batch, i: int, grad: Tensor, phase: Phase, copies: bool) -> 
         share = batch.shares[i] if batch.shares else None
         writes.append((stats if share is None else share, _share(means, grad, shard)))
         if isinstance(count, Tensor):
-            writes.append((count, count + 1))
+            writes.append((count, advanced(count)))
         counter = batch.nonfinite[i] if batch.nonfinite else None
         if counter is not None:
             writes.append((counter, counter + nonfinite))

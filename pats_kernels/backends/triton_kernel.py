@@ -339,6 +339,19 @@ def _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY: tl.constexpr, APPROX: tl.
 
 
 @triton.jit
+def _steps_of(counter):
+    """`pats_kernels.counters`: how a float32 counts steps past 2^24."""
+    beyond = counter.to(tl.int32, bitcast=True).to(tl.int64) - 0x4B800000
+    return tl.where(beyond > 0, 2**24 + beyond, counter.to(tl.int64))
+
+
+@triton.jit
+def _advanced(counter):
+    following = (counter.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    return tl.where(counter < 2**24, counter + 1, following)
+
+
+@triton.jit
 def _bias_correction(entry, LOG_BETA: tl.constexpr, step, FLOAT: tl.constexpr):
     """1 - beta^t, to a few roundings: where t log(beta) is small, by the series of the exponential."""
     y = step.to(FLOAT) * _number(entry, LOG_BETA, FLOAT)
@@ -444,7 +457,7 @@ def _chunk(
     step = tl.load(entry + C_STEP)
     counter = tl.load(entry + C_STEP_COUNT)
     if counter != 0:
-        step = tl.load(counter.to(tl.pointer_type(tl.float32))).to(tl.int64)
+        step = _steps_of(tl.load(counter.to(tl.pointer_type(tl.float32))))
         if PHASE != NOISE:  # before which the counter has been advanced
             step += 1
 
@@ -784,4 +797,4 @@ def statistics_kernel(table, starts, partials, num_chunks, found_inf, first, BLO
     counter = tl.load(entry + C_STEP_COUNT)
     if counter != 0:
         steps = counter.to(tl.pointer_type(tl.float32))
-        tl.store(steps, tl.load(steps) + 1)
+        tl.store(steps, _advanced(tl.load(steps)))
