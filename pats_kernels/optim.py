@@ -322,7 +322,15 @@ class _Attachment:
         if "load_state_dict" not in _overridden(optimizer):
             optimizer._optimizer_load_state_dict_pre_hooks.move_to_end(STATE_KEY)  # type: ignore[arg-type]
             optimizer._optimizer_load_state_dict_post_hooks.move_to_end(STATE_KEY, last=False)  # type: ignore
-            return original(state_dict, *args, **kwargs)
+            result = original(state_dict, *args, **kwargs)
+            if _has_state(state_dict) and not self.state:
+                warnings.warn(
+                    f"PATS: a load_state_dict pre-hook of {type(optimizer).__name__} gave another "
+                    f"dictionary, without the state of PATS that the one it was given has in {STATE_KEY!r}: "
+                    "the sensitivities begin anew",
+                    stacklevel=3,
+                )
+            return result
         result = original(self._before_load(optimizer, state_dict), *args, **kwargs)
         self._after_load(optimizer)
         return result
@@ -595,6 +603,12 @@ def attached_to(optimizer: Optimizer) -> PATS | None:
     hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(STATE_KEY)
     attachment = getattr(hook, "__self__", None)
     return attachment.pats(optimizer) if isinstance(attachment, _Attachment) else None
+
+
+def _has_state(state_dict: Any) -> bool:
+    """Whether a dictionary of an optimizer brings state of PATS along."""
+    part = state_dict.get(STATE_KEY) if isinstance(state_dict, Mapping) else None
+    return isinstance(part, Mapping) and bool(part.get("state"))
 
 
 def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:

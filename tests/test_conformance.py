@@ -752,6 +752,42 @@ def test_a_hook_may_load_another_dictionary(kind: Kind, early: bool) -> None:
 
 
 @each_kind
+def test_a_hook_may_match_parameters_by_name(kind: Kind) -> None:
+    """The example of torch's documentation: parameters in another order, which is refused until a hook moves
+    their state. Of an attached PATS it knows nothing, so that begins anew, and says so."""
+    problem, other = Problem(), Problem()
+    source = kind.make(problem.named(), "auto")
+    for _ in range(2):
+        kind.step(source, problem)
+    optimizer = kind.make(other.named()[::-1], "auto")
+    state_dict = copy.deepcopy(source.state_dict())
+    with pytest.raises(ValueError, match="another order"):
+        optimizer.load_state_dict(state_dict)
+
+    def adapt(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        adapted = copy.deepcopy(optimizer.state_dict())
+        names = state_dict["param_groups"][0]["param_names"]
+        for position, name in enumerate(adapted["param_groups"][0]["param_names"]):
+            if (entry := state_dict["state"].get(names.index(name))) is not None:
+                adapted["state"][position] = entry
+        return adapted
+
+    optimizer.register_load_state_dict_pre_hook(adapt)
+    if kind.attached:
+        with pytest.warns(UserWarning, match="sensitivities begin anew"):
+            optimizer.load_state_dict(state_dict)
+        pats = attached_to(optimizer)
+        assert pats is not None
+        assert not pats.state
+    else:
+        optimizer.load_state_dict(state_dict)
+    for one, two in zip(problem.params, other.params, strict=True):
+        if one in source.state and kind in WITH_GROUPS:
+            assert fixed(optimizer.state[two]) == fixed(source.state[one])
+    kind.step(optimizer, other)
+
+
+@each_kind
 def test_step_hooks(kind: Kind) -> None:
     """Those of all optimizers come first and last, each once a step; removed, they are gone, PATS is not."""
     problem = Problem()

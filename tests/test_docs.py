@@ -171,7 +171,7 @@ def test_distributed(pool: Pool, tmp_path: Path) -> None:
 # docs/conformance.md.
 
 
-def tests_of(file: str) -> set[str]:
+def names_of_tests(file: str) -> set[str]:
     return set(re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / file).read_text(), re.MULTILINE))
 
 
@@ -185,9 +185,9 @@ def test_conformance() -> None:
         if line.startswith("|")
     ]
     named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", page)
-    missing = [name for file, name in named if name not in tests_of(file or "test_conformance.py")]
+    missing = [name for file, name in named if name not in names_of_tests(file or "test_conformance.py")]
     assert missing == []
-    assert {name for file, name in named if not file} == tests_of("test_conformance.py")
+    assert {name for file, name in named if not file} == names_of_tests("test_conformance.py")
     categories = [cells for cells in rows[2:] if not cells[0].startswith("**")]
     assert len(categories) > 40
     assert [cells for cells in categories if len(cells) != 3 or not (cells[1] or cells[2])] == []
