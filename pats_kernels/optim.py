@@ -1,5 +1,6 @@
 """PATS attached to an optimizer."""
 
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -252,7 +253,7 @@ class _Attachment:
         self._advisor.read(optimizer.param_groups, optimizer.defaults)
         for name, hook in self._hooks(optimizer).items():
             getattr(optimizer, name)[STATE_KEY] = hook
-        for name in ("__getstate__", *_overridden(optimizer)):
+        for name in ("__getstate__", *dict.fromkeys(("load_state_dict", *_overridden(optimizer)))):
             setattr(optimizer, name, _Method(optimizer, name, self, vars(optimizer).get(name)))
 
     def detach(self, optimizer: Optimizer) -> None:
@@ -313,7 +314,23 @@ class _Attachment:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The optimizer's own `load_state_dict` of what is its own, and PATS's of the rest."""
+        """The optimizer's own `load_state_dict` of what is its own, and PATS's of the rest.
+
+        Where it runs hooks, PATS's are the last of those before, as others may exchange the dictionary, and
+        the first of those after, which so find all of it loaded.
+        """
+        if "load_state_dict" not in _overridden(optimizer):
+            optimizer._optimizer_load_state_dict_pre_hooks.move_to_end(STATE_KEY)  # type: ignore[arg-type]
+            optimizer._optimizer_load_state_dict_post_hooks.move_to_end(STATE_KEY, last=False)  # type: ignore
+            result = original(state_dict, *args, **kwargs)
+            if _has_state(state_dict) and not self.state:
+                warnings.warn(
+                    f"PATS: a load_state_dict pre-hook of {type(optimizer).__name__} gave another "
+                    f"dictionary, without the state of PATS that the one it was given has in {STATE_KEY!r}: "
+                    "the sensitivities begin anew",
+                    stacklevel=3,
+                )
+            return result
         result = original(self._before_load(optimizer, state_dict), *args, **kwargs)
         self._after_load(optimizer)
         return result
@@ -321,6 +338,8 @@ class _Attachment:
     @uncompiled
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Steps on the gradients that the optimizer will step on: a closure has yet to compute them."""
+        if _is_part_of_a_step(optimizer):
+            return None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._step(optimizer)
@@ -337,7 +356,7 @@ class _Attachment:
         @wraps(closure)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal evaluated
-            loss = closure(*args, **kwargs)
+            loss = _evaluate(closure, args, kwargs)
             if not evaluated:
                 evaluated = True
                 self._step(optimizer)
@@ -547,6 +566,31 @@ class _Method:
         return getattr(self.attachment, name)(optimizer, original, *args, **kwargs)
 
 
+def _evaluate(closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a closure is called from, which is so known on the stack."""
+    return closure(*args, **kwargs)
+
+
+def _is_part_of_a_step(optimizer: Optimizer) -> bool:
+    """Whether the hooks run for the `super().step()` of a step for which they have run already.
+
+    torch calls them for both, once there has been an optimizer of the parent's class. A step that a closure
+    takes, as released gradients do in its backward, is one of its own.
+    """
+    frame, seen = sys._getframe(1), False
+    while frame is not None and frame.f_code is not _EVALUATE:
+        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+            if seen:
+                return True
+            seen = True
+        frame = frame.f_back
+    return False
+
+
+_EVALUATE = _evaluate.__code__
+_STEP = getattr(Optimizer.profile_hook_step(Optimizer.step), "__code__", None)  # of what runs the hooks
+
+
 def _overridden(optimizer: Optimizer) -> list[str]:
     """The methods of which its class has its own, which may run no hooks."""
     names = ("state_dict", "load_state_dict")
@@ -559,6 +603,12 @@ def attached_to(optimizer: Optimizer) -> PATS | None:
     hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(STATE_KEY)
     attachment = getattr(hook, "__self__", None)
     return attachment.pats(optimizer) if isinstance(attachment, _Attachment) else None
+
+
+def _has_state(state_dict: Any) -> bool:
+    """Whether a dictionary of an optimizer brings state of PATS along."""
+    part = state_dict.get(STATE_KEY) if isinstance(state_dict, Mapping) else None
+    return isinstance(part, Mapping) and bool(part.get("state"))
 
 
 def _prefixed(entry: Mapping[str, Any]) -> dict[str, Any]:

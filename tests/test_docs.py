@@ -166,3 +166,28 @@ def test_distributed(pool: Pool, tmp_path: Path) -> None:
         digits = len(shown[0].rpartition(".")[2])
         for line, own in zip(shown, printed, strict=True):
             assert_shows(line, own, rel=0, abs=1.01 * 10**-digits)
+
+
+# docs/conformance.md.
+
+
+def names_of_tests(file: str) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / file).read_text(), re.MULTILINE))
+
+
+def test_conformance() -> None:
+    """Every test that the table names exists, every test of tests/test_conformance.py is in it, and no row is
+    without a test or a reason."""
+    page = (ROOT / "docs/conformance.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+    named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", page)
+    missing = [name for file, name in named if name not in names_of_tests(file or "test_conformance.py")]
+    assert missing == []
+    assert {name for file, name in named if not file} == names_of_tests("test_conformance.py")
+    categories = [cells for cells in rows[2:] if not cells[0].startswith("**")]
+    assert len(categories) > 40
+    assert [cells for cells in categories if len(cells) != 3 or not (cells[1] or cells[2])] == []
