@@ -1,11 +1,18 @@
 // The operator torch.ops.pats_kernels.step_ on the CPU: cuts a launch's tensors into fixed chunks, runs them
 // on torch's threads, and reduces their partial sums in order, so that any number of threads gives the
-// same bits.
-#include <ATen/Parallel.h>
-#include <torch/extension.h>
+// same bits. It keeps to torch's stable ABI and Python's limited API, so one binary serves every torch from 2.10 on.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "arithmetic.h"
@@ -14,6 +21,8 @@
 
 namespace pats {
 namespace {
+
+using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 16384;  // a multiple of the kernel's block; 448 KiB of float32 operands
 
@@ -34,17 +43,19 @@ ChunkFunction best_for_this_machine() {
 
 // A launch's tables, and where in the list of all chunks each tensor's chunks start.
 struct Work {
-  at::ArrayRef<Row> rows;
+  const Row* rows;
   const Dimension* dimensions;
-  std::vector<int64_t> starts;
+  std::vector<int64_t> starts;  // and their number at the end
 
-  Work(const at::Tensor& table, const at::Tensor& layout)
-      : rows(reinterpret_cast<const Row*>(table.const_data_ptr<int64_t>()), table.size(0)),
-        dimensions(reinterpret_cast<const Dimension*>(layout.const_data_ptr<int64_t>())),
-        starts(rows.size() + 1, 0) {
-    std::transform_inclusive_scan(rows.begin(), rows.end(), starts.begin() + 1, std::plus<>(),
+  Work(const Tensor& table, const Tensor& layout)
+      : rows(static_cast<const Row*>(table.const_data_ptr())),
+        dimensions(static_cast<const Dimension*>(layout.const_data_ptr())),
+        starts(table.size(0) + 1, 0) {
+    std::transform_inclusive_scan(rows, rows + table.size(0), starts.begin() + 1, std::plus<>(),
                                   [](const Row& row) { return (row.numel + kChunk - 1) / kChunk; }, int64_t{0});
   }
+
+  size_t tensors() const { return starts.size() - 1; }
 };
 
 uint32_t step_of(const Row& row, Phase phase) {
@@ -54,7 +65,7 @@ uint32_t step_of(const Row& row, Phase phase) {
 
 void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& partials) {
   static const ChunkFunction chunk = best_for_this_machine();
-  at::parallel_for(0, work.starts.back(), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, work.starts.back(), 1, [&](int64_t first, int64_t last) {
     size_t tensor = std::upper_bound(work.starts.begin(), work.starts.end(), first) - work.starts.begin() - 1;
     for (int64_t i = first; i < last; ++i) {
       while (i >= work.starts[tensor + 1]) ++tensor;
@@ -69,7 +80,7 @@ void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& p
 }
 
 void finish_statistics(const Work& work, const std::vector<Partial>& partials) {
-  for (size_t tensor = 0; tensor < work.rows.size(); ++tensor) {
+  for (size_t tensor = 0; tensor < work.tensors(); ++tensor) {
     const Row& row = work.rows[tensor];
     if (row.step_count) *row.step_count = advanced(*row.step_count);
     if (!row.stats) continue;
@@ -86,16 +97,25 @@ void finish_statistics(const Work& work, const std::vector<Partial>& partials) {
   }
 }
 
-void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Tensor& table,
-              const at::Tensor& layout, at::ScalarType param_dtype, at::ScalarType state_dtype,
-              c10::string_view form, c10::string_view uncertainty, c10::string_view phase,
-              bool stochastic_rounding, const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf) {
-  TORCH_CHECK(table.is_contiguous() && table.size(1) * sizeof(int64_t) == sizeof(Row) &&
-                  layout.is_contiguous() && layout.size(1) * sizeof(int64_t) == sizeof(Dimension),
-              "pats_kernels: the tables are not this version's");
-  if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
-  const double scale = grad_scale ? 1.0 / *grad_scale->const_data_ptr<float>() : 1.0;
+bool is_table(const Tensor& tensor, size_t row) {
+  return tensor.dim() == 2 && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Long &&
+         tensor.size(1) * sizeof(int64_t) == row;
+}
+
+float number_in(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float && tensor.is_cpu(),
+                  "pats_kernels: grad_scale and found_inf must be one float32 each, on the CPU");
+  return *static_cast<const float*>(tensor.const_data_ptr());
+}
+
+void step_cpu(const Tensor& table, const Tensor& layout, ScalarType param_dtype, ScalarType state_dtype,
+              std::string_view form, std::string_view uncertainty, std::string_view phase,
+              bool stochastic_rounding, const std::optional<Tensor>& grad_scale,
+              const std::optional<Tensor>& found_inf) {
+  STD_TORCH_CHECK(is_table(table, sizeof(Row)) && is_table(layout, sizeof(Dimension)),
+                  "pats_kernels: the tables are not this version's");
+  if (found_inf && number_in(*found_inf) != 0) return;
+  const double scale = grad_scale ? 1.0 / number_in(*grad_scale) : 1.0;
   const LaunchArgs args{storage_of(param_dtype),     storage_of(state_dtype), form_of(form),
                   uncertainty_of(uncertainty), phase_of(phase),         stochastic_rounding,
                   scale};
@@ -111,16 +131,22 @@ void step_cpu(at::TensorList /*written*/, at::TensorList /*read*/, const at::Ten
 }  // namespace
 }  // namespace pats
 
-// `written` and `read` are the tensors that the table's addresses belong to: they tell the dispatcher what
-// changes, and keep the memory alive.
-TORCH_LIBRARY(pats_kernels, library) {
+// The tensors that the table's rows name are not among the arguments: a list of a thousand of them would cost
+// more of the host's time than all the rest, and who calls this holds them. The table stands for them as what is
+// written; what would rely on the schema for more, functionalization, is refused (pats_kernels/compiling.py).
+STABLE_TORCH_LIBRARY(pats_kernels, library) {
   library.def(
-      "step_(Tensor(a!)[] written, Tensor[] read, Tensor table, Tensor layout, ScalarType param_dtype, "
-      "ScalarType state_dtype, str form, str uncertainty, str phase, bool stochastic_rounding, "
-      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "step_(Tensor(a!) table, Tensor layout, ScalarType param_dtype, ScalarType state_dtype, str form, "
+      "str uncertainty, str phase, bool stochastic_rounding, Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(pats_kernels, CPU, library) { library.impl("step_", &pats::step_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(pats_kernels, CPU, library) { library.impl("step_", TORCH_BOX(&pats::step_cpu)); }
 
 // The module itself is empty: importing it registers the operator.
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module{};
+  module.m_base = PyModuleDef_HEAD_INIT;
+  module.m_name = "_C";
+  module.m_size = -1;
+  return PyModule_Create(&module);
+}

@@ -1,9 +1,16 @@
 // The operator torch.ops.pats_kernels.launch_ on CUDA: starts the kernels of one phase of a step over tables
 // that lie on the device, on the current stream. It neither waits nor allocates, so a CUDA graph can capture
-// it.
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+// it. As the CPU's, one binary for every torch from 2.10 on; a library apart, which only a CUDA build of torch can load.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
 
 #include "cuda_kernel.h"
 #include "names.h"
@@ -11,38 +18,49 @@
 namespace pats {
 namespace {
 
-CudaFunction function_of(at::ScalarType param_dtype) {
+using torch::stable::Tensor;
+
+CudaFunction function_of(ScalarType param_dtype) {
   switch (storage_of(param_dtype)) {
     case Storage::kFloat32: return launch_float32;
     case Storage::kBfloat16: return launch_bfloat16;
     case Storage::kFloat16: return launch_float16;
+#if defined(PATS_NO_FLOAT64)
+    default: STD_TORCH_CHECK(false, "pats_kernels: built with PATS_KERNELS_CUDA_FLOAT64=0, without float64");
+#else
     default: return launch_float64;
+#endif
   }
 }
 
-void check_table(const at::Tensor& table, const char* name, at::ScalarType type, const at::Tensor& first) {
-  TORCH_CHECK(table.is_contiguous() && table.scalar_type() == type && table.device() == first.device(),
-              "pats_kernels: ", name, " must be contiguous ", type, " on ", first.device());
+void check_table(const Tensor& table, const char* name, ScalarType type, const Tensor& first) {
+  STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == type && table.is_cuda() &&
+                      table.get_device_index() == first.get_device_index(),
+                  "pats_kernels: ", name, " must be contiguous ", torch::headeronly::toString(type),
+                  " on GPU ", first.get_device_index());
 }
 
-void launch_cuda(const at::Tensor& table, const at::Tensor& layout, const at::Tensor& chunks,
-                 const at::Tensor& starts, at::Tensor partials, at::ScalarType param_dtype,
-                 at::ScalarType state_dtype, c10::string_view form, c10::string_view uncertainty,
-                 c10::string_view phase, bool stochastic_rounding, bool plain,
-                 const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-  check_table(table, "table", at::kLong, table);
-  check_table(layout, "layout", at::kLong, table);
-  check_table(chunks, "chunks", at::kInt, table);
-  check_table(starts, "starts", at::kLong, table);
-  check_table(partials, "partials", at::kDouble, table);
-  TORCH_CHECK(table.size(1) * sizeof(int64_t) == sizeof(Row) &&
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "pats_kernels: ", cudaGetErrorString(error));
+}
+
+void launch_cuda(const Tensor& table, const Tensor& layout, const Tensor& chunks, const Tensor& starts,
+                 Tensor partials, ScalarType param_dtype, ScalarType state_dtype, std::string_view form,
+                 std::string_view uncertainty, std::string_view phase, bool stochastic_rounding, bool plain,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  check_table(table, "table", ScalarType::Long, table);
+  check_table(layout, "layout", ScalarType::Long, table);
+  check_table(chunks, "chunks", ScalarType::Int, table);
+  check_table(starts, "starts", ScalarType::Long, table);
+  check_table(partials, "partials", ScalarType::Double, table);
+  STD_TORCH_CHECK(table.size(1) * sizeof(int64_t) == sizeof(Row) &&
                   layout.size(1) * sizeof(int64_t) == sizeof(Dimension),
               "pats_kernels: the tables are not this version's");
-  TORCH_CHECK(chunks.numel() == 2 * chunks.size(0) && partials.numel() == 3 * chunks.size(0) &&
+  STD_TORCH_CHECK(chunks.numel() == 2 * chunks.size(0) && partials.numel() == 3 * chunks.size(0) &&
                   starts.numel() == table.size(0) + 1,
               "pats_kernels: the tables are of different sizes");
   for (const auto* scaler : {&grad_scale, &found_inf}) {
-    if (*scaler) check_table(**scaler, "grad_scale and found_inf", at::kFloat, table);
+    if (*scaler) check_table(**scaler, "grad_scale and found_inf", ScalarType::Float, table);
   }
 
   CudaLaunch launch{};
@@ -56,15 +74,21 @@ void launch_cuda(const at::Tensor& table, const at::Tensor& layout, const at::Te
   launch.table = table.const_data_ptr();
   launch.layout = static_cast<const Dimension*>(layout.const_data_ptr());
   launch.chunks = static_cast<const int2*>(chunks.const_data_ptr());
-  launch.starts = starts.const_data_ptr<int64_t>();
-  launch.partials = partials.mutable_data_ptr<double>();
+  launch.starts = static_cast<const int64_t*>(starts.const_data_ptr());
+  launch.partials = static_cast<double*>(partials.mutable_data_ptr());
   launch.num_chunks = chunks.size(0);
   launch.num_tensors = table.size(0);
-  launch.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr;
-  launch.found_inf = found_inf ? found_inf->const_data_ptr<float>() : nullptr;
+  const auto number_in = [](const std::optional<Tensor>& tensor) {
+    return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+  };
+  launch.grad_scale = number_in(grad_scale);
+  launch.found_inf = number_in(found_inf);
 
-  const c10::cuda::CUDAGuard guard(table.device());
-  C10_CUDA_CHECK(function_of(param_dtype)(launch, c10::cuda::getCurrentCUDAStream()));
+  const auto device = table.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check(function_of(param_dtype)(launch, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace
@@ -72,11 +96,22 @@ void launch_cuda(const at::Tensor& table, const at::Tensor& layout, const at::Te
 
 // The tensors that the table's rows name are not among the arguments: a list of a thousand of them would cost
 // more of the host's time than all the rest, and who calls this holds them.
-TORCH_LIBRARY_FRAGMENT(pats_kernels, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(pats_kernels, library) {
   library.def(
       "launch_(Tensor table, Tensor layout, Tensor chunks, Tensor starts, Tensor(a!) partials, "
       "ScalarType param_dtype, ScalarType state_dtype, str form, str uncertainty, str phase, "
       "bool stochastic_rounding, bool plain, Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(pats_kernels, CUDA, library) { library.impl("launch_", &pats::launch_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(pats_kernels, CUDA, library) {
+  library.impl("launch_", TORCH_BOX(&pats::launch_cuda));
+}
+
+// The module itself is empty: importing it registers the operator.
+PyMODINIT_FUNC PyInit__CUDA() {
+  static PyModuleDef module{};
+  module.m_base = PyModuleDef_HEAD_INIT;
+  module.m_name = "_CUDA";
+  module.m_size = -1;
+  return PyModule_Create(&module);
+}

@@ -62,6 +62,8 @@ class Launcher:
         plan = self._planner.plan(batch)
         chosen = {backends.choose(backend, launch.key.device) for launch in plan.launches}
         if "eager" in chosen:
+            if backend == backends.AUTO and backends.native.MISSING is not None:
+                backends.warn_of_eager(params)
             check(batch)  # of shapes that make no difference to a kernel: its operations would stop halfway
         if chosen != {"eager"} and plan.without_memory is not None:
             raise TypeError(f"{plan.without_memory}, where kernels could find it; backend='eager' can")

@@ -77,7 +77,7 @@ from test_shards import (  # noqa: F401
 from torch import Tensor
 
 from pats_kernels import backends
-from pats_kernels.backends import cuda, native
+from pats_kernels.backends import cuda
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
@@ -141,7 +141,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert kernels[param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
 
     library = torch.library.Library("pats_kernels", "FRAGMENT")
-    if not cuda.built():
+    if cuda.MISSING is not None:
         library.define(schema())
     library.impl("launch_", launch_, "CPU")
     own = backends._BACKENDS["cuda"]
@@ -161,16 +161,14 @@ def schema() -> str:
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reason each: no extension, one without CUDA, another device, no GPU."""
+    """One reason each: a library that is missing, another device, no GPU."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cuda, "built", lambda: False)
-    assert "built without CUDA" in str(cuda.unavailable(gpu))
-    monkeypatch.setattr(cuda, "built", lambda: True)
+    monkeypatch.setattr(cuda, "MISSING", "a build without CUDA")
+    assert cuda.unavailable(gpu) == "a build without CUDA"
+    monkeypatch.setattr(cuda, "MISSING", None)
     assert cuda.unavailable(cpu) == "it runs on GPUs, not on cpu"
     assert cuda.unavailable(gpu) == "there is no GPU"
-    monkeypatch.setattr(native, "MISSING", "no extension")
-    assert cuda.unavailable(gpu) == "no extension"
 
 
 def test_the_chunk_is_the_same_in_both_languages() -> None:

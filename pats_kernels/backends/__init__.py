@@ -4,7 +4,8 @@ A backend is two functions: `unavailable(device)` gives the reason why it cannot
 `step_(launch, batch, phase, grad_scale, found_inf)` updates the launch's tensors in place.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Backend(NamedTuple):
 
 
 AUTO = "auto"
+FEW = 10_000  # elements, for which eager is fast enough
 _BACKENDS = {  # in the order in which "auto" prefers them
     "triton": Backend(triton.unavailable, triton.step_),
     "cuda": Backend(cuda.unavailable, cuda.step_),
@@ -61,6 +63,21 @@ def choose(backend: str, device: torch.device) -> str:
     """
     check_name(backend)
     return _choose(backend, device.type)
+
+
+def warn_of_eager(params: Sequence[Tensor]) -> None:
+    """Says once in a process that "auto" found nothing better than eager for many elements on the CPU."""
+    global _said
+    if not _said and sum(param.numel() for param in params if param.device.type == "cpu") > FEW:
+        _said = True
+        warnings.warn(
+            "PATS: backend='auto' takes 'eager' on the CPU, some ten times slower than 'cpp': "
+            f"{native.MISSING}. backend='eager' says that this is meant",
+            stacklevel=2,
+        )
+
+
+_said = False
 
 
 @cache

@@ -14,12 +14,15 @@ from pats_kernels.plan import Batch, Column, Launch, Phase
 CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
 
 
-def built() -> bool:
-    """Whether the extension has the CUDA kernels."""
-    return hasattr(torch.ops.pats_kernels, "launch_")
+# Why there are no CUDA kernels, or None. Only a CUDA build of torch can load their library.
+MISSING = (
+    native.load("_CUDA", "the library of CUDA kernels")
+    if torch.version.cuda is not None
+    else f"torch {torch.__version__} is a build without CUDA"
+)
 
 
-if built():
+if MISSING is None:
 
     @torch.library.register_fake("pats_kernels::launch_")
     def _(*_arguments: object) -> None:
@@ -29,12 +32,8 @@ if built():
 
 
 def unavailable(device: torch.device) -> str | None:
-    if native.MISSING is not None:
-        return native.MISSING
-    if not built():
-        return (
-            "the C++ extension was built without CUDA; reinstall with nvcc and a CUDA build of torch at hand"
-        )
+    if MISSING is not None:
+        return MISSING
     if device.type != "cuda":
         return f"it runs on GPUs, not on {device.type}"
     return None if torch.cuda.is_available() else "there is no GPU"
