@@ -52,6 +52,8 @@ from test_backends import (  # noqa: F401
     test_shapes,
     test_variants,
 )
+from test_guard_pages import test_adamw as test_guard_pages_of_adamw  # noqa: F401
+from test_guard_pages import test_pats as test_guard_pages  # noqa: F401
 from test_rounding import (  # noqa: F401
     test_each_element_has_its_own_bits,
     test_every_store_is_the_model,
