@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup bench test test-clients finetune lint clean
+.PHONY: setup bench test test-clients sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +36,14 @@ $(CLIENTS)/.installed: requirements-dev.txt $(wildcard tests/clients/*.txt)
 	DS_BUILD_OPS=0 $(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation \
 	    --requirement tests/clients/requirements-deepspeed.txt
 	touch $@
+
+# The C++ extension under GCC's address, undefined-behaviour and thread sanitizers, and between guard pages.
+sanitize: setup
+	$(BIN)/python tests/native/sanitize.py
+
+# The noise's randomness: dieharder and TestU01 where they are installed, moments, tails, correlations, avalanche.
+statistics: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.statistics
 
 # AdamW against PATS with the Hugging Face Trainer, offline: a small BERT learns a grammar's sentences.
 finetune: setup

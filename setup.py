@@ -12,7 +12,7 @@ variables:
     PATS_KERNELS_CUDA_FLOAT64=0         leave those for float64 out, half of the library's size
     TORCH_CUDA_ARCH_LIST                for which GPUs: "9.0", "8.0;9.0+PTX", "Hopper", "All"
     MAX_JOBS                            compilers at a time
-    CUDA_HOME, CC, CXX                  which to take
+    CUDA_HOME, CXX, CXXFLAGS            as ever
 """
 
 import os
@@ -245,6 +245,7 @@ class BuildKernels(build_ext):
         compiler = self.compiler.compiler_so_cxx  # type: ignore[attr-defined]
         # Without Python's own flags, which are for C.
         command = [compiler[0], "-fPIC", *FLAGS, *flags, f"-DPATS_CHUNK=chunk_{name}"]
+        command += setting("CXXFLAGS").split()
         command += [part for directory in includes or [] for part in ("-isystem", directory)]
         call([*command, "-c", source, "-o", str(target)])
         return str(target)

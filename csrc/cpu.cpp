@@ -7,6 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <dirent.h>
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <numeric>
@@ -63,9 +68,35 @@ uint32_t step_of(const Row& row, Phase phase) {
   return steps_of(*row.step_count) + (phase == Phase::kNoise ? 0 : 1);
 }
 
+// GNU's OpenMP waits in a forked child for the threads that its parent had, for ever. Of a process that has
+// had any a child takes all chunks itself, which gives the same bits; one that had none may start its own.
+bool forked_with_threads = false;
+
+#if defined(__linux__)
+bool forks_with_threads = false;
+
+void before_fork() {
+  int entries = 0;
+  DIR* threads = opendir("/proc/self/task");
+  while (threads && entries < 4 && readdir(threads)) ++entries;
+  if (threads) closedir(threads);
+  forks_with_threads = !threads || entries > 3;  // ".", ".." and the one that forks
+}
+
+void after_fork() { forked_with_threads = forked_with_threads || forks_with_threads; }
+
+[[maybe_unused]] const int watches_forks = pthread_atfork(before_fork, nullptr, after_fork);
+#endif
+
+template <class F>
+void in_parallel(int64_t count, const F& body) {
+  if (forked_with_threads && count > 0) return body(0, count);
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
 void run_phase(const Work& work, const LaunchArgs& args, std::vector<Partial>& partials) {
   static const ChunkFunction chunk = best_for_this_machine();
-  torch::stable::parallel_for(0, work.starts.back(), 1, [&](int64_t first, int64_t last) {
+  in_parallel(work.starts.back(), [&](int64_t first, int64_t last) {
     size_t tensor = std::upper_bound(work.starts.begin(), work.starts.end(), first) - work.starts.begin() - 1;
     for (int64_t i = first; i < last; ++i) {
       while (i >= work.starts[tensor + 1]) ++tensor;

@@ -63,6 +63,8 @@ from test_edges import (  # noqa: F401
     test_subnormal_weights_and_gradients,
     test_where_statistics_begin_and_end,
 )
+from test_guard_pages import test_adamw as test_guard_pages_of_adamw  # noqa: F401
+from test_guard_pages import test_pats as test_guard_pages  # noqa: F401
 from test_rounding import (  # noqa: F401
     test_each_element_has_its_own_bits,
     test_every_store_is_the_model,

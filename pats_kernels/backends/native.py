@@ -25,8 +25,8 @@ def load(library: str, what: str) -> str | None:
         return _not_built(what)
     except ImportError as error:
         return (
-            f"{what} is there, but torch {torch.__version__} cannot load it ({error}): it needs torch 2.10 or "
-            f"newer. Install that, or build it again: {BUILD}"
+            f"{what} is there, but torch {torch.__version__} cannot load it ({error}): it needs torch 2.10 "
+            f"or newer. Install that, or build it again: {BUILD}"
         )
     return None
 

@@ -1,0 +1,1 @@
+"""The noise's randomness, on record: docs/statistics.md."""

@@ -1,0 +1,139 @@
+"""What it costs that S and U, and m and v, are rounded by the same random bits.
+
+Three runs over the same gradients: float32 averages, bfloat16 with the bits that are shared by contract, and
+bfloat16 with bits of its own for the second of each pair. The arithmetic is the update's, float32.
+"""
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from pats_kernels.philox import random_words
+from pats_kernels.reference import round_stochastically
+
+SENS_BETAS, BETAS, EPS, GAMMA = (0.85, 0.95), (0.9, 0.999), 1e-8, 1.0
+SETTLING = 200  # steps that are not counted
+
+
+class Cost(TypedDict):
+    """Against float32, over all elements and counted steps. `..._error_correlation`: between the errors that
+    the two averages have accumulated, relative to their values. `gate_bias` and `gate_deviation`: mean and
+    standard deviation of the gate's error, of at most 1; `noise_variance_bias`: of the mean of its square,
+    relative. `update_bias`: of the update m^ / (sqrt(v^) + eps) along float32's, relative;
+    `update_deviation`: of its error, relative to the root mean square of the update. The standard errors of
+    the means are over steps in blocks of 100."""
+
+    bits: str
+    sens_unc_error_correlation: float
+    gate_bias: float
+    gate_bias_error: float
+    gate_deviation: float
+    noise_variance_bias: float
+    noise_variance_bias_error: float
+    moments_error_correlation: float
+    update_bias: float
+    update_bias_error: float
+    update_deviation: float
+
+
+class Averages:
+    """S, U, m and v of one run. `bits`: None (float32), "shared" or "independent"."""
+
+    def __init__(self, numel: int, bits: str | None) -> None:
+        self.bits = bits
+        self.S, self.U, self.m, self.v = (torch.zeros(numel) for _ in range(4))
+        self.means = torch.zeros(2)
+
+    def step(self, w: Tensor, g: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate, out of averages that are rounded and delayed means, and AdamW's update without its bias
+        corrections, out of moments that are not rounded yet: as the kernels have them."""
+        s = (w * g).abs()
+        self.S = self._stored(self.S + (1 - SENS_BETAS[0]) * (s - self.S), words >> 16)
+        second = words >> 16 if self.bits == "shared" else words & 0xFFFF
+        self.U = self._stored(self.U + (1 - SENS_BETAS[1]) * ((s - self.S).abs() - self.U), second)
+        m = self.m + (1 - BETAS[0]) * (g - self.m)
+        v = self.v + (1 - BETAS[1]) * (g * g - self.v)
+        self.m, self.v = self._stored(m, words >> 16), self._stored(v, second)
+        q = (self.S / self.means[0]) * (self.U / self.means[1])
+        gate = torch.tanh((1 / q - GAMMA).clamp(min=0)) if bool(self.means[0] > 0) else torch.zeros_like(q)
+        self.means = torch.stack((self.S.double().mean(), self.U.double().mean())).float()
+        return gate, m / (v.sqrt() + EPS)
+
+    def _stored(self, x: Tensor, bits: Tensor) -> Tensor:
+        return x if self.bits is None else round_stochastically(x, bits).float()
+
+
+def measure(numel: int, steps: int, seed: int) -> list[Cost]:
+    """Weights of deviation 0.04; gradients whose size is log-normal from element to element, whose noise is
+    Student's t with five degrees of freedom, whose mean is a tenth to once their deviation."""
+    random = torch.Generator().manual_seed(seed)
+    w = 0.04 * torch.randn(numel, generator=random)
+    size = 1e-3 * torch.exp(1.5 * torch.randn(numel, generator=random))
+    drift = (
+        torch.rand(numel, generator=random).mul(0.9).add(0.1) * torch.randn(numel, generator=random).sign()
+    )
+    exact = Averages(numel, None)
+    rounded = [Averages(numel, bits) for bits in ("shared", "independent")]
+    sums = [_Sums() for _ in rounded]
+    for step in range(1, steps + 1):
+        noise = torch.randn(numel, generator=random)
+        chi = torch.randn(5, numel, generator=random).square().mean(dim=0).sqrt()
+        g = size * (drift + noise / chi)
+        words = random_words(seed, step, 0, numel, rounding=True).flatten()[:numel]
+        expected = exact.step(w, g, words)
+        for run, sum_ in zip(rounded, sums, strict=True):
+            got = run.step(w, g, words)
+            if step > SETTLING:
+                sum_.add(exact, run, expected, got)
+    return [sum_.cost(str(run.bits)) for run, sum_ in zip(rounded, sums, strict=True)]
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+
+    def add(
+        self,
+        exact: Averages,
+        run: Averages,
+        expected: tuple[Tensor, Tensor],
+        got: tuple[Tensor, Tensor],
+    ) -> None:
+        (gate, update), (gate_, update_) = ((a.double(), b.double()) for a, b in (expected, got))
+        errors = [
+            (getattr(run, name).double() - getattr(exact, name)) / getattr(exact, name).double().abs()
+            for name in ("S", "U", "m", "v")
+        ]
+        # m's error by its magnitude, as it is rounded; where m crosses zero it says nothing.
+        errors[2] = (errors[2] * exact.m.sign()).where(exact.m.abs() > exact.v.sqrt() * 0.05, 0.0)
+        self.rows.append(
+            [
+                float((gate_ - gate).mean()),
+                float((gate_ - gate).square().mean()),
+                float(gate_.square().mean() / gate.square().mean() - 1),
+                float((update_ * update).sum() / (update * update).sum() - 1),
+                float((update_ - update).square().mean() / update.square().mean()),
+                float(torch.corrcoef(torch.stack(errors[:2]))[0, 1]),
+                float(torch.corrcoef(torch.stack(errors[2:]))[0, 1]),
+            ]
+        )
+
+    def cost(self, bits: str) -> Cost:
+        rows = torch.tensor(self.rows, dtype=torch.float64)
+        means = rows.mean(dim=0).tolist()
+        blocks = torch.stack([block.mean(dim=0) for block in rows.split(100) if len(block) == 100])
+        errors = (blocks.std(dim=0) / len(blocks) ** 0.5).tolist()
+        return {
+            "bits": bits,
+            "sens_unc_error_correlation": means[5],
+            "gate_bias": means[0],
+            "gate_bias_error": errors[0],
+            "gate_deviation": means[1] ** 0.5,
+            "noise_variance_bias": means[2],
+            "noise_variance_bias_error": errors[2],
+            "moments_error_correlation": means[6],
+            "update_bias": means[3],
+            "update_bias_error": errors[3],
+            "update_deviation": means[4] ** 0.5,
+        }

@@ -1,0 +1,66 @@
+"""Memory between two pages that nobody may touch: one element beyond a tensor's own ends the process."""
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+End = Literal["first", "last"]  # which element lies at a guard: the page before it, or the one behind
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0  # the module mmap has the others
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Guards:
+    """Copies tensors to such memory, which lasts until the end of `guards()`."""
+
+    def __init__(self) -> None:
+        self._mapped: list[tuple[int, int]] = []
+
+    def copy(self, tensor: Tensor, end: End) -> Tensor:
+        """The same numbers with the same strides; what lies between them is NaN."""
+        strides = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        span = 1 + sum(strides)
+        memory = self._memory(span * tensor.element_size(), end)
+        storage = torch.frombuffer(memory, dtype=tensor.dtype)
+        if tensor.is_floating_point():
+            storage.fill_(torch.nan)
+        return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    def _memory(self, numbytes: int, end: End) -> ctypes.Array[ctypes.c_char]:
+        inner = -(-numbytes // PAGE) * PAGE
+        size = inner + 2 * PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), "mmap")
+        self._mapped.append((address, size))
+        for guard in (address, address + PAGE + inner):
+            if LIBC.mprotect(guard, PAGE, PROT_NONE):
+                raise OSError(ctypes.get_errno(), "mprotect")
+        start = address + PAGE + (0 if end == "first" else inner - numbytes)
+        return (ctypes.c_char * numbytes).from_address(start)
+
+    def release(self) -> None:
+        for address, size in self._mapped:
+            LIBC.munmap(address, size)
+        self._mapped.clear()
+
+
+@contextmanager
+def guards() -> Iterator[Guards]:
+    """Nothing may look at the copies after it."""
+    made = Guards()
+    try:
+        yield made
+    finally:
+        made.release()

@@ -1,0 +1,11 @@
+// Stands in for Python.h: as much as an empty module takes.
+#pragma once
+
+struct PyModuleDef {
+  int m_base;
+  const char* m_name;
+  int m_size;
+};
+#define PyModuleDef_HEAD_INIT 0
+#define PyMODINIT_FUNC [[maybe_unused]] static PyModuleDef*
+inline PyModuleDef* PyModule_Create(PyModuleDef* module) { return module; }
