@@ -22,6 +22,7 @@ from pats_kernels import available_backends
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_EXTENSION = os.environ.get("PATS_KERNELS_NO_EXTENSION") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager", "cpp"]
+KERNEL = BACKENDS[-1]
 
 FUZZ = int(os.environ.get("PATS_FUZZ", "0"))  # how many examples `make fuzz` tries of each kind; 0: the tests
 

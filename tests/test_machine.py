@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, FUZZ, INTERPRETED
+from conftest import FUZZ, INTERPRETED, KERNEL
 from harness import LAYOUTS
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from machine import BAD, FORMS, HYPERPARAMETERS, MOVES, OF_ADAMW, SHAPES, Gradients, Lockstep
 
-KERNEL = BACKENDS[-1]  # the one that this run of the tests proves
 DONE: Counter[str] = Counter()
 
 numbers = st.integers(0, 2**16)
