@@ -25,8 +25,8 @@ test: setup
 	TRITON_INTERPRET=1 $(PYTEST) -m backend
 
 # What users do in any order, state dictionaries with errors in them and 10,000 steps: other examples in each run,
-# N of each kind, and what they were. 200 take a core about a quarter of an hour.
-N ?= 200
+# N of each kind, and what they were. 400 take a core about ten minutes.
+N ?= 400
 fuzz: setup
 	PATS_FUZZ=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_machine.py tests/test_state_fuzz.py \
 	    tests/test_growth.py --numprocesses 0 --capture no --hypothesis-show-statistics

@@ -170,7 +170,7 @@ def changed(random: Random, tensor: Tensor) -> Any:
     values = [torch.nan, torch.inf, -torch.inf, -1.0, -1e-40, 0.0, 1e-40, 1e30, 0.5, 2.0**24 + 1, 2.0**32]
 
     def poked() -> Tensor:
-        one = tensor.clone()
+        one = tensor.detach().clone()
         if one.numel() > 0 and one.layout is torch.strided:
             one.reshape(-1)[random.randrange(one.numel())] = random.choice(values)
         return one
