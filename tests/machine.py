@@ -229,11 +229,6 @@ def raised(kind: type[Error], function: Callable[[], Any]) -> Error | None:
     return None
 
 
-def renewed(value: Any) -> Any:
-    """A hyperparameter that no other group or run has, should it be written to."""
-    return copy.deepcopy(value)
-
-
 def needed(run: Run, h: Hyper, a: oracle.AdamW) -> set[str]:
     """The state that a step may write."""
     keys = {"step", *(("exp_avg", "exp_avg_sq") if run.form == "PATSAdamW" else ())}
@@ -272,7 +267,7 @@ class Lockstep:
         self.bounded = True  # whether steps are held against the oracle; else they are finite alike
         self._reference: dict[str, Tensor] = {}
         self._before: list[tuple[Any, ...]] = []
-        self._scale, self._skipped = 1.0, False
+        self._scale, self._skipped, self._seen = 1.0, False, False
         self._original: Any = _Attachment._step
         self._patch = patch.object(_Attachment, "_step", self._observed())
         self._patch.start()
@@ -349,7 +344,9 @@ class Lockstep:
             if found_inf is not None:
                 run.optimizer.grad_scale = torch.tensor(scale)
                 run.optimizer.found_inf = torch.tensor(float(found_inf))
+            self._seen = False
             error = raised(ValueError, partial(self._take, run, closure))
+            assert self._seen or error is not None, "an optimizer stepped without PATS"
             if error is not None:
                 if "dtype mismatch" not in str(error) or not self._has_wide_state(run):
                     raise error
@@ -409,6 +406,7 @@ class Lockstep:
         ]
 
     def _after(self, run: Run) -> None:
+        self._seen = True
         if run.forgets:
             own = {name: t for name, t in run.tensors().items() if name in self._reference}
             return assert_same(own, self._reference, "planned anew, against planned before")
@@ -492,16 +490,15 @@ class Lockstep:
             self.number = first
             params = self.parameters(shapes, dtype)
             run.model.extend(params)
-            run.optimizer.add_param_group({"params": params, **renewed(own)})
+            run.optimizer.add_param_group({"params": params, **copy.deepcopy(own)})
 
         self.each(add, "add_group", keeps=False)
 
     def change(self, group: int, name: str, value: Any) -> None:
-        self.each(
-            lambda run: run.optimizer.param_groups[group].update({name: renewed(value)}),
-            "change",
-            keeps=False,
-        )
+        def change(run: Run) -> None:
+            run.optimizer.param_groups[group][name] = copy.deepcopy(value)  # which may be written to
+
+        self.each(change, "change", keeps=False)
 
     def fill(self, group: int, value: float) -> None:
         """A schedule that writes to tensors."""
