@@ -14,7 +14,13 @@ from conftest import FUZZ, INTERPRETED, KERNEL
 from harness import LAYOUTS
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from machine import BAD, FORMS, HYPERPARAMETERS, MOVES, OF_ADAMW, SHAPES, Gradients, Lockstep
 
 DONE: Counter[str] = Counter()
@@ -92,10 +98,10 @@ class Machine(RuleBasedStateMachine):
     def step_with_poison(self, number: int, data: Any) -> None:
         self.lockstep.step(self.gradients(data, number, values="poison"))
 
+    @precondition(lambda self: self.scaled)
     @action(number=numbers, data=st.data(), scale=st.sampled_from([0.5, 1.0, 8.0]), found=st.booleans())
     def step_with_scaler(self, number: int, data: Any, scale: float, found: bool) -> None:
-        if self.scaled:
-            self.lockstep.step(self.gradients(data, number), scale=scale, found_inf=found)
+        self.lockstep.step(self.gradients(data, number), scale=scale, found_inf=found)
 
     @action(number=numbers, times=st.integers(2, 4))
     def steps_of_alternating_sets(self, number: int, times: int) -> None:
