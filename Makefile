@@ -29,7 +29,7 @@ test: setup
 N ?= 400
 fuzz: setup
 	PATS_FUZZ=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_machine.py tests/test_state_fuzz.py \
-	    tests/test_growth.py --numprocesses 0 --capture no --hypothesis-show-statistics
+	    tests/test_growth.py --numprocesses 0 --capture no
 
 # The frameworks that PATS is used in, in a virtual environment of their own: docs/integrations.md. DeepSpeed compiles
 # its operators when they are asked for, not as it is installed. The package is the one in this folder.
