@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup bench test test-clients sanitize statistics finetune lint clean
+.PHONY: setup bench test fuzz test-clients sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -23,6 +23,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --
 test: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m backend
+
+# What users do in any order, state dictionaries with errors in them and 10,000 steps: other examples in each run,
+# N of each kind, and what they were. 400 take a core about ten minutes.
+N ?= 400
+fuzz: setup
+	PATS_FUZZ=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_machine.py tests/test_state_fuzz.py \
+	    tests/test_growth.py --numprocesses 0 --capture no
 
 # The frameworks that PATS is used in, in a virtual environment of their own: docs/integrations.md. DeepSpeed compiles
 # its operators when they are asked for, not as it is installed. The package is the one in this folder.

@@ -25,6 +25,7 @@ from pats_kernels.numbering import Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
+    Counters,
     Limits,
     check_group,
     check_order,
@@ -149,7 +150,7 @@ class PATSAdamW(Optimizer):
         self._launcher = Launcher(owned=True)
         self._advisor = Advisor(defaults_of(AdamWHyperparameters))
         self._numbering = Numbering(len(getattr(self, "param_groups", ())))
-        self._nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow
+        self._nonfinite = Counters()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in `torch.optim`.

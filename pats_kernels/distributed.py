@@ -7,9 +7,11 @@ of two floats a tensor for all tensors of a mesh, under way while the next step'
 Plain parameters, as DistributedDataParallel has them, need no word: equal gradients give equal noise.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -144,22 +146,27 @@ class _Route(NamedTuple):
     mesh: DeviceMesh
     shares: Tensor  # float32 [tensors, 2]
     rows: list[Tensor]
-    means: list[Tensor]
+    means: "list[weakref.ref[Tensor]]"
 
 
 @dataclass(slots=True)
 class _Set:
-    """Tensors that are stepped together, with what follows from which they are."""
+    """Tensors that are stepped together, and what follows from which they are. Keeps none of them alive."""
 
-    params: list[Tensor]
-    stats: list[Tensor | None]
+    ids: list[int]  # of the parameters
+    params: "list[weakref.ref[Tensor]]"
+    stats: "list[weakref.ref[Tensor] | None]"
     shards: list[Shard | None]
     shares: list[Tensor | None]
     routes: list[_Route]
 
     def holds(self, batch: Batch) -> bool:
-        pairs = ((self.params, batch.params), (self.stats, batch.sens_stats))
-        return all(list(map(id, own)) == list(map(id, others)) for own, others in pairs)
+        if self.ids != list(map(id, batch.params)):
+            return False
+        pairs = zip(chain(self.params, self.stats), chain(batch.params, batch.sens_stats), strict=True)
+        return all(
+            own is tensor if own is None or tensor is None else own() is tensor for own, tensor in pairs
+        )
 
 
 @dataclass(slots=True)
@@ -226,14 +233,17 @@ class Statistics:
         self.finish()
         for param in batch.params:
             if (old := self._set_of.get(id(param))) is not None:
-                for other in old.params:
-                    self._set_of.pop(id(other), None)
+                for other in old.ids:
+                    if self._set_of.get(other) is old:  # an id may be another tensor's by now
+                        del self._set_of[other]
         if len(self._set_of) + len(batch.params) > batch.kept:  # some are of tensors that are kept no more
             self._set_of.clear()
             self._buffers.clear()
         shares, routes = self._routed(batch, shards)
-        new = _Set(batch.params, list(batch.sens_stats), shards, shares, routes)
-        self._set_of |= dict.fromkeys(map(id, batch.params), new)
+        stats = [None if tensor is None else weakref.ref(tensor) for tensor in batch.sens_stats]
+        ids = list(map(id, batch.params))
+        new = _Set(ids, list(map(weakref.ref, batch.params)), stats, shards, shares, routes)
+        self._set_of |= dict.fromkeys(ids, new)
         return new
 
     def _routed(
@@ -248,7 +258,7 @@ class Statistics:
         routes: list[_Route] = []
         for (mesh, device), index in of_mesh.items():
             buffer, rows = self._buffer(mesh, device, len(index), id(batch.params[index[0]]))
-            means = [stats for i in index if (stats := batch.sens_stats[i]) is not None]
+            means = [weakref.ref(stats) for i in index if (stats := batch.sens_stats[i]) is not None]
             routes.append(_Route(mesh, buffer, rows, means))
             for i, row in zip(index, rows, strict=True):
                 shares[i] = row
@@ -291,12 +301,17 @@ class Statistics:
             message.work.wait()
             for group in message.groups:
                 dist.all_reduce(message.sent, group=group)
-            _, shares, rows, means = message.route
+            shares = message.route.shares
             if message.sent is not shares:
                 shares.copy_(message.sent)
+            pairs = zip(message.route.means, message.route.rows, strict=True)
+            alive = [(mean, row) for reference, row in pairs if (mean := reference()) is not None]
+            if not alive:
+                continue
+            means, rows = map(list, zip(*alive, strict=True))
             if message.found_inf is not None:
                 found = message.found_inf.to(shares.device) != 0
-                shares.copy_(torch.where(found, torch.stack(means), shares))
+                rows = list(torch.where(found, torch.stack(means), torch.stack(rows)).unbind())
             torch._foreach_copy_(means, rows)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -1,11 +1,12 @@
 """What a param group may say about PATS: names, defaults, ranges, errors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -37,8 +38,14 @@ class Variant(NamedTuple):
     stochastic_rounding: bool
 
 
+class _Referable:
+    """What a weak reference may be made to: `slots=True` alone gives no place for it."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(frozen=True, slots=True)
-class Hyperparameters:
+class Hyperparameters(_Referable):
     """PATS's hyperparameters for one param group or one tensor; an instance that exists is valid.
 
     Attributes:
@@ -78,7 +85,16 @@ class Hyperparameters:
         _require_one_of("stochastic_rounding", self.stochastic_rounding, (True, False))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"Invalid seed: {self.seed!r} (must be an integer in [0, 2^64))")
+        self._make_floats("noise_scale", "gamma", "sens_betas")
         self._set_variant("pats")
+
+    def _make_floats(self, *names: str) -> None:
+        """torch multiplies by no integer above 2^63."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+                object.__setattr__(self, name, value)
 
     def _set_variant(self, form: Form) -> None:
         variant = Variant(form, self.uncertainty, self.normalization, self.stochastic_rounding)
@@ -129,6 +145,7 @@ class AdamWHyperparameters(Hyperparameters):
         _require_real("weight_decay", self.weight_decay)
         _require_one_of("maximize", self.maximize, (True, False))
         _require_one_of("sensitivity", self.sensitivity, get_args(Sensitivity))
+        self._make_floats("lr", "betas", "eps", "weight_decay")
         self._set_variant("pats_adamw" if self.sensitivity == "ema" else "moments_adamw")
 
     @property
@@ -168,6 +185,19 @@ def _cached(kind: type[H], *values: Any) -> H:
     return kind(*values)
 
 
+# Those that hold tensors, which a cache would keep alive: here as long as a plan or a step has them.
+_held: "WeakValueDictionary[tuple[Any, ...], Any]" = WeakValueDictionary()
+
+
+def _of_tensors(kind: type[H], values: Sequence[Any]) -> H:
+    """By the tensors' identity: an entry holds them, so that no other has their ids."""
+    key = (kind, *((Tensor, id(v)) if isinstance(v, Tensor) else (type(v), v) for v in values))
+    found = _held.get(key)
+    if found is None:
+        found = _held[key] = kind(*values)
+    return found
+
+
 def hyperparameters(
     values: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
@@ -184,6 +214,8 @@ def hyperparameters(
     defaults = own if defaults is None else defaults
     chosen = [_plain(name, values.get(name, defaults.get(name, default))) for name, default in own.items()]
     try:
+        if any(isinstance(value, Tensor) for value in chosen):
+            return _of_tensors(kind, chosen)
         return _cached(kind, *chosen)
     except TypeError:  # not hashable, so not valid either: let the check name it
         return kind(*chosen)

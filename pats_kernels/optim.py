@@ -28,6 +28,7 @@ from pats_kernels.numbering import KEY, Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
 from pats_kernels.state import (
     TENSOR_ID,
+    Counters,
     Limits,
     State,
     check_group,
@@ -159,7 +160,7 @@ class PATS:
     state: dict[Tensor, State] = _shared("state")
     defaults: dict[str, Any] = _shared("defaults")
     backend: str = _shared("backend")
-    _nonfinite: dict[int, Tensor] = _shared("nonfinite")
+    _nonfinite: Counters = _shared("nonfinite")
 
     def remove(self) -> None:
         """Detaches from the optimizer, which then steps as if PATS had never been there."""
@@ -224,7 +225,7 @@ class _Attachment:
         self.state: dict[Tensor, State] = {} if state is None else state
         self.is_attached = is_attached
         self.handle: weakref.ref[PATS] | None = None
-        self.nonfinite: dict[int, Tensor] = {}  # by id: a tensor's hash is slow, and `state` keeps it alive
+        self.nonfinite = Counters()
         self._launcher = Launcher(owned=True)
         self._numbering = Numbering(groups)
         self._advisor = Advisor(defaults_of(Hyperparameters))
@@ -466,7 +467,7 @@ class _Attachment:
         self.defaults = {name: checked["defaults"][name] for name in defaults_of(Hyperparameters)}
         self.state = checked["state"]
         self._launcher = Launcher(owned=True)  # the old one keeps the old state alive
-        self.nonfinite = {}
+        self.nonfinite = Counters()
 
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         own = self.state_dict(optimizer)

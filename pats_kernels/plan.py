@@ -302,7 +302,8 @@ def _signature(batch: Batch) -> list[Any]:
         list(map(_DTYPE, chain(shaped, state, small))),
         list(map(_SHAPE, shaped)),
         list(map(Tensor.numel, chain(state, small))),
-        None if dense else [(tensor.shape, tensor.stride()) for tensor in chain(shaped, state)],
+        # A sparse tensor, which is never contiguous, has a stride too: () where it is 0-d.
+        None if dense else [(t.shape, t.stride(), t.layout) for t in chain(shaped, state)],
         any(map(Tensor.is_neg, batch.params)),
         [grad.device for grad in batch.grads],
         batch.tensor_ids,

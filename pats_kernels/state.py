@@ -2,6 +2,7 @@
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, cast
 
@@ -50,11 +51,38 @@ def nonfinite_counts(
     return {name: count for name, count in counts.items() if count > 0}
 
 
-def counter_of(counters: dict[int, Tensor], param: Tensor, device: torch.device) -> Tensor:
+class Counters(dict[int, Tensor]):
+    """How many elements were not finite, by their parameter's id: its hash would be slow at each step.
+
+    A parameter that is gone takes its counter along, as the next one may get its id.
+    """
+
+    __slots__ = ("__weakref__", "_params")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._params: dict[int, weakref.ref[Tensor]] = {}
+
+    def watch(self, param: Tensor) -> None:
+        """To be called with each parameter that is given a counter."""
+        key, own = id(param), weakref.ref(self)
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            counters = own()
+            if counters is not None and counters._params.get(key) is reference:
+                del counters._params[key]
+                counters.pop(key, None)
+
+        self._params[key] = weakref.ref(param, forget)
+
+
+def counter_of(counters: Counters, param: Tensor, device: torch.device) -> Tensor:
     """A parameter's counter of elements that were not finite, made anew or moved where it has to be."""
     count = counters.get(id(param))
     if count is None or count.device != device:
         zero = torch.zeros((), dtype=torch.int64, device=device)
+        if count is None:
+            counters.watch(param)
         count = counters[id(param)] = zero if count is None else zero + count.to(device)
     return count
 
@@ -69,8 +97,8 @@ def have_moved(counters: Mapping[int, Tensor], params: Sequence[Tensor], state: 
     return False
 
 
-def keep_only(counters: dict[int, Tensor], params: Collection[Tensor]) -> None:
-    """Drops the counters of all other parameters: they are by id, which another may get."""
+def keep_only(counters: Counters, params: Collection[Tensor]) -> None:
+    """Drops the counters of all other parameters."""
     kept = set(map(id, params))
     for key in counters.keys() - kept:
         del counters[key]

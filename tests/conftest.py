@@ -22,6 +22,9 @@ from pats_kernels import available_backends
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_EXTENSION = os.environ.get("PATS_KERNELS_NO_EXTENSION") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager", "cpp"]
+KERNEL = BACKENDS[-1]
+
+FUZZ = int(os.environ.get("PATS_FUZZ", "0"))  # how many examples `make fuzz` tries of each kind; 0: the tests
 
 REHEARSAL = os.environ.get("PATS_GPU_REHEARSAL") == "1"  # of tests/gpu, on the CPU: tests/gpu/device.py
 
@@ -48,7 +51,15 @@ settings.register_profile(
     max_examples=8 if INTERPRETED else 60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.load_profile("pats")
+settings.register_profile(
+    "fuzz",
+    settings.get_profile("pats"),
+    derandomize=False,  # other examples in each run; what fails is kept in .hypothesis, and tried first
+    print_blob=True,
+    max_examples=max(FUZZ, 1),
+    stateful_step_count=60,
+)
+settings.load_profile("fuzz" if FUZZ else "pats")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -44,6 +44,15 @@ GOOD = [
 ]
 
 
+def test_large_integers_are_floats() -> None:
+    """torch multiplies by none above 2^63: an eager step stopped halfway."""
+    names = ("noise_scale", "gamma", "lr", "eps", "weight_decay")
+    h = AdamWHyperparameters(**dict.fromkeys(names, 2**70))
+    assert h == AdamWHyperparameters(**dict.fromkeys(names, 2.0**70))
+    assert all(type(number) is float for number in (*h.numbers, *h.sens_betas, *h.betas))
+    assert (torch.ones(2) * h.noise_scale).tolist() == [2.0**70] * 2
+
+
 class Config:
     """A sequence that says so by what it has alone."""
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.optim import attached_to
-from pats_kernels.state import counter_of, have_moved, keep_only
+from pats_kernels.state import Counters, counter_of, have_moved, keep_only
 
 
 def attached(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
@@ -315,10 +315,35 @@ def test_parameters_that_may_come_back_are_remembered() -> None:
     assert [float(pats.state[param]["step"]) for param in params] == [2.0, 2.0]
 
 
+def test_a_counter_goes_with_its_parameter(no_collector: None) -> None:
+    """They are by id: the next parameter that got one had the other's elements that were not finite."""
+    optimizer = PATSAdamW(parameters(), **SETTINGS)
+    first, second = params_of(optimizer)
+    for param in (first, second):
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    key = id(first)
+    assert sum(optimizer.nonfinite_counts().values()) == 42 + 5
+    optimizer.state.pop(first)
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(6, 7))
+    assert key in optimizer._nonfinite
+    del first, second, param
+    assert key not in optimizer._nonfinite
+    assert sum(optimizer.nonfinite_counts().values()) == 5
+
+    counters, device = Counters(), torch.device("cpu")  # and one with that id keeps its own
+    param = nn.Parameter(torch.ones(1))
+    old = counter_of(counters, param, device)
+    keep_only(counters, [])
+    assert counter_of(counters, param, device) is not old
+    del param
+    assert not counters
+
+
 def test_counters_are_where_the_state_is() -> None:
     """After a model and its state have moved; what was counted is not lost. "meta" is another device."""
     params = parameters()
-    counters: dict[int, Tensor] = {}
+    counters = Counters()
     state = {params[1]: {"step": torch.zeros(())}}
     count = counter_of(counters, params[1], torch.device("cpu"))
     count += 3

@@ -363,6 +363,16 @@ def test_a_kept_plan_does_not_hide_a_wrong_dtype(name: str) -> None:
         planner.plan(batch(work))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_kept_plan_does_not_hide_a_sparse_gradient(layout: str) -> None:
+    """Also not that of a 0-d tensor, whose strides are a dense one's."""
+    planner, work = Planner(), work_of(Case([(3, 5), ()], layout, layout))
+    planner.plan(batch(work))
+    work.grads[1] = work.grads[1].to_sparse()
+    with pytest.raises(TypeError, match=r"params\[1\]: PATS does not support sparse"):
+        planner.plan(batch(work))
+
+
 def test_a_kept_plan_does_not_hide_a_wrong_shape_of_the_statistics() -> None:
     planner, work = Planner(), work_of(Case([(8,)]))
     planner.plan(batch(work))

@@ -1,26 +1,34 @@
 """State dictionaries with errors in them: refused by name without a trace, or loaded and stepped from.
 
-A few hundred in each run of the tests; PATS_FUZZ=N has N for each kind, of other seeds.
+What is refused leaves a run whose next steps are those of one that never tried. What is loaded is loaded into
+the three runs of machine.py, which then go on in lockstep.
+A few hundred in each run of the tests; `make fuzz` has more, of other seeds in each run.
 """
 
 import copy
-import os
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
-from random import Random
+from random import Random, SystemRandom
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from conftest import FUZZ, KERNEL
 from harness import assert_same_bits
+from machine import Gradients, Lockstep
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+import pats_kernels.adamw
+import pats_kernels.optim
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.hyperparameters import Hyperparameters, defaults_of
 
-LONG = os.environ.get("PATS_FUZZ")
-MUTATIONS = int(LONG or 150)
+MUTATIONS = FUZZ or 60
+SEED = SystemRandom().randrange(2**32) if FUZZ else 0
+DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float64]
 SHAPES = [(2, 3), (5,), ()]
 SETTINGS: dict[str, Any] = {"noise_scale": 1e-3, "gamma": 0.5, "seed": 3}
 
@@ -34,7 +42,7 @@ class Run(NamedTuple):
         for number in numbers:
             random = torch.Generator().manual_seed(number)
             for param in self.params:
-                param.grad = torch.randn(param.shape, generator=random)
+                param.grad = torch.randn(param.shape, generator=random).to(param.dtype)
             self.optimizer.step()
         return self
 
@@ -47,24 +55,66 @@ class Run(NamedTuple):
         return [t.detach().clone() for t in [*self.params, *tensors]], repr(text)
 
 
-def run(kind: str) -> Run:
+def run(form: str, dtype: torch.dtype = torch.float32) -> Run:
     """Two groups, three named parameters, two steps."""
     random = torch.Generator().manual_seed(5)
-    params = [nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
+    params = [nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in SHAPES]
     named = list(zip(("first", "second", "third"), params, strict=True))
     groups = [{"params": named[:2], "weight_decay": 0.1}, {"params": named[2:], "noise_scale": 1e-2}]
-    if kind == "PATSAdamW":
-        optimizer: Any = PATSAdamW(groups, lr=1e-2, **SETTINGS)
+    settings = SETTINGS | {"backend": KERNEL}
+    if form == "PATSAdamW":
+        optimizer: Any = PATSAdamW(groups, lr=1e-2, **settings)
         return Run(params, optimizer, optimizer).steps(1, 2)
     optimizer = AdamW(groups, lr=1e-2)
-    return Run(params, optimizer, PATS(optimizer, **SETTINGS)).steps(1, 2)
+    return Run(params, optimizer, PATS(optimizer, **settings)).steps(1, 2)
 
 
-# By kind: what loads a dictionary, and which part of it is this package's own to check.
-KINDS: dict[str, tuple[Callable[[Run], Any], Callable[[Run], dict[str, Any]]]] = {
-    "PATSAdamW": (lambda r: r.optimizer.load_state_dict, lambda r: r.optimizer.state_dict()),
-    "PATS": (lambda r: r.pats.load_state_dict, lambda r: r.pats.state_dict()),
-    "its optimizer": (lambda r: r.optimizer.load_state_dict, lambda r: r.optimizer.state_dict()),
+def of_optimizer(run: Run) -> dict[str, Any]:
+    return run.optimizer.state_dict()
+
+
+def of_pats(run: Run) -> dict[str, Any]:
+    return run.pats.state_dict()
+
+
+def of_processes(run: Run) -> dict[str, Any]:
+    """As each of several processes has it, for torch.distributed.checkpoint: by entries alone."""
+    with (
+        patch.object(pats_kernels.optim, "is_distributed", lambda: True),
+        patch.object(pats_kernels.adamw, "is_distributed", lambda: True),
+    ):
+        state_dict = run.optimizer.state_dict()
+    return {key: state_dict[key] for key in ("state", "param_groups")}
+
+
+def of_torch(run: Run) -> dict[str, Any]:
+    """What AdamW would have saved."""
+    state_dict = run.optimizer.state_dict()
+    own = ("step", "exp_avg", "exp_avg_sq")
+    names = defaults_of(Hyperparameters).keys() | {"sensitivity"}
+    groups = [{k: v for k, v in group.items() if k not in names} for group in state_dict["param_groups"]]
+    state = {i: {k: entry[k] for k in own} for i, entry in state_dict["state"].items()}
+    return {"state": state, "param_groups": groups}
+
+
+class Kind(NamedTuple):
+    """A form of an optimizer; what it saves; whether all of that is this package's own to check."""
+
+    form: str
+    saves: Callable[[Run], dict[str, Any]]
+    all_: bool = True
+
+    def load(self, run: Run) -> Callable[[Any], Any]:
+        return run.pats.load_state_dict if self.saves is of_pats else run.optimizer.load_state_dict
+
+
+KINDS = {
+    "PATSAdamW": Kind("PATSAdamW", of_optimizer),
+    "PATSAdamW of processes": Kind("PATSAdamW", of_processes),
+    "AdamW's, by PATSAdamW": Kind("PATSAdamW", of_torch),
+    "PATS": Kind("AdamW", of_pats),
+    "its optimizer": Kind("AdamW", of_optimizer, all_=False),
+    "its optimizer of processes": Kind("AdamW", of_processes, all_=False),
 }
 
 
@@ -75,10 +125,28 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return own + [place for key in keys for place in places(value[key])]
 
 
+def wrapped(random: Random, value: Any) -> Any:
+    """The same one level deeper, or in a container of another kind."""
+    forms: list[Callable[[Any], Any]] = [
+        lambda v: [v],
+        lambda v: (v,),
+        lambda v: {"params": v},
+        lambda v: {0: v},
+    ]
+    if isinstance(value, dict):
+        forms += [OrderedDict, UserDict, list, lambda v: list(v.items())] * 2
+    if isinstance(value, list):
+        forms += [tuple, set, lambda v: dict(enumerate(v)), lambda v: v * 2] * 2
+    try:
+        return random.choice(forms)(value)
+    except TypeError:  # a set of what has no hash
+        return [value]
+
+
 def junk(random: Random, container: Any) -> Any:
     """Anything, but for a learning rate or weight decay that would rightly make weights infinite."""
     numbers = [-1, 0, 0.5, 1, 2, 2.5, torch.nan, torch.inf, -torch.inf, True, 1j]
-    others = [None, "x", "1", b"x", [], [1, 2], (0.5, 0.5), {}, {"a": 1}, object(), int]
+    others = [None, "x", "1", b"x", [], [1, 2], (0.5, 0.5), {}, {"a": 1}, ..., int]
     large = [] if isinstance(container, dict) and "lr" in container else [2**32, 2**70]
     arrays = [np.zeros(2), np.float32(0.5), np.int64(3), torch.zeros(()), torch.ones(2), torch.zeros(0)]
     return random.choice([*numbers, *others, *large, *arrays])
@@ -96,13 +164,13 @@ def changed(random: Random, tensor: Tensor) -> Any:
         lambda: tensor.to("meta"),
         lambda: tensor.mT if tensor.dim() > 1 else tensor.tolist(),
         lambda: tensor.clone().requires_grad_(),
-        lambda: tensor.numpy(),
+        lambda: tensor.float().numpy(),
         lambda: torch.zeros_like(tensor),
     ]
     values = [torch.nan, torch.inf, -torch.inf, -1.0, -1e-40, 0.0, 1e-40, 1e30, 0.5, 2.0**24 + 1, 2.0**32]
 
     def poked() -> Tensor:
-        one = tensor.clone()
+        one = tensor.detach().clone()
         if one.numel() > 0 and one.layout is torch.strided:
             one.reshape(-1)[random.randrange(one.numel())] = random.choice(values)
         return one
@@ -110,26 +178,24 @@ def changed(random: Random, tensor: Tensor) -> Any:
     return random.choice([*forms, *[poked] * len(forms)])()
 
 
-def mutate(random: Random, kind: str, state_dict: dict[str, Any]) -> None:
+def mutate(random: Random, kind: Kind, state_dict: dict[str, Any]) -> None:
     """One to three errors, anywhere in what this package checks."""
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        if kind == "its optimizer":  # the rest is torch's own to check
-            part = random.choice([state_dict["pats"], *state_dict["param_groups"]])
-            if not isinstance(part, dict) or "lr" in part:
-                names = [*defaults_of(Hyperparameters), "tensor_id", "param_names"]
-                if isinstance(part, dict):
-                    part[random.choice(names)] = junk(random, part)
+        part: Any = state_dict
+        if not kind.all_:  # the rest is torch's own to check
+            groups, entries = state_dict["param_groups"], state_dict["state"]
+            part = random.choice([*groups, *entries.values(), *[state_dict.get("pats", groups)] * 4])
+            if isinstance(part, list):
+                part = random.choice(part)
+            if isinstance(part, dict) and part is not state_dict.get("pats"):
+                mutate_own(random, part)
                 continue
-        else:
-            part = state_dict
         found = places(part)
         if not found:
             continue
         container, key = random.choice(found)
         value = container[key]
-        action = random.choice(
-            ["junk", "junk", "change", "change", "change", "delete", "rename", "swap", "add"]
-        )
+        action = random.choice(ACTIONS)
         if action == "delete":
             del container[key]
         elif action == "rename" and isinstance(container, dict):
@@ -141,10 +207,36 @@ def mutate(random: Random, kind: str, state_dict: dict[str, Any]) -> None:
         elif action == "add" and isinstance(container, dict):
             names = ["noise_scale", "betas", "amsgrad", "capturable", "tensor_id", "sens_stats", 0, 2, 9]
             container[random.choice(names)] = junk(random, container)
+        elif action == "wrap":
+            container[key] = wrapped(random, value)
         elif action == "change" and isinstance(value, Tensor):
             container[key] = changed(random, value)
         else:
             container[key] = junk(random, container)
+
+
+ACTIONS = ["junk", "junk", "change", "change", "change", "delete", "rename", "swap", "add", "wrap"]
+
+
+def mutate_own(random: Random, part: dict[str, Any]) -> None:
+    """What PATS has among what is its optimizer's: keys of a param group, or of a parameter's entry."""
+    if "params" in part:
+        names = [*defaults_of(Hyperparameters), "tensor_id", "param_names", *["pats"] * 4]
+    else:
+        names = [*(name for name in part if str(name).startswith("pats_")), "pats_step", "pats_tensor_id"]
+    name = random.choice(names)
+    value = part.get(name)
+    if isinstance(value, dict) and value and random.random() < 0.7:
+        part, name = value, random.choice(list(value))
+        value = part[name]
+    if isinstance(value, Tensor) and random.random() < 0.7:
+        part[name] = changed(random, value)
+    elif value is not None and random.random() < 0.3:
+        part[name] = wrapped(random, value)
+    elif value is not None and random.random() < 0.2:
+        del part[name]
+    else:
+        part[name] = junk(random, part)
 
 
 def moments(loaded: Run) -> list[Tensor]:
@@ -169,29 +261,67 @@ def assert_same(found: Run, expected: tuple[list[Tensor], str], where: str) -> N
     assert text == expected[1], where
 
 
+def in_lockstep(form: str, runs: list[Run]) -> Lockstep:
+    lockstep = Lockstep(form, KERNEL, SETTINGS)
+    for own, loaded in zip(lockstep.runs, runs, strict=True):
+        own.model, own.optimizer = nn.ParameterList(loaded.params), loaded.optimizer
+    return lockstep
+
+
+def is_ordinary(lockstep: Lockstep) -> bool:
+    """Whether float32 neither overflows nor underflows on the way, and still counts each step: the oracle
+    does not know of that."""
+    tensors = {name: tensor for name, tensor in lockstep.first.tensors().items() if " own " not in name}
+    if any(bool((t != 0).logical_and((t.abs() < 1e-12) | ~(t.abs() < 1e12)).any()) for t in tensors.values()):
+        return False
+    return all(float(t) < 2**24 - 4 for name, t in tensors.items() if name.endswith(" step"))
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
-def test_mutated_state_dicts(kind: str) -> None:
-    load, part = KINDS[kind]
-    before, after = run(kind).everything(), run(kind).steps(3, 4, 5).everything()
-    clean = copy.deepcopy(part(run(kind)))
+@pytest.mark.parametrize("name", KINDS)
+def test_mutated_state_dicts(name: str) -> None:
+    kind = KINDS[name]
     outcomes = [0, 0]
+    clean: dict[torch.dtype, Any] = {}
+    for dtype in DTYPES:
+        before, after = run(kind.form, dtype).everything(), run(kind.form, dtype).steps(3, 4, 5).everything()
+        clean[dtype] = copy.deepcopy(kind.saves(run(kind.form, dtype))), before, after
     for number in range(MUTATIONS):
-        random = Random(f"{kind}, {number}, {'long' if LONG else ''}")
-        state_dict, victim = copy.deepcopy(clean), run(kind)
+        random = Random(f"{name}, {number}, {SEED}")
+        dtype = random.choice(DTYPES)
+        saved, before, after = clean[dtype]
+        state_dict, victim = copy.deepcopy(saved), run(kind.form, dtype)
         mutate(random, kind, state_dict)
-        where = f"{kind}, mutation {number}"
-        refused = refusal(load(victim), state_dict)
+        where = f"{name}, mutation {number} of seed {SEED}"
+        refused = refusal(kind.load(victim), copy.deepcopy(state_dict))
         outcomes[refused is None] += 1
         if refused is not None:
             assert isinstance(refused, (ValueError, TypeError)), f"{where}: {refused!r}"
-            assert any(name in str(refused) for name in NAMED), f"{where}: {refused!r}"
+            assert any(part in str(refused) for part in NAMED), f"{where}: {refused!r}"
             assert_same(victim, before, where)
             assert_same(victim.steps(3, 4, 5), after, where)
             continue
+        others = [run(kind.form, dtype) for _ in range(2)]
+        for other in others:
+            kind.load(other)(copy.deepcopy(state_dict))  # torch's own counts of steps are not copied
+        others[1].pats.backend = "eager"
         # As torch's AdamW, which has such moments after a gradient that is not finite.
         finite = all(bool(t.isfinite().all()) for t in moments(victim))
-        refused = refusal(victim.steps, 3, 4, 5)
-        assert refused is None, f"{where}: {refused!r} at a step after it was loaded"
+        try:
+            go_on(in_lockstep(kind.form, [victim, *others]))
+        except Exception as error:
+            raise AssertionError(f"{where}: {error!r} at a step after it was loaded") from error
         assert not finite or all(bool(t.isfinite().all()) for t in victim.everything()[0]), where
     assert min(outcomes) > MUTATIONS / 20, f"{outcomes} refused and loaded: the mutations prove little"
+    if FUZZ:
+        print(f"\n{name}: {outcomes} state dictionaries refused and loaded, of seed {SEED}")
+
+
+def go_on(lockstep: Lockstep) -> None:
+    try:
+        lockstep.assert_alike("loaded")
+        for number in (3, 4, 5):
+            lockstep.bounded = is_ordinary(lockstep)
+            lockstep.step(Gradients(number))
+    finally:
+        lockstep.end()

@@ -1,5 +1,7 @@
 """Released gradients of sharded parameters: the bits of the plain sharded step; of replicas: refused."""
 
+import gc
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -122,6 +124,37 @@ def on_their_way() -> None:
 
 def test_a_step_waits_for_its_own_means_only(pool: Pool) -> None:
     pool(2, on_their_way)
+
+
+def forgotten(released: bool) -> None:
+    model = shard(small_model(), "fsdp")
+    optimizer = PATSAdamW(model.parameters(), **NOISE)
+    handle = release_gradients(optimizer) if released else None
+    for step in range(2):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.state_dict()
+    if handle is not None:
+        handle.remove()
+    entries = [entry for entry in optimizer.state.values() if isinstance(entry, dict)]
+    alive = [weakref.ref(tensor) for entry in entries for tensor in entry.values()]
+    del entries
+    gc.disable()  # without its help, and on all processes at one time
+    optimizer.state.clear()
+    assert not any(reference() is not None for reference in alive)
+    gc.enable()
+    loss_of(model, 2).backward()  # and it goes on, with new state
+    optimizer.step()
+    optimizer.state_dict()
+    assert all(float(entry["step"]) == 1 for entry in optimizer.state.values())
+    assert all(bool((entry["sens_stats"] > 0).any()) for entry in optimizer.state.values())
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_state_is_freed_with_its_last_reference(pool: Pool, released: bool) -> None:
+    """Also that of which a message is, or was, on its way."""
+    pool(2, forgotten, released)
 
 
 # Replicas.
