@@ -28,6 +28,16 @@ using BlockWords = uint32_t[4][kGroups];
 // ---- random words and normals of a block
 
 static inline void draw(const Draw& d, uint64_t group, uint32_t top_bit, BlockWords& x) {
+#if defined(__AVX2__)
+  const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32) | top_bit;
+  for (int k = 0; k < kGroups; k += kGroupsAtOnce) {
+    const auto words = philox4x32_at_once(low + k, high, d.tensor_id, d.step, d.seed);
+    memcpy(&x[0][k], &words.x0, sizeof words.x0);
+    memcpy(&x[1][k], &words.x1, sizeof words.x1);
+    memcpy(&x[2][k], &words.x2, sizeof words.x2);
+    memcpy(&x[3][k], &words.x3, sizeof words.x3);
+  }
+#else
   const Lane low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32) | top_bit;
 #pragma omp simd
   for (int k = 0; k < kGroups; ++k) {
@@ -37,6 +47,7 @@ static inline void draw(const Draw& d, uint64_t group, uint32_t top_bit, BlockWo
     x[2][k] = words.x2;
     x[3][k] = words.x3;
   }
+#endif
 }
 
 template <class T>
