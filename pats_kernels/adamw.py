@@ -1,5 +1,6 @@
 """PATS and AdamW in one pass."""
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from pats_kernels import backends
 from pats_kernels.advice import Advisor
+from pats_kernels.clipping import Clipping, check_not_released, total_norm
 from pats_kernels.compiling import uncompiled
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
@@ -151,6 +153,7 @@ class PATSAdamW(Optimizer):
         self._advisor = Advisor(defaults_of(AdamWHyperparameters))
         self._numbering = Numbering(len(getattr(self, "param_groups", ())))
         self._nonfinite = Counters()
+        self._clipping: Clipping | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in `torch.optim`.
@@ -189,8 +192,68 @@ class PATSAdamW(Optimizer):
                 loss = closure()
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         overlap = not any(group["capturable"] for group in self.param_groups)
-        self._launcher.launch(self._batch(), self.backend, grad_scale, found_inf, overlap=overlap)
+        batch = self._batch()
+        if self._clipping is not None:
+            if not self._clipping.is_of(self._grads()):
+                raise RuntimeError(
+                    "clip_grad_norm_ was called for other gradients than the step finds: call it after the "
+                    "last backward and before step, and this optimizer's zero_grad where no step is taken"
+                )
+            grad_scale = self._clipping.divisor(grad_scale)
+        self._launcher.launch(batch, self.backend, grad_scale, found_inf, overlap=overlap)
+        self._clipping = None
         return loss
+
+    def _grads(self) -> list[Tensor]:
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        return [param.grad for param in params if param.grad is not None]
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """Lets the next step see the gradients scaled to a global norm of `max_norm`, if theirs is larger.
+
+            loss.backward()
+            optimizer.clip_grad_norm_(1.0)  # instead of torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        The norm is that of all of the optimizer's gradients. They stay as they are: the step multiplies them
+        in its one pass, which spares reading and writing all of them once more. Sensitivities and moments
+        are of the clipped gradients. Nothing waits for the device unless `error_if_nonfinite`. Where a
+        GradScaler's scale is still in the gradients, `max_norm` is that of the unscaled ones.
+
+        Args:
+            max_norm: > 0.
+            norm_type: of the norm; inf for the largest absolute value.
+            error_if_nonfinite: raise RuntimeError where the norm is infinite or NaN. Otherwise the elements
+                become so, and the step counts them as it does without clipping.
+            foreach: as in `torch.nn.utils.get_total_norm`.
+
+        Returns:
+            The norm before clipping, 0-d, of the gradients as they are: a GradScaler's scale included.
+
+        Raises:
+            ValueError: max_norm is not a number above 0.
+            RuntimeError: the gradients are stepped on in backward (`release_gradients`): none is left.
+        """
+        if not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
+            raise ValueError(f"Invalid max_norm: {max_norm!r} (must be a finite number > 0)")
+        grads = self._grads()
+        if not grads:
+            check_not_released(self.param_groups)
+        norm = total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        self._clipping = Clipping.of(grads, norm, float(max_norm)) if grads else None
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in `torch.optim`; a norm that was to be clipped by is forgotten with its gradients."""
+        self._clipping = None
+        super().zero_grad(set_to_none)
 
     def _batch(self) -> Batch:
         """The parameters that have a gradient, with their state, which is allocated here at first."""

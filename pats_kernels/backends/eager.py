@@ -26,7 +26,7 @@ def step_(
     for i in launch.index:
         grad = batch.grads[i]
         if grad_scale is not None:
-            grad = (grad / grad_scale).to(grad.dtype)
+            grad = (grad / grad_scale.reshape(())).to(grad.dtype)  # as a scalar: 0-d gradients stay 0-d
         for target, value in _updated(batch, i, grad, phase, copies=found_inf is not None):
             if found_inf is not None:
                 value = torch.where(found_inf.squeeze() != 0, target, value)

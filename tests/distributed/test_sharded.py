@@ -94,6 +94,34 @@ def test_is_one_process(pool: Pool, world_size: int, how: str, kind: str, normal
         assert_close(tensors, expected)
 
 
+def clipped(model: SmallModel, own: bool) -> dict[str, Tensor]:
+    """Steps with gradients clipped to less than half of their norm, by the optimizer or by torch."""
+    optimizer = PATSAdamW(model.parameters(), lr=1e-2, **NOISE)
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        total = optimizer.clip_grad_norm_(0.05) if own else None
+        if total is None:
+            total = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        assert type(total) is Tensor
+        assert total > 0.1
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.state_dict()
+    return gather(model, optimizer.state)
+
+
+def sharded_clipped(how: str) -> dict[str, Tensor]:
+    return clipped(shard(small_model(12 if "tp" in how else 3), how), own=True)
+
+
+@pytest.mark.parametrize(("world_size", "how"), [(2, "fsdp"), (4, "fsdp+tp"), (2, "tp")])
+def test_clipping_is_by_the_norm_of_whole_gradients(pool: Pool, world_size: int, how: str) -> None:
+    """With tensor parallelism some parameters are plain tensors and some are sharded."""
+    expected = clipped(small_model(12 if "tp" in how else 3), own=False)
+    for tensors in pool(world_size, sharded_clipped, how):
+        assert_close(tensors, expected)
+
+
 def summary(model: SmallModel, kind: str) -> dict[str, float]:
     """After steps with finite gradients, and one in which a whole tensor's gradient is not."""
     optimizer, keeper = optimizer_of(kind, model)
