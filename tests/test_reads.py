@@ -360,23 +360,6 @@ def test_fake_tensors(name: str) -> None:
                 optimizer.step()
 
 
-def test_torchao_float8_weights(backend: str) -> None:
-    utils = pytest.importorskip("torchao.float8.fsdp_utils")
-    float8 = pytest.importorskip("torchao.float8")
-    model = nn.Sequential(nn.Linear(16, 16))
-    config = float8.Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
-    model = float8.convert_to_float8_training(model, config=config)
-    weight = model[0].weight
-    assert isinstance(weight, utils.WeightWithDynamicFloat8CastTensor)
-    weight.grad = torch.ones(16, 16)
-    optimizer = PATSAdamW(model.named_parameters(), backend=backend)
-    if backend == "eager":
-        optimizer.step()
-    else:
-        with pytest.raises(TypeError, match=r"0\.weight: .*has no memory of its own"):
-            optimizer.step()
-
-
 # Plans keep nothing alive.
 
 

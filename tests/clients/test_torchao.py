@@ -21,12 +21,13 @@ from loops import (
 from torch import nn
 from torch.optim import SGD
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8, _AdamW
 from torchao.prototype.quantized_training import int8_weight_only_quantized_training
 from torchao.quantization import quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-from pats_kernels import PATS
+from pats_kernels import PATS, PATSAdamW
 
 MAKERS: dict[str, Make] = {
     "_AdamW": lambda params: _AdamW(params),
@@ -92,3 +93,19 @@ def test_quantized_weights_are_refused(how: str) -> None:
     loss_of(model, 0).backward()
     with pytest.raises(TypeError, match=r"0\.weight: the parameter, a Int8\w+, has no memory of its own"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_float8_weights_have_no_memory_of_their_own(backend: str) -> None:
+    """A kernel would read what lies at address 0. Eager operations ask the subclass."""
+    config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(16, 16)), config=config)
+    weight = model[0].weight
+    assert isinstance(weight, WeightWithDynamicFloat8CastTensor)
+    weight.grad = torch.ones(16, 16)
+    optimizer = PATSAdamW(model.named_parameters(), backend=backend)
+    if backend == "eager":
+        optimizer.step()
+    else:
+        with pytest.raises(TypeError, match=r"0\.weight: .*has no memory of its own"):
+            optimizer.step()
