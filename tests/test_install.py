@@ -107,7 +107,7 @@ def test_with_a_triton_that_cannot_be_imported(tmp_path: Path) -> None:
 
 def test_installs_without_a_compiler(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
-    ignored = shutil.ignore_patterns(".venv", ".git", "build", "*.so", "*.egg-info", "__pycache__")
+    ignored = shutil.ignore_patterns(".venv*", ".git", "build", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}

@@ -176,7 +176,7 @@ def test_a_step_is_kept_out_of_compiled_functions(monkeypatch: pytest.MonkeyPatc
         patch.delattr(torch, "_disable_dynamo")
         is_compiling = uncompiled(torch.compiler.is_compiling)
     assert is_compiling._torchdynamo_disable_msg == REASON  # type: ignore[attr-defined]
-    assert torch.compile(torch.compiler.is_compiling, backend="eager")() is True
+    assert torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")() is True
     assert torch.compile(lambda: is_compiling(), backend="eager")() is False
 
 
