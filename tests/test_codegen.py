@@ -21,6 +21,7 @@ from pats_kernels.hyperparameters import Form, Uncertainty
 # Accesses of the stack that ptxas leaves where registers are limited: in all paths, of which that of strided
 # tensors hardly ever runs, and in that of full, aligned chunks. L1 holds them; they count as instructions.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+pytestmark = pytest.mark.skipif(TRITON < (3, 7), reason="the limits are those of Triton 3.7 and later")
 SPILLS = {("sm_100", "moments_adamw", "one pass"): (8, 0)}
 if TRITON >= (3, 8):
     SPILLS |= {("sm_100", "pats_adamw", "one pass"): (13, 5)}
