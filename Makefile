@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TORCHES := torch-2.10 torch-2.14
 
-.PHONY: setup bench test fuzz test-clients sanitize statistics finetune lint clean
+.PHONY: setup bench test fuzz test-clients test-versions $(TORCHES) sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -44,6 +45,26 @@ $(CLIENTS)/.installed: requirements-dev.txt $(wildcard tests/clients/*.txt)
 	    --requirement tests/clients/requirements-deepspeed.txt
 	touch $@
 
+# The oldest and the newest torch that are supported, with their Triton, each in a virtual environment of its own with
+# the development's other versions: both passes of `make test`, on a copy of this folder, as the extension that lies in
+# here is .venv's. One after the other: `make torch-2.10` or `make torch-2.14` is one of them.
+test-versions:
+	for torch in $(TORCHES); do $(MAKE) $$torch || exit 1; done
+
+VERSION_TESTS = cd .venv-$@/tree && $(1) OMP_NUM_THREADS=1 ../bin/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadgroup
+$(TORCHES): %: .venv-%/.installed
+	rm -rf .venv-$@/tree && mkdir .venv-$@/tree
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference -t .venv-$@/tree
+	.venv-$@/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .venv-$@/tree
+	$(call VERSION_TESTS)
+	$(call VERSION_TESTS,TRITON_INTERPRET=1) -m backend
+
+.venv-torch-%/.installed: requirements-dev.txt tests/versions/torch-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	sed -n '/^\(torch\|triton\|numpy\)==/d; /^peft==/q; p' requirements-dev.txt > $(@D)/others.txt
+	$(@D)/bin/python -m pip install --quiet --requirement tests/versions/torch-$*.txt --requirement $(@D)/others.txt
+	touch $@
+
 # The C++ extension under GCC's address, undefined-behaviour and thread sanitizers, and between guard pages.
 sanitize: setup
 	$(BIN)/python tests/native/sanitize.py
@@ -62,4 +83,4 @@ lint: setup
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv $(CLIENTS) build pats_kernels.egg-info pats_kernels/*.so
+	rm -rf .venv $(CLIENTS) $(TORCHES:%=.venv-%) build pats_kernels.egg-info pats_kernels/*.so

@@ -74,15 +74,19 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of what the results depend on; None for what is not installed."""
+    """The versions of what the results depend on; None for what is not installed.
+
+    Each is the one that what is imported gives: torch's own says of which CUDA it is, its package's need not.
+    """
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:
+    own = getattr(sys.modules.get(package), "__version__", None)
     try:
-        return version(package)
+        return version(package) if own is None else str(own)
     except PackageNotFoundError:
-        return getattr(sys.modules.get(package), "__version__", None)
+        return None
 
 
 def now() -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from pats_kernels import backends
 from pats_kernels.advice import Advisor
@@ -25,6 +24,7 @@ from pats_kernels.hyperparameters import (
 )
 from pats_kernels.numbering import Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
+from pats_kernels.private import ParamsT, check_capture
 from pats_kernels.state import (
     TENSOR_ID,
     Counters,
@@ -185,7 +185,7 @@ class PATSAdamW(Optimizer):
             ValueError, TypeError: a hyperparameter, parameter, gradient or state that no kernel could work
                 with, by name. Nothing has been changed.
         """
-        _check_capture(self)
+        check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -425,11 +425,6 @@ class PATSAdamW(Optimizer):
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 _PATS_STATE = ("exp_avg_sens", "exp_avg_unc", "sens_stats")
-
-
-# torch's own complaint where a graph is captured without `capturable`: its name today, and the one before.
-_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-_check_capture = next(getattr(Optimizer, name) for name in _CHECKS if hasattr(Optimizer, name))
 
 
 def _values(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdamWHyperparameters:

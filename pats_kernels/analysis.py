@@ -27,6 +27,7 @@ from pats_kernels.counters import steps_of
 from pats_kernels.hyperparameters import Hyperparameters, hyperparameters
 from pats_kernels.optim import PATS
 from pats_kernels.plan import is_dtensor
+from pats_kernels.private import local_tensor
 from pats_kernels.reference import arithmetic_dtype, gate, moments_sensitivity
 from pats_kernels.state import parameter_names
 
@@ -291,7 +292,7 @@ def _gates(
         corrections = []
         S = state["exp_avg_sens"]
         operands = [param, S, state.get("exp_avg_unc", S)]  # "none" keeps no U, and reads none
-    operands = [x._local_tensor if is_dtensor(type(x)) else x for x in operands]  # type: ignore[attr-defined]
+    operands = [local_tensor(x) if is_dtensor(type(x)) else x for x in operands]
     for pieces in zip(*(x.reshape(-1).split(PIECE) for x in operands), strict=True):
         w, S, U = (piece.to(dtype) for piece in pieces)
         if moments:

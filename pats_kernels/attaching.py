@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pats_kernels.adamw import PATSAdamW
 from pats_kernels.backends.tables import capturing
 from pats_kernels.hyperparameters import Hyperparameters, defaults_of
+from pats_kernels.private import has_hooks
 from pats_kernels.state import parameter_names
 
 
@@ -27,6 +28,7 @@ def attachable(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: it is no `torch.optim.Optimizer`, or one that has never been initialized as one.
         ValueError: it is a `PATSAdamW`; its steps are another optimizer's; its groups have a key of PATS's.
+        RuntimeError: this torch keeps hooks where nobody here knows.
     """
     optimizer = unwrapped(optimizer)
     kind = type(optimizer).__name__
@@ -35,7 +37,7 @@ def attachable(optimizer: Any) -> Optimizer:
     # ZeroRedundancyOptimizer's own holds this process's share of the parameters; its `step` is all of theirs.
     inner = [] if kind == "ZeroRedundancyOptimizer" else _held_by(optimizer)
     advice = f": attach PATS to the optimizer that steps, its attribute {inner[0]!r}" if inner else ""
-    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if not isinstance(optimizer, Optimizer) or not has_hooks(optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {kind}{advice}")
     if inner or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
         raise ValueError(

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as Sharded
 
 from pats_kernels.plan import Batch, Shard, whole_shard
+from pats_kernels.private import copy_each_, local_tensor
 
 Box = tuple[slice, ...]  # what a process holds of a tensor
 
@@ -103,8 +103,9 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, once it is there."""
     if not isinstance(tensor, DTensor):
         return tensor
-    held = tensor._local_tensor  # to_local() makes a new view of a parameter each time
-    return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
+    held = local_tensor(tensor)
+    wait = getattr(held, "wait", None)  # of torch's private type for what is on its way from other processes
+    return held if wait is None else wait()
 
 
 def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
@@ -312,7 +313,7 @@ class Statistics:
             if message.found_inf is not None:
                 found = message.found_inf.to(shares.device) != 0
                 rows = list(torch.where(found, torch.stack(means), torch.stack(rows)).unbind())
-            torch._foreach_copy_(means, rows)  # pyright: ignore[reportPrivateImportUsage]
+            copy_each_(means, rows)
 
 
 def _matching(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
@@ -323,16 +324,17 @@ def _matching(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
         raise ValueError(f"{batch.name(i)}: the parameter is {kinds[0]}, its gradient {kinds[1]}")
     if not sharded:
         return grad
-    own, other = param._spec, grad._spec  # type: ignore[attr-defined]
-    if own.mesh != other.mesh:
-        raise ValueError(f"{batch.name(i)}: the parameter is on {own.mesh}, its gradient on {other.mesh}")
-    if own.placements != other.placements:
-        grad = grad.redistribute(own.mesh, own.placements)  # type: ignore[attr-defined]
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    other: DeviceMesh = grad.device_mesh  # type: ignore[attr-defined]
+    if mesh != other:
+        raise ValueError(f"{batch.name(i)}: the parameter is on {mesh}, its gradient on {other}")
+    if placements != grad.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(mesh, placements)  # type: ignore[attr-defined]
     return local(grad)
 
 
 def _localized(column: Sequence[Any]) -> list[Any]:
-    return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in column]
+    return [local_tensor(tensor) if isinstance(tensor, DTensor) else tensor for tensor in column]
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
@@ -340,8 +342,9 @@ def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 
     Replicas are summed over too, though but one of them counts: so all get the same bits, and never drift.
     """
-    if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
-        return [dist.distributed_c10d._get_default_group()]
+    world = dist.group.WORLD
+    if mesh.ndim > 1 and world is not None and mesh.size() == dist.get_world_size():
+        return [world]
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 

@@ -13,12 +13,12 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pats_kernels import parts
 from pats_kernels.plan import Batch
+from pats_kernels.private import in_backward
 
 KEY = "tensor_id"  # of a param group
 BITS, POSITION_BITS = 32, 16
@@ -96,7 +96,7 @@ class Numbering:
                 self._seen_nothing = True
                 parts.streams([])  # the other processes ask what this one holds
             return batch
-        self.in_backward = torch._C._current_graph_task_id() != -1
+        self.in_backward = in_backward()
         if fresh or id(batch.params[0]) != self._first:
             self._settle(batch, param_groups, {id(param) for param in fresh})
             self._first = id(batch.params[0])

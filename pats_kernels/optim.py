@@ -26,6 +26,7 @@ from pats_kernels.hyperparameters import (
 )
 from pats_kernels.numbering import KEY, Numbering, check_distinct, ids_of
 from pats_kernels.plan import Batch
+from pats_kernels.private import LOAD_HOOKS, LOADED_HOOKS, SAVE_HOOKS, STEP_HOOKS, hooked_step
 from pats_kernels.state import (
     TENSOR_ID,
     Counters,
@@ -270,13 +271,13 @@ class _Attachment:
 
     def _hooks(self, optimizer: Optimizer) -> dict[str, Callable[..., Any]]:
         """By the attribute that holds them. Not by numbers as torch's, which begin anew in each process."""
-        hooks: dict[str, Callable[..., Any]] = {"_optimizer_step_pre_hooks": self.before_step}
+        hooks: dict[str, Callable[..., Any]] = {STEP_HOOKS: self.before_step}
         overridden = _overridden(optimizer)
         if "state_dict" not in overridden:
-            hooks["_optimizer_state_dict_post_hooks"] = self._join_state_dict
+            hooks[SAVE_HOOKS] = self._join_state_dict
         if "load_state_dict" not in overridden:
-            hooks["_optimizer_load_state_dict_pre_hooks"] = self._before_load
-            hooks["_optimizer_load_state_dict_post_hooks"] = self._after_load
+            hooks[LOAD_HOOKS] = self._before_load
+            hooks[LOADED_HOOKS] = self._after_load
         return hooks
 
     def _methods(self, optimizer: Optimizer) -> "dict[str, _Method]":
@@ -321,8 +322,8 @@ class _Attachment:
         the first of those after, which so find all of it loaded.
         """
         if "load_state_dict" not in _overridden(optimizer):
-            optimizer._optimizer_load_state_dict_pre_hooks.move_to_end(STATE_KEY)  # type: ignore[arg-type]
-            optimizer._optimizer_load_state_dict_post_hooks.move_to_end(STATE_KEY, last=False)  # type: ignore
+            getattr(optimizer, LOAD_HOOKS).move_to_end(STATE_KEY)
+            getattr(optimizer, LOADED_HOOKS).move_to_end(STATE_KEY, last=False)
             result = original(state_dict, *args, **kwargs)
             if _has_state(state_dict) and not self.state:
                 warnings.warn(
@@ -578,9 +579,9 @@ def _is_part_of_a_step(optimizer: Optimizer) -> bool:
     torch calls them for both, once there has been an optimizer of the parent's class. A step that a closure
     takes, as released gradients do in its backward, is one of its own.
     """
-    frame, seen = sys._getframe(1), False
+    frame, seen, step = sys._getframe(1), False, hooked_step(optimizer)
     while frame is not None and frame.f_code is not _EVALUATE:
-        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+        if frame.f_code is step and frame.f_locals.get("self") is optimizer:
             if seen:
                 return True
             seen = True
@@ -589,7 +590,6 @@ def _is_part_of_a_step(optimizer: Optimizer) -> bool:
 
 
 _EVALUATE = _evaluate.__code__
-_STEP = getattr(Optimizer.profile_hook_step(Optimizer.step), "__code__", None)  # of what runs the hooks
 
 
 def _overridden(optimizer: Optimizer) -> list[str]:
@@ -601,7 +601,7 @@ def _overridden(optimizer: Optimizer) -> list[str]:
 def attached_to(optimizer: Optimizer) -> PATS | None:
     """The `PATS` that is attached to an optimizer, or None."""
     optimizer = unwrapped(optimizer)
-    hook = getattr(optimizer, "_optimizer_step_pre_hooks", {}).get(STATE_KEY)
+    hook = getattr(optimizer, STEP_HOOKS, {}).get(STATE_KEY)
     attachment = getattr(hook, "__self__", None)
     return attachment.pats(optimizer) if isinstance(attachment, _Attachment) else None
 

@@ -48,8 +48,16 @@ def flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
     """Where FSDP1's parts lie, by the parameter's id; those of which its handles do not know are left out.
 
     With use_orig_params=True in the original tensor, else in the flat one, which all processes number alike.
-    A part's means are its own: its `Shard` says that it is as large as the part.
+    A part's means are its own: its `Shard` says that it is as large as the part. Where torch has renamed what
+    is asked for here, none is known, of which there is a warning: `flattened`.
     """
+    try:
+        return _flat_places(params)
+    except AttributeError:
+        return {}
+
+
+def _flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
     module = sys.modules.get("torch.distributed.fsdp._flat_param")
     if module is None:
         return {}
@@ -73,7 +81,8 @@ def flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
 def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """By the parameter's id, its position in the ZeroRedundancyOptimizer that made this optimizer.
 
-    Empty where none did.
+    Empty where none did, or where torch has renamed what is asked for here: then what the processes hold is
+    compared, as anybody's parts are.
 
     Args:
         param_groups: those of the optimizer that it made, which hold this process's share of the parameters.
@@ -83,7 +92,7 @@ def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
         return {}
     for outer in _alive(module.ZeroRedundancyOptimizer):
         if getattr(getattr(outer, "optim", None), "param_groups", None) is param_groups:
-            return {id(param): position for param, position in outer._param_to_index.items()}
+            return {id(param): position for param, position in getattr(outer, "_param_to_index", {}).items()}
     return {}
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pats_kernels.plan import is_dtensor
+from pats_kernels.private import STEP_HOOKS
 from pats_kernels.state import TENSOR_ID, is_distributed, parameter_names
 
 SCALER = ("grad_scale", "found_inf")  # what a GradScaler leaves at an optimizer for its step
@@ -73,7 +74,7 @@ class GradientRelease:
             raise TypeError(
                 f"{type(optimizer).__name__} needs a closure, which evaluates the model within its step"
             )
-        hooks = optimizer._optimizer_step_pre_hooks.values()
+        hooks = getattr(optimizer, STEP_HOOKS, {}).values()
         if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks):
             raise ValueError(f"the gradients of this {type(optimizer).__name__} are released already")
         self.optimizer = optimizer

@@ -271,6 +271,8 @@ class Limits:
                     limits = f"a whole number in [0, {MOST_STEPS}]"
                 elif key == "exp_avg_sq":  # a gradient that is not finite has made these infinite, or NaN
                     fits, limits = not low < 0, ">= 0"
+                elif key == "sens_stats":  # infinite where some elements' sum leaves float32: no statistics
+                    fits, limits = low >= 0 and high >= 0, ">= 0"
                 else:
                     fits, limits = low >= 0 and high < math.inf, "finite and >= 0"
                 if not fits:

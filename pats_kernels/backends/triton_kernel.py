@@ -798,3 +798,6 @@ def statistics_kernel(table, starts, partials, num_chunks, found_inf, first, BLO
     if counter != 0:
         steps = counter.to(tl.pointer_type(tl.float32))
         tl.store(steps, _advanced(tl.load(steps)))
+
+
+INTERPRETED = not isinstance(pats_kernel, triton.JITFunction)  # TRITON_INTERPRET as this was imported

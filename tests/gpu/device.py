@@ -62,7 +62,7 @@ class Graph:
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         """Nothing runs: kernels and uploads are noted, and the tables believe in a capture."""
-        kernels = triton.kernels
+        kernels = triton.kernels()
         names = ("pats_kernel", "statistics_kernel")
         recorders = {name: _Recorder(getattr(kernels, name), self._work) for name in names}
 

@@ -1,0 +1,99 @@
+"""What torch keeps private and this package uses all the same, each with what stands in for it.
+
+In a torch that has renamed one of these the package imports and steps as before. Where nothing can stand in,
+it says which name is missing before it changes anything.
+"""
+
+from collections.abc import Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+try:
+    from torch.optim.optimizer import ParamsT
+except ImportError:  # it is there for type checkers
+    ParamsT = Any  # type: ignore[misc, assignment]
+
+STEP_HOOKS = "_optimizer_step_pre_hooks"
+SAVE_HOOKS = "_optimizer_state_dict_post_hooks"
+LOAD_HOOKS = "_optimizer_load_state_dict_pre_hooks"
+LOADED_HOOKS = "_optimizer_load_state_dict_post_hooks"
+
+# torch's own complaint where a graph is captured without `capturable`: its name today, and the one before.
+_CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Whether it was initialized as a `torch.optim.Optimizer`, and so has hooks.
+
+    Raises:
+        RuntimeError: no optimizer of this torch has them under the names that are known here.
+    """
+    names = (STEP_HOOKS, SAVE_HOOKS, LOAD_HOOKS, LOADED_HOOKS)
+    missing = [name for name in names if not hasattr(optimizer, name)]
+    if missing:
+        initialized = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+        if unknown := [name for name in missing if not hasattr(initialized, name)]:
+            raise RuntimeError(
+                f"torch {torch.__version__} does not keep an optimizer's hooks in {', '.join(unknown)}, "
+                "where PATS puts its own: it cannot be attached. Use PATSAdamW, or PATS with an older torch"
+            )
+    return STEP_HOOKS not in missing
+
+
+def check_capture(optimizer: Optimizer) -> None:
+    """Raises RuntimeError where a graph is being captured of a step without `capturable`."""
+    for name in _CAPTURE_CHECKS:
+        if (check := getattr(optimizer, name, None)) is not None:
+            check()
+            return
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if capturing and not all(group["capturable"] for group in optimizer.param_groups):
+        raise RuntimeError(
+            f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} but "
+            "param_groups' capturable is False."
+        )
+
+
+def hooked_step(optimizer: Optimizer) -> CodeType | None:
+    """The code of the function that torch puts around each class's `step`, to run the hooks."""
+    # Where its maker cannot be asked: what stands in the class's place, as torch has wrapped it by then.
+    return _HOOKED_STEP or getattr(type(optimizer).step, "__code__", None)
+
+
+def _hooked_step() -> CodeType | None:
+    try:
+        return Optimizer.profile_hook_step(Optimizer.step).__code__
+    except (AttributeError, TypeError):
+        return None
+
+
+_HOOKED_STEP = _hooked_step()
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass; False where torch does not say.
+
+    What depends on it: which warning is given, and whether one optimizer's numbers make way for another's.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def local_tensor(tensor: Any) -> Tensor:
+    """What this process holds of a DTensor: the very tensor, where to_local() makes a new view each time."""
+    held = getattr(tensor, "_local_tensor", None)
+    return tensor.to_local() if held is None else held
+
+
+def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """`torch._foreach_copy_`: at once, where torch can."""
+    at_once = getattr(torch, "_foreach_copy_", None)
+    if at_once is not None:
+        at_once(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
