@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup bench test test-clients sanitize statistics finetune lint clean
+.PHONY: setup bench test test-clients wheel sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -37,6 +37,10 @@ $(CLIENTS)/.installed: requirements-dev.txt $(wildcard tests/clients/*.txt)
 	    --requirement tests/clients/requirements-deepspeed.txt
 	touch $@
 
+# One wheel for every Python and torch in dist/, tagged for its glibc and proved in an environment of its own.
+wheel: setup
+	$(BIN)/python tests/native/wheel.py
+
 # The C++ extension under GCC's address, undefined-behaviour and thread sanitizers, and between guard pages.
 sanitize: setup
 	$(BIN)/python tests/native/sanitize.py
@@ -55,4 +59,4 @@ lint: setup
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv $(CLIENTS) build pats_kernels.egg-info pats_kernels/*.so
+	rm -rf .venv $(CLIENTS) build dist pats_kernels.egg-info pats_kernels/*.so pats_kernels/_build.py

@@ -97,8 +97,8 @@ class Torch(NamedTuple):
                 break
         else:
             raise Missing(
-                "there was no torch where it was built: install torch first, and where that is another tool's "
-                "environment than pip's, build without isolation (--no-build-isolation)"
+                "there was no torch where it was built: install torch first, and where another tool than pip "
+                "isolates the build, tell it not to (--no-build-isolation)"
             )
         release = tuple(map(int, re.findall(r"\d+", torch.version)[:2]))
         if release < LEAST_TORCH:
@@ -170,9 +170,7 @@ class Nvcc(NamedTuple):
 def installed_packages() -> list[str]:
     """Where Python looks for packages, also where pip's build isolation keeps it from looking."""
     folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
-    if (
-        sys.base_prefix in site.PREFIXES
-    ):  # in no virtual environment, or in one that sees the system's packages
+    if sys.base_prefix in site.PREFIXES:  # no virtual environment, or one that sees the system's
         folders.append(site.getusersitepackages())
     return folders
 
@@ -216,8 +214,6 @@ class BuildKernels(build_ext):
             if setting("PATS_KERNELS_REQUIRE_EXTENSION") == "1":
                 raise SystemExit(f"pats_kernels: the C++ extension cannot be built: {reason}") from None
             print(f"pats_kernels: WITHOUT its C++ extension: {reason}", file=sys.stderr, flush=True)
-            # The wheel is anybody's, and its tag says so.
-            self.distribution.get_command_obj("bdist_wheel").root_is_pure = True  # type: ignore[attr-defined]
             return
         try:
             if self.reasons["CUDA"] is None:
@@ -312,7 +308,8 @@ def call(command: list[str]) -> None:
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         said = words[0].strip() if words else f"exit status {done.returncode}, and not a word"
-        raise Missing(f"{command[0]} could not compile {command[command.index('-c') + 1]}: {said}")
+        source = command[command.index("-c") + 1]
+        raise Missing(f"the compiler {command[0]!r} could not compile {source}: {said}")
 
 
 class Wheel(bdist_wheel):  # type: ignore[reportGeneralTypeIssues]
@@ -323,7 +320,9 @@ class Wheel(bdist_wheel):  # type: ignore[reportGeneralTypeIssues]
         super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", "any") if self.root_is_pure else super().get_tag()
+        if not self.get_finalized_command("build_ext").extensions:
+            return "py3", "none", "any"  # nothing in it is this machine's
+        return super().get_tag()
 
 
 headers = sorted(map(str, Path("csrc").glob("*.h")))

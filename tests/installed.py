@@ -1,7 +1,7 @@
-"""Proves the package that a Python has: `python tests/installed.py` takes steps with "cpp" and prints their digest.
+"""Proves the package that a Python has: `python tests/installed.py` steps with "cpp" and prints a digest.
 
-It needs torch and NumPy alone. One compiler's builds of one source give the same digest on one machine; the numbers are
-held against eager's.
+It needs torch and NumPy alone. One compiler's builds of one source give the same digest on one machine; the
+numbers are held against eager's.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ def tensors(backend: str) -> list[torch.Tensor]:
 
 def digest() -> str:
     found = tensors("cpp")
-    # Two steps of noise, whose fast normals are within 2e-3 of the exact ones, as eager's are; AdamW's step and the
-    # gates are the same but for their last bits, far below that.
+    # Two steps of noise: fast normals are within 2e-3 of eager's. AdamW's step and the gates are the same but
+    # for their last bits, far below that.
     difference = (found[0] - tensors("eager")[0]).abs().max().item()
     assert difference < NOISE_SCALE * 2 * 2e-3, f"cpp is {difference} off eager"
     bits = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in found)
