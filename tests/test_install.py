@@ -67,6 +67,7 @@ print(json.dumps(dict(few=few, many=many, again=again, refused=refused, reason=r
 """
 OFFLINE = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_NO_CACHE_DIR": "1"}
 OFFLINE |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "MAX_JOBS": "2", "PATS_KERNELS_ISA": "baseline"}
+OFFLINE |= {"PATS_KERNELS_CUDA": "0"}  # minutes of nvcc, where there is one for this torch
 
 
 class Environment:
@@ -184,6 +185,7 @@ def test_without_isolation(tmp_path: Path, source: Path, compiler: str, bits: st
     here = Environment(tmp_path)
     here.pip("install", "--no-deps", "--no-build-isolation", source, CXX=compiler)
     here.prove(bits)
+    assert [file.name for file in here.packages.glob("pats_kernels/*.so")] == ["_C.abi3.so"]  # no stale _CUDA
 
 
 def test_isolated(tmp_path: Path, source: Path, compiler: str, wheelhouse: Path, bits: str) -> None:
@@ -261,7 +263,7 @@ def test_no_compiler(tmp_path: Path, source: Path, compiler: str, reason: str) -
 def test_required(tmp_path: Path, source: Path) -> None:
     """The reason is the last that the build says, and pip fails."""
     here = Environment(tmp_path)
-    settings = {"CXX": "/bin/false", "PATS_KERNELS_REQUIRE_EXTENSION": "1"}
+    settings = OFFLINE | {"CXX": "/bin/false", "PATS_KERNELS_REQUIRE_EXTENSION": "1"}
     built = subprocess.run(
         [here.python, "setup.py", "build"],
         cwd=source,
@@ -276,6 +278,20 @@ def test_required(tmp_path: Path, source: Path) -> None:
     installed = here.attempt("-m", "pip", "install", "--no-deps", "--no-build-isolation", source, **settings)
     assert installed.returncode == 1
     assert last in installed.stdout + installed.stderr
+
+
+def test_no_linker(tmp_path: Path, source: Path) -> None:
+    """A compiler that makes objects and no libraries: the package is built, and says so."""
+    compiler, here = tmp_path / "c++", Environment(tmp_path / "here")
+    compiler.write_text(
+        '#!/bin/sh\nfor last; do :; done\ncase "$*" in *" -c "*) touch "$last" ;; *) exit 1 ;; esac\n'
+    )
+    compiler.chmod(0o755)
+    here.pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, CXX=str(compiler))
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    files = contents(wheel)
+    assert not [name for name in files if name.endswith(".so")]
+    assert "it could not be linked (" in files["pats_kernels/_build.py"]
 
 
 @pytest.mark.parametrize(
