@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHES := torch-2.10 torch-2.14
 
-.PHONY: setup bench test fuzz test-clients test-versions $(TORCHES) sanitize statistics finetune lint clean
+.PHONY: setup bench test fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -65,6 +65,10 @@ $(TORCHES): %: .venv-%/.installed
 	$(@D)/bin/python -m pip install --quiet --requirement tests/versions/torch-$*.txt --requirement $(@D)/others.txt
 	touch $@
 
+# One wheel for every Python and torch in dist/, tagged for its glibc and proved in an environment of its own.
+wheel: setup
+	$(BIN)/python tests/native/wheel.py
+
 # The C++ extension under GCC's address, undefined-behaviour and thread sanitizers, and between guard pages.
 sanitize: setup
 	$(BIN)/python tests/native/sanitize.py
@@ -83,4 +87,4 @@ lint: setup
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv $(CLIENTS) $(TORCHES:%=.venv-%) build pats_kernels.egg-info pats_kernels/*.so
+	rm -rf .venv $(CLIENTS) $(TORCHES:%=.venv-%) build dist pats_kernels.egg-info pats_kernels/*.so pats_kernels/_build.py

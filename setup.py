@@ -2,13 +2,13 @@
 
 The extension keeps to torch's stable ABI and Python's limited API: one binary serves every torch from 2.10 on
 and every Python from 3.10 on. Compiling takes torch's headers, not torch itself; they are looked for in the
-build environment, and then where Python installs packages: pip's build isolation hides that from imports.
+build environment, and then where Python installs packages: pip's build isolation hides those from imports.
 
 What could not be built is written into the package, with the reason: `pats_kernels/_build.py`. Environment
 variables:
 
     PATS_KERNELS_REQUIRE_EXTENSION=1    fail rather than install without the extension
-    PATS_KERNELS_CUDA=0                 leave the CUDA kernels out, and say nothing of it
+    PATS_KERNELS_CUDA=0                 leave the CUDA kernels out
     PATS_KERNELS_CUDA_FLOAT64=0         leave those for float64 out, half of the library's size
     TORCH_CUDA_ARCH_LIST                for which GPUs: "9.0", "8.0;9.0+PTX", "Hopper", "All"
     MAX_JOBS                            compilers at a time
@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import LinkError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -36,7 +38,6 @@ except ImportError:  # before setuptools 70.1
     from wheel.bdist_wheel import bdist_wheel  # type: ignore
 
 LEAST_TORCH = (2, 10)
-BUILD_AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir <pats_kernels>"
 TARGET = f"-DTORCH_TARGET_VERSION=0x{LEAST_TORCH[0]:02x}{LEAST_TORCH[1]:02x}000000000000"
 FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", TARGET]
 
@@ -87,7 +88,7 @@ class Torch(NamedTuple):
     def found(cls) -> "Torch":
         spec = find_spec("torch")
         folders = [Path(spec.origin).parent] if spec and spec.origin else []
-        folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+        folders += [Path(folder) / "torch" for folder in installed_packages()]
         for folder in folders:
             if (folder / "version.py").is_file():
                 names: dict[str, Any] = {}
@@ -96,11 +97,13 @@ class Torch(NamedTuple):
                 break
         else:
             raise Missing(
-                f"there was no torch where it was built: install torch, then build again with {BUILD_AGAIN}"
+                "there was no torch where it was built: install torch first, and where another tool than pip "
+                "isolates the build, tell it not to (--no-build-isolation)"
             )
         release = tuple(map(int, re.findall(r"\d+", torch.version)[:2]))
         if release < LEAST_TORCH:
-            raise Missing(f"torch {torch.version} is older than {'.'.join(map(str, LEAST_TORCH))}")
+            least = ".".join(map(str, LEAST_TORCH))
+            raise Missing(f"torch {torch.version} is older than {least}: install that or a newer one")
         return torch
 
 
@@ -113,17 +116,13 @@ class Nvcc(NamedTuple):
     @classmethod
     def found(cls, torch: Torch) -> "Nvcc":
         if torch.cuda is None:
-            raise Missing(
-                f"torch {torch.version} is a build without CUDA: install one with it, then build again"
-            )
+            raise Missing(f"torch {torch.version} is a build without CUDA: install one with it")
         homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := setting(name))]
         paths = [path for home in homes if (path := shutil.which(f"{home}/bin/nvcc"))]
         path = next(iter(paths), shutil.which("nvcc"))
         if path is None:
             major = torch.cuda.partition(".")[0]
-            raise Missing(
-                f"there was no nvcc: install CUDA {major}'s toolkit, or set CUDA_HOME to it, and build again"
-            )
+            raise Missing(f"there was no nvcc: install CUDA {major}'s toolkit, or set CUDA_HOME to it")
         # nvcc may be a script that calls the real one.
         command = [path, "--dryrun", "-x", "cu", "-c", os.devnull]
         plan = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -136,7 +135,7 @@ class Nvcc(NamedTuple):
             shown = ".".join(found.groups()) if found else "an unknown version"
             raise Missing(
                 f"{path} is of CUDA {shown}, torch {torch.version} of {torch.cuda}: "
-                "set CUDA_HOME to a toolkit of the same major version and build again"
+                "set CUDA_HOME to a toolkit of the same major version"
             )
         return nvcc
 
@@ -168,6 +167,14 @@ class Nvcc(NamedTuple):
         return flags
 
 
+def installed_packages() -> list[str]:
+    """Where Python looks for packages, also where pip's build isolation keeps it from looking."""
+    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
+    if sys.base_prefix in site.PREFIXES:  # no virtual environment, or one that sees the system's
+        folders.append(site.getusersitepackages())
+    return folders
+
+
 def present_gpus() -> list[str]:
     """The architectures of this machine's GPUs, as the driver tells them."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -183,27 +190,47 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         self.reasons: dict[str, str | None] = {"EXTENSION": None, "CUDA": None}
+        self.force = True  # the objects are new: other flags, another torch
+        wanted = list(self.extensions)
         super().run()
+        # Libraries of an earlier build: a wheel takes all that lies in the build folder, and Python what
+        # lies in the tree.
+        for ext in wanted:
+            if ext not in self.extensions:
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+                (Path(self.build_lib) / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         self.write_down()
 
     def build_extensions(self) -> None:
+        cpu, cuda = self.extensions
         try:
             torch = Torch.found()
             with ThreadPoolExecutor(int(setting("MAX_JOBS", str(os.cpu_count() or 1)))) as pool:
                 self.compile_all(torch, pool)
+            self.link(cpu)
         except Missing as reason:
+            self.extensions = []
             self.reasons["EXTENSION"] = self.reasons["CUDA"] = str(reason)
-        self.extensions = [ext for ext in self.extensions if ext.extra_objects]
-        if missing := self.reasons["EXTENSION"]:
             if setting("PATS_KERNELS_REQUIRE_EXTENSION") == "1":
-                raise SystemExit(f"pats_kernels: the C++ extension cannot be built: {missing}")
-            print(f"pats_kernels: WITHOUT its C++ extension: {missing}", file=sys.stderr, flush=True)
-            # The wheel is anybody's, and its tag says so.
-            self.distribution.get_command_obj("bdist_wheel").root_is_pure = True  # type: ignore[attr-defined]
-        super().build_extensions()
+                raise SystemExit(f"pats_kernels: the C++ extension cannot be built: {reason}") from None
+            print(f"pats_kernels: WITHOUT its C++ extension: {reason}", file=sys.stderr, flush=True)
+            return
+        try:
+            if self.reasons["CUDA"] is None:
+                self.link(cuda)
+        except Missing as reason:
+            self.reasons["CUDA"] = str(reason)
+        if self.reasons["CUDA"] is not None:
+            self.extensions = [cpu]
+
+    def link(self, ext: Extension) -> None:
+        try:
+            self.build_extension(ext)
+        except LinkError as error:
+            raise Missing(f"it could not be linked ({error}): see what the build printed") from None
 
     def compile_all(self, torch: Torch, pool: ThreadPoolExecutor) -> None:
-        """Gives each extension its objects. One that has none is not linked."""
+        """Gives each extension its objects."""
         cpu, cuda = self.extensions
         python = [sysconfig.get_path(name) for name in ("include", "platinclude")]
         for ext in self.extensions:
@@ -223,7 +250,7 @@ class BuildKernels(build_ext):
 
     def compile_cuda(self, torch: Torch, ext: Extension, pool: ThreadPoolExecutor) -> None:
         if setting("PATS_KERNELS_CUDA", "1") == "0":
-            raise Missing("it was left out by PATS_KERNELS_CUDA=0: build again without that")
+            raise Missing("it was left out by PATS_KERNELS_CUDA=0: leave that unset")
         nvcc = Nvcc.found(torch)
         parameters, flags = dict(CUDA_PARAMETERS), ["-DUSE_CUDA"]
         if setting("PATS_KERNELS_CUDA_FLOAT64", "1") == "0":
@@ -281,7 +308,8 @@ def call(command: list[str]) -> None:
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         said = words[0].strip() if words else f"exit status {done.returncode}, and not a word"
-        raise Missing(f"{command[0]} could not compile {command[command.index('-c') + 1]}: {said}")
+        source = command[command.index("-c") + 1]
+        raise Missing(f"the compiler {command[0]!r} could not compile {source}: {said}")
 
 
 class Wheel(bdist_wheel):  # type: ignore[reportGeneralTypeIssues]
@@ -292,7 +320,9 @@ class Wheel(bdist_wheel):  # type: ignore[reportGeneralTypeIssues]
         super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", "any") if self.root_is_pure else super().get_tag()
+        if not self.get_finalized_command("build_ext").extensions:
+            return "py3", "none", "any"  # nothing in it is this machine's
+        return super().get_tag()
 
 
 headers = sorted(map(str, Path("csrc").glob("*.h")))

@@ -1,7 +1,10 @@
 """The compiled extension (csrc/) on the CPU: `torch.ops.pats_kernels.step_`, over the plan's tables."""
 
-import importlib
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,31 +23,47 @@ def load(library: str, what: str) -> str | None:
         what: its name in the reason, and in `pats_kernels/_build.py`, where setup.py left its own reasons.
     """
     try:
-        importlib.import_module(f"pats_kernels.{library}")
-    except ModuleNotFoundError:
-        return _not_built(what)
+        if _module(library) is None:
+            return _not_built(what)
     except ImportError as error:
         return (
             f"{what} is there, but torch {torch.__version__} cannot load it ({error}): it needs torch 2.10 "
-            f"or newer. Install that, or build it again: {BUILD}"
+            f"or newer. Install that, or {_again()}"
         )
     return None
 
 
-BUILD = "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir <pats_kernels>"
+def _module(name: str) -> ModuleType | None:
+    """Imports one of the package's modules from this very folder, or returns None.
+
+    An editable installation of another tree would offer its own modules for those that this one lacks.
+    """
+    spec = PathFinder.find_spec(f"pats_kernels.{name}", [str(PACKAGE)])
+    if spec is None or spec.loader is None:
+        return None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    return module
 
 
 def _not_built(what: str) -> str:
-    try:
-        build = importlib.import_module("pats_kernels._build")
-    except ModuleNotFoundError:
+    build = _module("_build")
+    if build is None:
         return (
-            f"{what} was never built in {PACKAGE}, which is a source tree: run "
-            f"pip install --no-build-isolation -e {PACKAGE.parent}, or start Python elsewhere to import the "
-            "package that is installed"
+            f"{what} was never built in {PACKAGE}, which is a source tree: {_again()}, or start Python "
+            "elsewhere to import the package that is installed"
         )
     reason = build.EXTENSION if what == EXTENSION else build.CUDA
-    return f"{what} was not built: {reason or f'its library is gone; build it again: {BUILD}'}"
+    return f"{what} was not built: {reason}. Then {_again()}" if reason else f"{what} is gone: {_again()}"
+
+
+def _again() -> str:
+    """What builds the package anew, there where this one lies."""
+    source = PACKAGE.parent
+    if (source / "setup.py").is_file():
+        return f"build it with pip install --no-deps -e {source}"
+    return "build it with pip install --no-deps --force-reinstall --no-cache-dir <the clone of pats_kernels>"
 
 
 EXTENSION = "the C++ extension"
