@@ -206,7 +206,7 @@ def _exchange() -> _Exchange | None:
     default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     if default_store is None:
         warnings.warn(
-            f"PATS: torch {torch.__version__} does not keep a process group's store where it was known to be, "
+            f"PATS: torch {torch.__version__} does not keep a process group's store where it was known, "
             "so whether processes hold the same cannot be compared: plain tensors that are other parts of a "
             "model on each draw the same noise. A param group's 'tensor_id' says which tensors they are",
             stacklevel=2,
