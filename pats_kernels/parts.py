@@ -14,6 +14,7 @@ import gc
 import hashlib
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -202,9 +203,19 @@ _exchanges: list[_Exchange] = []  # that of the process group there is
 
 def _exchange() -> _Exchange | None:
     """The default process group's; None where it has no store, or a stand-in that stores nothing."""
+    default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if default_store is None:
+        warnings.warn(
+            f"PATS: torch {torch.__version__} does not keep a process group's store where it was known, "
+            "so whether processes hold the same cannot be compared: plain tensors that are other parts of a "
+            "model on each draw the same noise. A param group's 'tensor_id' says which tensors they are",
+            stacklevel=2,
+        )
+        return None
     try:
-        store = dist.distributed_c10d._get_default_store()
-        store.check(["pats_kernels"])
+        store = default_store()
+        if store.check(["pats_kernels"]):  # which nobody has stored: some torch's FakeStore has everything
+            return None
     except (AttributeError, RuntimeError, ValueError):
         return None
     if not _exchanges or _exchanges[0].store is not store:

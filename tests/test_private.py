@@ -186,6 +186,28 @@ def test_local_tensor() -> None:
     assert private.local_tensor(SimpleNamespace(to_local=lambda: held)) is held
 
 
+class Everything:
+    """A store as torch 2.14's FakeStore is: it has each key, with nothing in it."""
+
+    def check(self, keys: list[str]) -> bool:
+        return True
+
+    def get(self, key: str) -> bytes:
+        return b""
+
+
+def test_a_store_that_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is none: what one process says there no other would hear, and all would listen for good."""
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Everything)
+    assert parts._exchange() is None
+
+
+def test_a_store_that_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.distributed.distributed_c10d, "_get_default_store")
+    with pytest.warns(UserWarning, match="whether processes hold the same cannot be compared"):
+        assert parts._exchange() is None
+
+
 class Unknown:
     """One of FSDP1's handles, or a ZeroRedundancyOptimizer, with attributes of other names."""
 
