@@ -109,8 +109,10 @@ def _reciprocal(x, APPROX: tl.constexpr):
 
 @triton.jit
 def _tanh(x, APPROX: tl.constexpr):
-    """tanh(x), infinity included."""
-    return _ptx("tanh.approx.f32", x) if APPROX else 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 20.0)) + 1.0)
+    """tanh(x), infinity included. A NaN, a gate without statistics, stays: tl.minimum would make it 20."""
+    if APPROX:
+        return _ptx("tanh.approx.f32", x)
+    return 1.0 - 2.0 / (tl.exp(2.0 * tl.where(x > 20.0, 20.0, x)) + 1.0)
 
 
 @triton.jit
