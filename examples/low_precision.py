@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling, HfArgum
 
 from pats_kernels import PATSAdamW
 from pretrain import BertForMaskedLM, read, sequences
-from run_glue import PACKAGES
+from run_glue import versions
 
 INK, QUIET = "#333333", "#999999"
 
@@ -182,7 +181,7 @@ def study(arguments: Arguments, corpus: Corpus) -> list[dict[str, Any]]:
 def save(runs: list[dict[str, Any]], arguments: Arguments) -> None:
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(),
         "arguments": asdict(arguments),
         "runs": runs,
     }

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from transformers import DataCollatorWithPadding, HfArgumentParser, set_seed
 
 from pats_kernels import PATSAdamW
 from pats_kernels.reference import gate, moments_sensitivity, score, update_averages_
-from run_glue import PACKAGES, Corpus, DataArguments, ModelArguments, prepare
+from run_glue import Corpus, DataArguments, ModelArguments, prepare, versions
 
 RANKED = 20_000  # elements of a tensor at most, drawn once: ranks of all would say the same
 KINDS = {  # of parameters, by name; the first that fits
@@ -314,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     entries = study(arguments)
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(),
         "arguments": asdict(arguments),
         "entries": entries,
     }

@@ -342,12 +342,17 @@ def results(arguments: Arguments, corpus: Corpus, runs: Sequence[dict[str, Any]]
             "method": asdict(arguments.noise),
             "training": arguments.training.to_sanitized_dict(),
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(),
         "samples": {split: len(rows) for split, rows in corpus.data.items()},
         "parameters": runs[0]["parameters"],
         "summary": summarize(runs),
         "runs": list(runs),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on. torch's own says of which CUDA it is, its package's need not."""
+    return {name: version(name) for name in PACKAGES} | {"torch": str(torch.__version__)}
 
 
 def table(result: dict[str, Any]) -> Table:

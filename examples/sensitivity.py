@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, HfArgumentParser, set_seed
 
 from pats_kernels.analysis import FRACTIONS, Distribution, distribution, plot, sensitivities
-from run_glue import PACKAGES, DataArguments, ModelArguments, prepare
+from run_glue import DataArguments, ModelArguments, prepare, versions
 
 
 @dataclass
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Distribution]:
     plot(distributions, path)
     result: dict[str, Any] = {
         "arguments": asdict(arguments),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "distributions": {label: d.to_dict() for label, d in distributions.items()},
     }
     path.with_suffix(".json").write_text(json.dumps(result) + "\n", encoding="utf-8")
