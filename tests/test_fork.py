@@ -62,49 +62,40 @@ def in_child(function: Callable[[], Tensor]) -> Tensor:
         child.join()
 
 
-def test_a_child_that_takes_one_thread(backend: str, threads: None) -> None:
+def check_child(
+    backend: str, prepare: Callable[[], None], fork: Callable[[Callable[[], Tensor]], Tensor] = in_child
+) -> None:
+    """A step in a process that `fork` makes, prepared there, is the next one here, to the bit."""
     torch.set_num_threads(2)
     param, optimizer = training(backend)
 
     def step() -> Tensor:
-        torch.set_num_threads(1)
+        prepare()
         optimizer.step()
         return param
 
-    stepped = in_child(step)
+    stepped = fork(step)
     assert not torch.equal(stepped, param)
     optimizer.step()
     assert_same_bits([stepped], [param.detach()])
+
+
+def has_two_threads() -> None:
+    assert torch.get_num_threads() == 2
+
+
+def test_a_child_that_takes_one_thread(backend: str, threads: None) -> None:
+    check_child(backend, lambda: torch.set_num_threads(1))
 
 
 def test_a_child_that_does_not(threads: None) -> None:
     """It takes the parent's number of threads: torch's own operations would hang, the kernel does not."""
-    torch.set_num_threads(2)
-    param, optimizer = training("cpp")
-
-    def step() -> Tensor:
-        assert torch.get_num_threads() == 2
-        optimizer.step()
-        return param
-
-    stepped = in_child(step)
-    assert not torch.equal(stepped, param)
-    optimizer.step()
-    assert_same_bits([stepped], [param.detach()])
+    check_child("cpp", has_two_threads)
 
 
 def test_a_child_s_child(threads: None) -> None:
     """Its parent has one thread, and the same memory of threads that are gone."""
-    torch.set_num_threads(2)
-    param, optimizer = training("cpp")
-
-    def step() -> Tensor:
-        optimizer.step()
-        return param
-
-    stepped = in_child(lambda: in_child(step))
-    optimizer.step()
-    assert_same_bits([stepped], [param.detach()])
+    check_child("cpp", lambda: None, lambda step: in_child(lambda: in_child(step)))
 
 
 class Steps(Dataset[Any]):
