@@ -1,8 +1,8 @@
 // The operator torch.ops.pats_kernels.step_ on the CPU: cuts a launch's tensors into fixed chunks, runs them
 // on torch's threads, and reduces their partial sums in order, so that any number of threads gives the
 // same bits. It keeps to torch's stable ABI and Python's limited API, so one binary serves every torch from 2.10 on.
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+#include "module.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -173,11 +173,4 @@ STABLE_TORCH_LIBRARY(pats_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(pats_kernels, CPU, library) { library.impl("step_", TORCH_BOX(&pats::step_cpu)); }
 
-// The module itself is empty: importing it registers the operator.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module{};
-  module.m_base = PyModuleDef_HEAD_INIT;
-  module.m_name = "_C";
-  module.m_size = -1;
-  return PyModule_Create(&module);
-}
+PATS_MODULE(_C)

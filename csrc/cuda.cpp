@@ -1,8 +1,8 @@
 // The operator torch.ops.pats_kernels.launch_ on CUDA: starts the kernels of one phase of a step over tables
 // that lie on the device, on the current stream. It neither waits nor allocates, so a CUDA graph can capture
 // it. As the CPU's, one binary for every torch from 2.10 on; a library apart, which only a CUDA build of torch can load.
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+#include "module.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -107,11 +107,4 @@ STABLE_TORCH_LIBRARY_IMPL(pats_kernels, CUDA, library) {
   library.impl("launch_", TORCH_BOX(&pats::launch_cuda));
 }
 
-// The module itself is empty: importing it registers the operator.
-PyMODINIT_FUNC PyInit__CUDA() {
-  static PyModuleDef module{};
-  module.m_base = PyModuleDef_HEAD_INIT;
-  module.m_name = "_CUDA";
-  module.m_size = -1;
-  return PyModule_Create(&module);
-}
+PATS_MODULE(_CUDA)
