@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHES := torch-2.10 torch-2.14
 
-.PHONY: setup bench test fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
+.PHONY: setup bench test test-ptx fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -24,6 +24,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --
 test: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m backend
+
+# The GPU's machine code on the CPU: all tests of a backend, on what Triton and nvcc compile for each architecture.
+test-ptx: setup
+	PATS_PTX=80,90,100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 # What users do in any order, state dictionaries with errors in them and 10,000 steps: other examples in each run,
 # N of each kind, and what they were. 400 take a core about ten minutes.

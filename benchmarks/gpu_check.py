@@ -35,6 +35,7 @@ TOOLS = {  # where else to look, beside the PATH
     "ncu": ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*"),
 }
 REHEARSAL = {"TRITON_INTERPRET": "1", "PATS_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
+COMPILED = REHEARSAL | {"TRITON_INTERPRET": ""}  # tests/gpu: what the kernels compile to (tests/ptx)
 
 Result = dict[str, Any]
 
@@ -181,7 +182,7 @@ def rehearsal() -> list[Part]:
     sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool", "memcheck")
     return [
         Part("build", (*own, "build"), read_json, 300),
-        tests(1, REHEARSAL, 600),
+        tests(1, COMPILED, 600),
         suite("tiny", "float32", "cpu", 60),
         suite("tiny", "bfloat16", "cpu", 60),
         Part("short", (*own, "short"), read_json, 60, environment=REHEARSAL),

@@ -42,7 +42,7 @@ if os.environ.get("PATS_CLIENTS") != "1":
     clients = Path(__file__).parent.glob("clients/test_*.py")
     collect_ignore += [f"clients/{file.name}" for file in clients if client_is_missing(file)]
 if INTERPRETED:
-    collect_ignore += ["test_cuda_emulation.py", "clients"]  # prove other backends, once
+    collect_ignore += ["test_cuda_emulation.py", "clients", "ptx"]  # prove other backends, once
 
 settings.register_profile(
     "pats",
@@ -72,6 +72,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.backend)
     if "pool" in fixtures:  # all in one of xdist's processes, which so starts the only pool
         item.add_marker(pytest.mark.xdist_group("pool"))
+
+
+@pytest.fixture(scope="session", autouse=REHEARSAL and not INTERPRETED)
+def machine_code() -> Iterator[None]:
+    """A rehearsal of tests/gpu runs what Triton's kernels compile to."""
+    from ptx.triton_driver import emulated
+
+    with emulated(90):
+        yield
 
 
 @pytest.fixture(params=BACKENDS, scope="session")

@@ -792,14 +792,18 @@ def statistics_kernel(table, starts, partials, num_chunks, found_inf, first, BLO
         divisor = tl.where(whole == 0, float("inf"), whole.to(tl.float64))
         tl.store(means, (tl.sum(sum_s) / divisor).to(tl.float32))
         tl.store(means + 1, (tl.sum(sum_u) / divisor).to(tl.float32))
-    nonfinite = tl.load(entry + C_NONFINITE)
-    if nonfinite != 0:
-        total = nonfinite.to(tl.pointer_type(tl.int64))
-        tl.store(total, tl.load(total) + tl.sum(count).to(tl.int64))
-    counter = tl.load(entry + C_STEP_COUNT)
-    if counter != 0:
-        steps = counter.to(tl.pointer_type(tl.float32))
-        tl.store(steps, _advanced(tl.load(steps)))
+    nonfinite = tl.load(entry + C_NONFINITE).to(tl.pointer_type(tl.int64))
+    counter = tl.load(entry + C_STEP_COUNT).to(tl.pointer_type(tl.float32))
+    total, steps = tl.zeros((), tl.int64), tl.zeros((), tl.float32)
+    if nonfinite.to(tl.int64) != 0:
+        total = tl.load(nonfinite) + tl.sum(count).to(tl.int64)
+    if counter.to(tl.int64) != 0:
+        steps = tl.load(counter)
+    tl.debug_barrier()  # all threads have read what one of them now writes
+    if nonfinite.to(tl.int64) != 0:
+        tl.store(nonfinite, total)
+    if counter.to(tl.int64) != 0:
+        tl.store(counter, _advanced(steps))
 
 
 INTERPRETED = not isinstance(pats_kernel, triton.JITFunction)  # TRITON_INTERPRET as this was imported

@@ -1,8 +1,8 @@
 """Where the tests of this folder run: on a GPU, or in a rehearsal on the CPU.
 
-A rehearsal proves the tests, not the kernels: PATS_GPU_REHEARSAL=1 TRITON_INTERPRET=1 pytest tests/gpu runs
-them with the kernels interpreted, at sizes that the interpreter can bear, and with a CUDA graph that notes
-what the backend would have launched. What only a GPU has is skipped then.
+A rehearsal, PATS_GPU_REHEARSAL=1 pytest tests/gpu, runs them on the CPU with the machine code that Triton
+compiles for an H100 (tests/ptx), at sizes that its interpreter can bear, and with a CUDA graph that notes
+what the backend would have launched. What only a GPU has is skipped then: docs/machine-code.md lists it.
 """
 
 import os
