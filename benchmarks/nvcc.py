@@ -13,7 +13,7 @@ from pats_kernels.backends.cuda import CHUNK
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "cuda_kernel.cu"
 PARAMETERS = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16", "float64": "double"}
-FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]  # setup.py's
+FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]  # setup.py's
 THREADS = 128
 # In the order of csrc/table.h's enums.
 FORMS = ("pats", "pats_adamw", "moments_adamw", "adamw")
