@@ -55,6 +55,17 @@ def compiled(param: str, arch: str, only_full: bool = False) -> dict[Kernel, Sas
     }
 
 
+def ptx(param: str, arch: str) -> dict[Kernel, str]:
+    """The same kernels' PTX, as it is before ptxas."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernels.ptx"
+        names = [f"-DPATS_PARAM={PARAMETERS[param]}", "-DPATS_LAUNCH=launch_it"]
+        command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", *names, str(SOURCE), "-o", str(target)]
+        subprocess.run(command, check=True)
+        parts = re.split(r"\.entry (\w+)\(", target.read_text())
+    return {kernel_of(name): text for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
 def kernel_of(symbol: str) -> Kernel:
     readable = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
     match = re.search(r"(\w+)<(.*)>\(", readable)
