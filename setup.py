@@ -43,8 +43,10 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", 
 
 KERNEL, OPERATOR = "csrc/cpu_kernel.cpp", "csrc/cpu.cpp"
 # What lets the compiler vectorize the kernel. It asks bits, not comparisons, what is NaN or infinite
-# (csrc/arithmetic.h), so that minima and maxima can be one instruction each.
+# (csrc/arithmetic.h), so that minima and maxima can be one instruction each. And what it must leave alone:
+# where a multiply-add is fused the source says (multiply_add), for the same bits with each instruction set.
 SIMD_FLAGS = [
+    "-ffp-contract=off",
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -63,7 +65,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 CUDA_KERNEL, CUDA_OPERATOR = "csrc/cuda_kernel.cu", "csrc/cuda.cpp"
-CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
 CUDA_PARAMETERS = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16", "float64": "double"}
 CUDA_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
 CUDA_DEFAULT = ("8.0", "9.0", "10.0")

@@ -1,12 +1,16 @@
 """What the compiler makes of the Triton kernels, on a machine with or without a GPU.
 
-    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100] [--cuda] [--json FILE]
+    python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100|gfx942|gfx1100] [--cuda] [--json FILE]
 
 Every form of the step is compiled offline for the architecture and its machine code is read: registers,
 stack, spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
 chunk's blocks counts once for each block, the others once for each chunk, so that the figure is what a
 thread really executes on full, aligned chunks, table look-ups and the reduction of the statistics included.
 With --cuda, where nvcc is, the same of the CUDA kernels (`benchmarks.nvcc`).
+
+For AMD's architectures (gfx...) it is Triton's AMD backend that compiles, and its assembly that is read
+(`benchmarks.amdgcn`): vector and scalar registers, scratch memory, spilled registers. Instructions are not
+counted there: the library's sine and cosine have branches that no angle here takes.
 """
 
 import argparse
@@ -26,6 +30,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.amdgcn import Amdgcn
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
 from pats_kernels.backends.triton import Tuning
@@ -33,6 +38,7 @@ from pats_kernels.hyperparameters import Form, Normalization, Uncertainty, Varia
 from pats_kernels.plan import LaunchKey
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+AMD_ARCHITECTURES = ("gfx942", "gfx1100")  # MI300, RX 7900
 PHASES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
 FORMS = get_args(Form)
 DEFAULT = Tuning()
@@ -63,7 +69,8 @@ POINTERS = {
 class Report:
     """One kernel's machine code. Registers, stack and spills are those of the kernel as it runs; widths, in
     bits with their counts, and instructions an element are those of its path for full, aligned chunks, whose
-    own spills are beside them."""
+    own spills are beside them. For AMD's architectures: vector registers, scratch memory, and how many
+    registers, scalar ones too, are spilled."""
 
     kernel: str
     form: str
@@ -78,6 +85,7 @@ class Report:
     load_bits: dict[int, int]
     store_bits: dict[int, int]
     instructions_per_element: float | None
+    scalar_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,19 @@ class Sass:
         counts = Counter(int(width.group(1).lstrip("U")) if width else 32 for width in widths)
         return dict(sorted(counts.items()))
 
+    @property
+    def loads(self) -> dict[int, int]:
+        return self.widths("LDG")
+
+    @property
+    def stores(self) -> dict[int, int]:
+        return self.widths("STG")
+
+    @property
+    def spills(self) -> int:
+        """Accesses of the stack."""
+        return self.count("LDL", "STL")
+
     def loop(self) -> int:
         """How many instructions the longest loop has: from a backward branch's target to the branch."""
         longest = 0
@@ -114,15 +135,30 @@ class Sass:
         return longest
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Sass:
-    """Compiles one specialization of a kernel and disassembles it. `constants` may set a pointer to None."""
+def target_of(arch: str) -> GPUTarget:
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def compile_offline(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Any:
+    """Triton's own result for one specialization of a kernel, its `asm` a dict from stage to text or bytes.
+    `constants` may set a pointer to None."""
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(kernel, types, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=options)
-    return disassemble(compiled.asm["cubin"])
+    return triton.compile(source, target=target_of(arch), options=options)
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Sass:
+    """The same as machine code, for one of NVIDIA's architectures."""
+    return disassemble(compile_offline(kernel, constants, arch, options).asm["cubin"])
+
+
+def compile_for_amd(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Amdgcn:
+    asm = compile_offline(kernel, constants, arch, options).asm
+    return Amdgcn(asm["amdgcn"], len(asm["hsaco"]))
 
 
 def disassemble(cubin: bytes) -> Sass:
@@ -172,6 +208,8 @@ def combinations() -> list[tuple[LaunchKey, str]]:
 
 def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> Report:
     """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
+    if arch in AMD_ARCHITECTURES:
+        return _amd_report(key, phase, arch, tuning)
     constants = constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None}
     options = backend.compiler_options(key, tuning)
     whole, full = (
@@ -190,12 +228,37 @@ def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> R
         arch=arch,
         registers=whole.registers,
         stack_bytes=whole.stack_bytes,
-        spills=whole.count("LDL", "STL"),
-        full_path_spills=full.count("LDL", "STL"),
-        load_bits=full.widths("LDG"),
-        store_bits=full.widths("STG"),
+        spills=whole.spills,
+        full_path_spills=full.spills,
+        load_bits=full.loads,
+        store_bits=full.stores,
         # A persistent program's longest loop is the one over chunks: the figure would be of something else.
         instructions_per_element=None if tuning.persistent else round(executed * threads / tuning.chunk, 1),
+    )
+
+
+def _amd_report(key: LaunchKey, phase: str, arch: str, tuning: Tuning) -> Report:
+    constants = constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None, "APPROX": False}
+    options = backend.compiler_options(key, tuning, "hip")
+    whole, full = (
+        compile_for_amd(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
+        for only in (False, True)
+    )
+    return Report(
+        kernel=f"pats_kernel, {phase}",
+        form=key.variant.form,
+        param_dtype=_name(key.param_dtype),
+        state_dtype=_name(key.state_dtype),
+        uncertainty=key.variant.uncertainty,
+        arch=arch,
+        registers=whole.registers,
+        stack_bytes=whole.stack_bytes,
+        spills=whole.spills,
+        full_path_spills=full.spills,
+        load_bits=full.loads,
+        store_bits=full.stores,
+        instructions_per_element=None,
+        scalar_registers=whole.scalar_registers,
     )
 
 
@@ -211,7 +274,11 @@ def constants_of(key: LaunchKey, phase: str, tuning: Tuning = DEFAULT) -> dict[s
 
 def statistics_report(arch: str) -> Report:
     constants = {"found_inf": None, "first": None, "BLOCK": backend.STATISTICS_BLOCK}
-    sass = compile_kernel(kernels.statistics_kernel, constants, arch, {"num_warps": 4})
+    found: Any = None
+    if arch in AMD_ARCHITECTURES:
+        found = compile_for_amd(kernels.statistics_kernel, constants, arch, backend.UNFUSED)
+    else:
+        found = compile_kernel(kernels.statistics_kernel, constants, arch, backend.UNFUSED)
     return Report(
         kernel="statistics_kernel",
         form="any",
@@ -219,13 +286,14 @@ def statistics_report(arch: str) -> Report:
         state_dtype="any",
         uncertainty="any",
         arch=arch,
-        registers=sass.registers,
-        stack_bytes=sass.stack_bytes,
-        spills=sass.count("LDL", "STL"),
-        full_path_spills=sass.count("LDL", "STL"),
-        load_bits=sass.widths("LDG"),
-        store_bits=sass.widths("STG"),
+        registers=found.registers,
+        stack_bytes=found.stack_bytes,
+        spills=found.spills,
+        full_path_spills=found.spills,
+        load_bits=found.loads,
+        store_bits=found.stores,
         instructions_per_element=None,  # it reads partial sums, not elements
+        scalar_registers=getattr(found, "scalar_registers", None),
     )
 
 
@@ -245,7 +313,8 @@ def print_table(reports: list[Report]) -> None:
             for widths in (r.load_bits, r.store_bits)
         )
         instructions = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.1f}"
-        numbers = (str(r.registers), str(r.stack_bytes), str(r.spills), *accesses, instructions)
+        registers = f"{r.registers}" + ("" if r.scalar_registers is None else f" + {r.scalar_registers}")
+        numbers = (registers, str(r.stack_bytes), str(r.spills), *accesses, instructions)
         table.add_row(r.kernel, r.form, r.param_dtype, r.state_dtype, r.uncertainty, *numbers)
     Console(width=170).print(table)
 
@@ -254,10 +323,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.codegen", description="What the compiler makes of the kernels."
     )
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
+    parser.add_argument("--arch", choices=ARCHITECTURES + AMD_ARCHITECTURES, default="sm_90")
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels too, by nvcc")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.cuda and options.arch in AMD_ARCHITECTURES:
+        parser.error(f"nvcc does not compile for {options.arch}")
     reports = [report(key, phase, options.arch) for key, phase in combinations()]
     reports.append(statistics_report(options.arch))
     if options.cuda:

@@ -13,7 +13,7 @@ from pats_kernels.backends.cuda import CHUNK
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "cuda_kernel.cu"
 PARAMETERS = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16", "float64": "double"}
-FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]  # setup.py's
+FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]  # setup.py's
 THREADS = 128
 # In the order of csrc/table.h's enums.
 FORMS = ("pats", "pats_adamw", "moments_adamw", "adamw")
@@ -53,6 +53,17 @@ def compiled(param: str, arch: str, only_full: bool = False) -> dict[Kernel, Sas
         kernel_of(name.strip()): Sass(instructions_of(text), *resources[name.strip()])
         for name, text in functions
     }
+
+
+def ptx(param: str, arch: str) -> dict[Kernel, str]:
+    """The same kernels' PTX, as it is before ptxas."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernels.ptx"
+        names = [f"-DPATS_PARAM={PARAMETERS[param]}", "-DPATS_LAUNCH=launch_it"]
+        command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", *names, str(SOURCE), "-o", str(target)]
+        subprocess.run(command, check=True)
+        parts = re.split(r"\.entry (\w+)\(", target.read_text())
+    return {kernel_of(name): text for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def kernel_of(symbol: str) -> Kernel:

@@ -124,6 +124,23 @@ struct Block {
   const int64_t* numbers;  // of all its elements; null: they follow one another
 };
 
+// Of a block, by halves: in an order that no vector's width decides. kMarked: signs are marks.
+template <bool kMarked, class T>
+static inline T sum_of(const T* x) {
+  constexpr int kHalf = kBlock / 2;
+  alignas(64) T sums[kHalf];
+#pragma omp simd
+  for (int i = 0; i < kHalf; ++i) {
+    sums[i] = kMarked ? magnitude(x[i]) + magnitude(x[i + kHalf]) : x[i] + x[i + kHalf];
+  }
+  PATS_UNROLL
+  for (int width = kHalf / 2; width > 0; width /= 2) {
+#pragma omp simd
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
 template <class T, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
 __attribute__((noinline)) void update_block(const Constants<T>& constants, const AdamW<T>& adamw_constants,
                                             const Circle<T>& circle, const Draw& d, const Roundings& roundings,
@@ -156,9 +173,9 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
   T* __restrict U = block.U;
   T* __restrict M = block.m;
   T* __restrict V = block.v;
-  T sum_s = 0, sum_u = 0;
+  alignas(64) T own_s[kBlock], own_u[kBlock];  // what is not stored
   int32_t nonfinite = 0;
-#pragma omp simd reduction(+ : sum_s, sum_u, nonfinite)
+#pragma omp simd reduction(+ : nonfinite)
   for (int i = 0; i < kBlock; ++i) {
     T w = W[i], g = 0, m = 0, v = 0, s = 0, u = 0;
     if (kDoes.averages || kDoes.moments) g = G[i];
@@ -167,10 +184,7 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
     const uint32_t random = bits[i] >> 16;
     const T noise = kDoes.noise ? z[i] : T(0);
     const bool finite = step(kDoes, kUncertainty, c, adam, state, random, noise, g, w, s, u, m, v);
-    if (kDoes.sums) {
-      sum_s += s;
-      sum_u += u;
-    }
+    if (kDoes.sums && !kDoes.averages) own_s[i] = s, own_u[i] = u;
     nonfinite += !finite;
     if (kDoes.averages) S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
     if (kDoes.averages && kHasUnc) U[i] = u;
@@ -184,8 +198,10 @@ __attribute__((noinline)) void update_block(const Constants<T>& constants, const
 #pragma omp simd
     for (int i = 0; i < kBlock; ++i) S[i] = magnitude(S[i]);
   }
-  partial.sens += sum_s;
-  partial.unc += sum_u;
+  if (kDoes.sums) {
+    partial.sens += sum_of<kPhase == Phase::kAverages>(kDoes.averages ? S : own_s);
+    if (kUncertainty != Uncertainty::kNone) partial.unc += sum_of<false>(kDoes.averages ? U : own_u);
+  }
   partial.nonfinite += nonfinite;
 }
 

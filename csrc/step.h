@@ -47,10 +47,10 @@ PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<
   if (does.noise) {
     // Chosen, not added: an infinite noise times 0 is NaN. Each compiler makes the most of its own form.
 #if defined(__CUDA_ARCH__)
-    const T a = gate(uncertainty, c, S, U), noised = w + a * noise;
+    const T a = gate(uncertainty, c, S, U), noised = multiply_add(a, noise, w);
     w = finite && a > 0 ? noised : w;
 #else
-    const T a = finite ? gate(uncertainty, c, S, U) : T(0), noised = w + a * noise;
+    const T a = finite ? gate(uncertainty, c, S, U) : T(0), noised = multiply_add(a, noise, w);
     w = a > 0 ? noised : w;
 #endif
   }

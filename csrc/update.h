@@ -54,9 +54,9 @@ template <class T>
 PATS_INLINE bool update_averages(Uncertainty uncertainty, const Constants<T>& c, T w, T g, T& S, T& U) {
   const T s = magnitude(w * g);
   const bool finite = is_finite(s);
-  const T S_new = c.sens_beta * S + c.sens_rate * s;
+  const T S_new = multiply_add(c.sens_rate, s, c.sens_beta * S);
   if (uncertainty != Uncertainty::kNone) {
-    const T U_new = c.unc_beta * U + c.unc_rate * magnitude(s - S_new);
+    const T U_new = multiply_add(c.unc_beta, U, c.unc_rate * magnitude(s - S_new));
     U = finite ? U_new : U;
   }
   S = finite ? S_new : S;
@@ -114,8 +114,8 @@ PATS_INLINE T scaled(const AdamW<T>& c, T v) {
 // Row 7.
 template <class T>
 PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
-  m = m + c.rate1 * (g - m);
-  v = c.beta2 * v + c.rate2 * (g * g);
+  m = multiply_add(c.rate1, g - m, m);
+  v = multiply_add(c.beta2, v, c.rate2 * (g * g));
 }
 
 // Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few
@@ -129,7 +129,8 @@ PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c,
   S = counts ? s : T(0);
   U = 0;
   if (uncertainty != Uncertainty::kNone) {
-    const T u = scale * square_root(larger(scaled(c, v) - scaled_m * scaled_m, T(0)));
+    const T variance = multiply_add(-scaled_m, scaled_m, scaled(c, v));
+    const T u = scale * square_root(larger(variance, T(0)));
     U = counts ? u : T(0);
   }
   return finite;
@@ -138,7 +139,7 @@ PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c,
 // Row 8.
 template <class T>
 PATS_INLINE T adamw(const AdamW<T>& c, T w, T m, T v) {
-  return c.decay * w - ratio(c.step_size * m, square_root(scaled(c, v)) + c.eps);
+  return multiply_add(c.decay, w, -ratio(c.step_size * m, square_root(scaled(c, v)) + c.eps));
 }
 
 }  // namespace pats

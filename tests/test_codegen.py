@@ -5,14 +5,17 @@ here are what the kernels reached, with a margin of a few instructions for other
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
+from expressions import expressions, unfused
 
 from benchmarks import codegen
+from benchmarks.amdgcn import Amdgcn
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
 from pats_kernels.backends.triton import Tuning
@@ -147,6 +150,138 @@ def test_tuning_reaches_the_machine_code() -> None:
         "averages": {"LDG.E.EL.128": 6, "LDG.E.EF.128": 2, "STG.E.EF.128": 4},
         "noise": {"LDG.E.EL.128": 6, "STG.E.EF.128": 2},
     }
+
+
+# Where multiplications and additions are one operation, and where not.
+
+
+def ptx(arch: str, phase: str = "one pass", scaler: bool = False, **constants: Any) -> str:
+    key = codegen.launch_key(
+        **{name: constants.pop(name) for name in ("form", "param", "state") if name in constants}
+    )
+    chosen = codegen.constants_of(key, phase) | {"ONLY_FULL": False} | constants
+    chosen |= {} if scaler else {"grad_scale": None, "found_inf": None}
+    options = backend.compiler_options(key)
+    return codegen.compile_offline(kernels.pats_kernel, chosen, arch, options).asm["ptx"]
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+SAME_ARITHMETIC: list[tuple[Form, torch.dtype, torch.dtype, str]] = [
+    ("pats", F32, F32, "one pass"),
+    ("pats", F32, F32, "averages"),
+    ("pats", F32, F32, "noise"),
+    ("pats", BF16, BF16, "one pass"),
+    ("pats", BF16, F32, "one pass"),
+    ("pats", torch.float16, F32, "one pass"),
+    ("pats_adamw", F32, F32, "one pass"),
+    ("pats_adamw", F32, F32, "noise"),
+    ("moments_adamw", F32, F32, "one pass"),
+    ("moments_adamw", F32, F32, "averages"),
+    ("moments_adamw", BF16, BF16, "noise"),
+]
+
+
+@pytest.mark.parametrize(("form", "param", "state", "phase"), SAME_ARITHMETIC)
+def test_all_paths_have_the_same_arithmetic(
+    form: Form, param: torch.dtype, state: torch.dtype, phase: str
+) -> None:
+    """Full chunks, tails and strides, with a GradScaler and without: every instruction's expression is one of
+    the path for full chunks, or of AdamW alone. And nothing is left for ptxas to contract."""
+    which: dict[str, Any] = {"form": form, "param": param, "state": state}
+    whole = ptx("sm_90", phase, **which)
+    full = expressions(ptx("sm_90", phase, ONLY_FULL=True, **which))
+    alone = set()
+    if form != "pats" and phase != "averages":
+        plain = {"FORM": kernels.ADAMW, "UNCERTAINTY": kernels.NONE, "ONLY_FULL": True}
+        alone = expressions(ptx("sm_90", phase, **which, **plain))
+    assert len(full) >= 5
+    assert any(expression.startswith("fma") for expression in full)
+    assert expressions(whole) == full | alone
+    assert unfused(whole) == []
+
+    # Of a scale of 1 the reciprocal is 1, and what it multiplies stays.
+    scaled = expressions(ptx("sm_90", phase, scaler=True, **which))
+    unscaled = {re.sub(r"mul\.rn\.f32\(div\.rn\.f32\(0f3F800000, x\), x\)", "x", text) for text in scaled}
+    assert unscaled - {"x", "div.rn.f32(0f3F800000, x)"} == full | alone
+    assert (unscaled != scaled) == (phase != "noise" or form != "pats")
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
+def test_fused_multiply_adds_are_the_source_s(arch: str) -> None:
+    """An element's average S, U, gate and noise are one each, a pair of normals' uniform and angle two; a
+    thread has 8 elements of a full block, 2 of a tail's, which draws for 4, and 1 of a strided one's."""
+    for only_full, expected in ((True, 8 * 4 + 8), (False, (8 + 2 + 1) * 4 + 8 + 4 + 2)):
+        text = ptx(arch, ONLY_FULL=only_full)
+        assert len(re.findall(r"\bfma\.rn\.f32\s", text)) + 2 * text.count("fma.rn.f32x2") == expected
+        assert unfused(text) == []
+
+
+def test_arithmetic_that_differs_is_seen() -> None:
+    """The test above, on code that the compiler may contract as it likes, and on sums that are not fused."""
+    key = codegen.launch_key()
+    constants = codegen.constants_of(key, "one pass") | {"ONLY_FULL": True}
+    options = backend.compiler_options(key) | {"enable_fp_fusion": True}
+    free = codegen.compile_offline(kernels.pats_kernel, constants, "sm_90", options).asm["ptx"]
+    assert unfused(free)
+    fused = "\tfma.rn.f32 \t%r3, %r1, %r2, %r0;\n\tsqrt.rn.f32 \t%r4, %r3;"
+    apart = "\tmul.rn.f32 \t%r5, %r1, %r2;\n\tadd.rn.f32 \t%r3, %r5, %r0;\n\tsqrt.rn.f32 \t%r4, %r3;"
+    assert expressions(fused) == {"fma.rn.f32(x, x, x)", "sqrt.rn.f32(fma.rn.f32(x, x, x))"}
+    assert expressions(apart) == {"mul.rn.f32(x, x)", "sqrt.rn.f32(add.rn.f32(mul.rn.f32(x, x), x))"}
+
+
+# AMD's architectures: compiled for, never run on.
+
+
+@pytest.mark.parametrize("arch", codegen.AMD_ARCHITECTURES)
+@pytest.mark.parametrize("form", codegen.FORMS)
+def test_amd(arch: str, form: Form) -> None:
+    """float32 keeps all in vector registers and is read and written 16 bytes at a time: of a full chunk's
+    block a thread of gfx942's waves of 64 has 4 elements, of gfx1100's of 32 it has 8."""
+    found = report(arch, form=form)
+    vectors = 1 if arch == "gfx942" else 2
+    reads, writes = {"pats": (4, 3), "pats_adamw": (6, 5), "moments_adamw": (4, 3)}[form]
+    assert found.load_bits == {128: reads * vectors}
+    assert found.store_bits[128] == writes * vectors
+    assert found.stack_bytes == 0
+    assert found.full_path_spills == 0
+    assert found.spills <= 8  # of scalar registers, in the other paths
+    assert found.registers <= 168  # three waves to a SIMD of gfx942's 512
+    assert found.scalar_registers is not None
+
+
+@pytest.mark.parametrize("arch", codegen.AMD_ARCHITECTURES)
+def test_every_kernel_compiles_for_amd(arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All forms, phases and dtypes, down to a linked code object; no 16 bits are accessed by themselves."""
+    file = tmp_path / "codegen.json"
+    codegen.main(["--arch", arch, "--json", str(file)])
+    found = json.loads(file.read_text())["kernels"]
+    assert len(found) == 3 * 3 + 2 + 5 + 2 + 1
+    assert all(kernel["registers"] > 0 and kernel["scalar_registers"] > 0 for kernel in found)
+    assert all("16" not in kernel["load_bits"] | kernel["store_bits"] for kernel in found)
+    assert all(k["stack_bytes"] == 0 for k in found if k["param_dtype"] != "float64")
+    assert capsys.readouterr().out.count("pats_kernel") == 18
+
+
+def test_amd_s_assembly_is_read_right() -> None:
+    lines = [
+        "\tglobal_load_dwordx4 v[0:3], v[4:5], off",
+        "\tbuffer_load_b128 v[0:3], v4, s[0:3], 0 offen",
+        "\tglobal_load_d16_b16 v0, v[4:5], off ; a comment",
+        "\tbuffer_load_ushort v0, v4, s[0:3], 0 offen",
+        "\ts_load_dwordx2 s[0:1], s[2:3], 0x0",
+        "\tglobal_store_short_d16_hi v[4:5], v0, off",
+        "    .private_segment_fixed_size: 16",
+        "    .sgpr_count:     87",
+        "    .sgpr_spill_count: 5",
+        "    .vgpr_count:     68",
+        "    .vgpr_spill_count: 2",
+    ]
+    read = Amdgcn("\n".join(lines), code_bytes=1)
+    assert read.loads == {16: 2, 128: 2}
+    assert read.stores == {16: 1}
+    assert (read.registers, read.scalar_registers, read.stack_bytes, read.spills) == (68, 87, 16, 7)
+    with pytest.raises(ValueError, match="no vgpr_count"):
+        _ = Amdgcn("", code_bytes=1).registers
 
 
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)

@@ -3,13 +3,16 @@
 The limits on instructions are what the kernels reached, with a margin of a few for other versions of nvcc.
 """
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from expressions import expressions, unfused
 
-from benchmarks import nvcc
+from benchmarks import codegen, nvcc
 from benchmarks.codegen import Sass
+from pats_kernels.backends import triton
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
@@ -88,6 +91,24 @@ def test_the_path_for_full_chunks(
     assert 16 not in found.load_bits | found.store_bits
     assert found.instructions_per_element is not None
     assert found.instructions_per_element <= most_instructions
+
+
+def test_multiply_adds_are_fused_where_the_source_says_so() -> None:
+    """ptxas finds nothing to contract, and what averages S and U is instruction by instruction what Triton's
+    kernel does with a GradScaler (which CUDA's has always: its scale is 1 without)."""
+    found = nvcc.ptx("float32", ARCH)
+    assert all(unfused(text) == [] for text in found.values())
+    kernel = nvcc.Kernel("update_kernel", "float32", "float32", "pats", "averages", common=True)
+    key = codegen.launch_key(normalization="exact")
+    constants = codegen.constants_of(key, "averages") | {"ONLY_FULL": False}
+    options = triton.compiler_options(key)
+    compiled = codegen.compile_offline(triton.kernels().pats_kernel, constants, ARCH, options)
+    triton_s = {text.replace("div.rn.f32(0f3F800000, x)", "x") for text in expressions(compiled.asm["ptx"])}
+    # What is not finite stays as it was: Triton chooses before it takes the difference, nvcc after.
+    triton_s = {re.sub(r"(fma[^|]*) \| x\)", r"\1)", text) for text in triton_s}
+    averages = {text for text in expressions(found[kernel]) if text.startswith(("fma", "sub"))}
+    assert len(averages) == 3  # S, the difference, U
+    assert averages <= triton_s
 
 
 def test_tails_are_read_as_wide_as_they_can(units: dict[tuple[str, bool], Compiled]) -> None:

@@ -6,6 +6,7 @@ cannot show is the GPU's approximate instructions (tests/gpu/) and what the comp
 """
 
 import ctypes
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import NO_EXTENSION
+from harness import assert_same_bits
 
 # What every backend has to pass, here with the fixture of this file.
 from test_adamw import (  # noqa: F401
@@ -70,7 +73,11 @@ from test_rounding import (  # noqa: F401
     test_every_store_is_the_model,
     test_the_bits_are_those_of_seed_step_and_tensor,
 )
+from test_shards import FORMS as STEPPED
+from test_shards import STORAGES as STORED
 from test_shards import (  # noqa: F401
+    step,
+    tensors_of,
     test_a_share_that_is_not_counted,
     test_an_empty_shard_has_an_empty_share,
     test_parts_are_what_the_whole_is,
@@ -160,6 +167,28 @@ def schema() -> str:
     definition = re.search(r"library\.def\((.*?)\);", source, re.DOTALL)
     assert definition is not None
     return "".join(re.findall(r'"(.*?)"', definition.group(1)))
+
+
+@pytest.mark.skipif(
+    platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="the CPU's kernel has no fused multiply-add here",
+)
+@pytest.mark.skipif(NO_EXTENSION, reason="there is no cpp")
+@pytest.mark.parametrize("scale", [None, 2.0**3])
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("form", STEPPED)
+def test_averages_and_moments_have_the_cpu_s_bits(
+    backend: str, form: str, storage: str, scale: float | None
+) -> None:
+    """One formula, one order, the same random bits: the noise alone is each backend's own."""
+    grad_scale = None if scale is None else torch.tensor(scale)
+    found = []
+    for name in (backend, "cpp"):
+        tensors = tensors_of((1030,), *STORED[storage])
+        tensors["grads"] *= scale or 1
+        step(name, tensors, None, STEPPED[form], torch.tensor([0.9, 1.1]), grad_scale)
+        found.append([tensors[key] for key in ("exp_avg_sens", "exp_avg_unc", "exp_avg", "exp_avg_sq")])
+    assert_same_bits(*found)
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ _KERNELS = "pats_kernels.backends.triton_kernel"
 # Float32 fits in these without spills, on sm_80 to sm_100: 8 programs to a multiprocessor instead of 7, or 6.
 MAX_REGISTERS = {"pats": 64, "pats_adamw": 80, "moments_adamw": 80}
 STATISTICS_BLOCK = 256  # partial sums an iteration
+# Where a multiply-add is fused the source says so, for the same bits on every path: triton_kernel.py.
+UNFUSED: dict[str, int] = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,9 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
     tables, groups = launch.cache[place].tables.current(launch), launch.cache[place].groups
     constants = specialization(launch.key, tuning)
     constants |= {"APPROX": _approximate(launch), "SMALL_EPS": _small_eps(launch)}
-    if launch.key.device.type == "cuda" and torch.version.hip is None:
-        constants |= compiler_options(launch.key, tuning)
+    options = {}
+    if launch.key.device.type == "cuda":
+        options = compiler_options(launch.key, tuning, "hip" if torch.version.hip else "cuda")
     num_chunks, grouped = len(tables.chunks), len(groups) > 1
     phases = {"one_pass": module.ONE_PASS, "averages": module.AVERAGES, "noise": module.NOISE}
 
@@ -143,6 +146,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
                 PHASE=phases[phase],
                 REVERSED=backwards,
                 **constants,
+                **options,
             )
         if phase != "noise":
             first = group.first_row if grouped else None
@@ -154,6 +158,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
                 found_inf,
                 first,
                 BLOCK=STATISTICS_BLOCK,
+                **UNFUSED if options else {},
             )
 
     if not grouped:
@@ -236,13 +241,16 @@ def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
     }
 
 
-def compiler_options(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, int]:
-    """What the compiler is told for NVIDIA's devices."""
+def compiler_options(
+    key: LaunchKey, tuning: Tuning = _DEFAULT, vendor: Literal["cuda", "hip"] = "cuda"
+) -> dict[str, int]:
+    """What the compiler is told for NVIDIA's devices, or AMD's, where it has no limit of registers."""
     limit = tuning.max_registers
     if limit is None:
         float32 = key.param_dtype == key.state_dtype == torch.float32
         limit = MAX_REGISTERS[key.variant.form] if float32 else 0
-    return {"num_warps": tuning.num_warps} | ({"maxnreg": limit} if limit else {})
+    limits = {"maxnreg": limit} if limit and vendor == "cuda" else {}
+    return UNFUSED | {"num_warps": tuning.num_warps} | limits
 
 
 def _small_eps(launch: Launch) -> bool:

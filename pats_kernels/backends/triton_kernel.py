@@ -6,6 +6,10 @@ misaligned tensors with masks; strided tensors through offsets worked out from t
 is in `_averages`, `_gate`, `_moments`, `_moments_sensitivity` and `_adamw`, where APPROX chooses PTX's
 approximate instructions; without it the same lines run under Triton's interpreter and on devices that have
 no PTX.
+
+A multiplication and an addition are one operation where the source says `tl.fma`, and nowhere else: the
+kernels are compiled with `enable_fp_fusion=False`, so that every path of every specialization gives the same
+bits. The interpreter's `tl.fma` rounds twice, in all paths alike.
 """
 
 import triton
@@ -108,6 +112,11 @@ def _reciprocal(x, APPROX: tl.constexpr):
 
 
 @triton.jit
+def _exact_reciprocal(x):
+    return tl.div_rn(1.0, x) if x.dtype == tl.float32 else 1.0 / x
+
+
+@triton.jit
 def _tanh(x, APPROX: tl.constexpr):
     """tanh(x), infinity included. A NaN, a gate without statistics, stays: tl.minimum would make it 20."""
     if APPROX:
@@ -119,6 +128,18 @@ def _tanh(x, APPROX: tl.constexpr):
 def _is_statistic(mean):
     """reference.py, LEAST_MEAN: the means in which float32 can tell who is below."""
     return (mean >= 2.0**-120) & (mean <= 2.0**112)
+
+
+@triton.jit
+def _multiply_add(x, FACTOR: tl.constexpr, ADDEND: tl.constexpr):
+    """x FACTOR + ADDEND, rounded once. To tl.fma Python's numbers are float32, beside float64 too."""
+    return tl.fma(x, tl.full((), FACTOR, x.dtype), tl.full((), ADDEND, x.dtype))
+
+
+@triton.jit
+def _negative(x):
+    """The sign of an instruction's operand; Triton's own -x is 0 - x, which is an instruction by itself."""
+    return x * -1.0
 
 
 # ---- random numbers
@@ -156,9 +177,10 @@ def _sum_groups(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def _box_muller(x0, x1, FLOAT: tl.constexpr, APPROX: tl.constexpr):
-    uniform = x0.to(FLOAT) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    uniform = _multiply_add(x0.to(FLOAT), 2.3283064365386963e-10, 1.1641532182693481e-10)
     # Signed, so that the angle is in [-pi, pi), where sin.approx and cos.approx are at their best.
-    angle = x1.to(tl.int32, bitcast=True).to(FLOAT) * 1.4629180792671596e-09 + 7.314590396335798e-10
+    signed = x1.to(tl.int32, bitcast=True).to(FLOAT)
+    angle = _multiply_add(signed, 1.4629180792671596e-09, 7.314590396335798e-10)
     radius = _sqrt(1.3862943611198906 * _minus_log2(uniform, APPROX), APPROX)
     return radius * _cos(angle, APPROX), radius * _sin(angle, APPROX)
 
@@ -321,9 +343,9 @@ def _averages(w, g, S, U, sens_beta, unc_beta, sens_rate, unc_rate, UNCERTAINTY:
     """
     s = tl.abs(w * g)
     finite = _is_finite(s)
-    S = tl.where(finite, sens_beta * S + sens_rate * s, S)
+    S = tl.where(finite, tl.fma(sens_rate, s, sens_beta * S), S)
     if UNCERTAINTY != NONE:
-        U = tl.where(finite, unc_beta * U + unc_rate * tl.abs(s - S), U)
+        U = tl.where(finite, tl.fma(unc_beta, U, unc_rate * tl.abs(s - S)), U)
     return S, U, finite
 
 
@@ -337,7 +359,7 @@ def _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY: tl.constexpr, APPROX: tl.
         q = S + U
     else:
         q = S
-    return _tanh(_reciprocal(q, APPROX) * mean - gamma, APPROX)
+    return _tanh(tl.fma(_reciprocal(q, APPROX), mean, _negative(gamma)), APPROX)
 
 
 @triton.jit
@@ -357,16 +379,16 @@ def _advanced(counter):
 def _bias_correction(entry, LOG_BETA: tl.constexpr, step, FLOAT: tl.constexpr):
     """1 - beta^t, to a few roundings: where t log(beta) is small, by the series of the exponential."""
     y = step.to(FLOAT) * _number(entry, LOG_BETA, FLOAT)
-    series = 1 + y * (1 / 8)
+    series = _multiply_add(y, 1 / 8, 1.0)
     for i in tl.static_range(6):
-        series = 1 + y * series * (1 / (7 - i))
+        series = _multiply_add(y * series, 1 / (7 - i), 1.0)
     return tl.where(y > -0.5, -y * series, 1 - tl.exp(y)) if FLOAT == tl.float32 else 1 - tl.exp(y)
 
 
 @triton.jit
 def _moments(g, m, v, sign, rate1, beta2, rate2):
     """Row 7."""
-    return m + rate1 * (sign * g - m), beta2 * v + rate2 * (g * g)
+    return tl.fma(rate1, tl.fma(sign, g, _negative(m)), m), tl.fma(beta2, v, rate2 * (g * g))
 
 
 @triton.jit
@@ -382,14 +404,15 @@ def _moments_sensitivity(
     counts = finite & (v >= least_v)
     U = S
     if UNCERTAINTY != NONE:
-        U = tl.where(counts, scale * _sqrt(tl.maximum(v - scaled_m * scaled_m, 0.0), APPROX), 0.0)
+        variance = tl.fma(_negative(scaled_m), scaled_m, v)
+        U = tl.where(counts, scale * _sqrt(tl.maximum(variance, 0.0), APPROX), 0.0)
     return tl.where(counts, S, 0.0), U, finite
 
 
 @triton.jit
 def _adamw(w, m, v, decay, slope, intercept, APPROX: tl.constexpr):
     """Row 8, for moments without their bias corrections; lr is in the line's slope and intercept."""
-    return decay * w - m * _reciprocal(slope * _sqrt(v, APPROX) + intercept, APPROX)
+    return tl.fma(_negative(m), _reciprocal(tl.fma(slope, _sqrt(v, APPROX), intercept), APPROX), decay * w)
 
 
 @triton.jit
@@ -503,6 +526,9 @@ def _chunk(
         slope = tl.where(stands, 0.0, 1 / (step_size * root_scale))
         intercept = tl.where(stands, float("inf"), eps * root2 / step_size)
     step = step.to(tl.uint32)
+    if grad_scale is not None and (AVERAGING or MOMENTS):
+        # Of 1 it is 1, to the last bit, and of a power of two exact.
+        unscale = _exact_reciprocal(tl.load(grad_scale).to(FLOAT))
 
     lanes = tl.arange(0, BLOCK)
     sum_s, sum_u = tl.zeros((BLOCK // 4,), FLOAT), tl.zeros((BLOCK // 4,), FLOAT)
@@ -535,7 +561,7 @@ def _chunk(
         if AVERAGING or MOMENTS:
             g = _to_float(_load(g_at, mask, GRAD_LOADS), FLOAT, APPROX)
             if grad_scale is not None:
-                g = g / tl.load(grad_scale)
+                g *= unscale
         if MOMENTS:
             m = _to_float(_load(m_at, mask, LOADS), FLOAT, APPROX)
             v = _to_float(_load(v_at, mask, LOADS), FLOAT, APPROX)
@@ -581,7 +607,7 @@ def _chunk(
                 z = _draw(low, group_high, tensor_id, step, seed, True, FLOAT, APPROX, VECTOR, BLOCK)
             a = tl.where(finite, _gate(S, U, sens_factor, mean, gamma, UNCERTAINTY, APPROX), 0.0)
             # Chosen, not added: an infinite noise times 0 is NaN.
-            w = tl.where(a > 0, w + noise_scale * (a * z), w)
+            w = tl.where(a > 0, tl.fma(noise_scale, a * z, w), w)
             if FORM == PATS:
                 tl.store(w_at, _round(w, random, PARAM, STOCHASTIC), mask=mask, cache_modifier=STORES)
         if STEPS:

@@ -21,8 +21,8 @@ NATIVE, BUILD = ROOT / "tests" / "native", ROOT / "build"
 CHECKS = "address,undefined,float-cast-overflow"
 ADDRESS_FLAGS = f"-fsanitize={CHECKS} -fno-sanitize-recover={CHECKS.removeprefix('address,')} "
 ADDRESS_FLAGS += "-fno-omit-frame-pointer"
-SIMD_FLAGS = "-std=c++17 -Wall -Wextra -fopenmp-simd -fno-math-errno -fno-trapping-math -ffinite-math-only "
-SIMD_FLAGS += "-fno-signed-zeros"  # setup.py's
+SIMD_FLAGS = "-std=c++17 -Wall -Wextra -ffp-contract=off -fopenmp-simd -fno-math-errno -fno-trapping-math "
+SIMD_FLAGS += "-ffinite-math-only -fno-signed-zeros"  # setup.py's
 THREAD_FLAGS = "-fsanitize=thread -g1 -O1"
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() == "x86_64":
