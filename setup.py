@@ -116,7 +116,9 @@ class Nvcc(NamedTuple):
     @classmethod
     def found(cls, torch: Torch) -> "Nvcc":
         if torch.cuda is None:
-            raise Missing(f"torch {torch.version} is a build without CUDA: install one with it")
+            raise Missing(
+                f"torch was {torch.version} where it was built, which is without CUDA: install one with it"
+            )
         homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := setting(name))]
         paths = [path for home in homes if (path := shutil.which(f"{home}/bin/nvcc"))]
         path = next(iter(paths), shutil.which("nvcc"))
