@@ -9,7 +9,7 @@ variables:
 
     PATS_KERNELS_REQUIRE_EXTENSION=1    fail rather than install without the extension
     PATS_KERNELS_CUDA=0                 leave the CUDA kernels out
-    PATS_KERNELS_CUDA_FLOAT64=0         leave those for float64 out, half of the library's size
+    PATS_KERNELS_CUDA_FLOAT64=0         leave those for float64 out, nearly half of the library
     TORCH_CUDA_ARCH_LIST                for which GPUs: "9.0", "8.0;9.0+PTX", "Hopper", "All"
     MAX_JOBS                            compilers at a time
     CUDA_HOME, CXX, CXXFLAGS            as ever
@@ -118,7 +118,9 @@ class Nvcc(NamedTuple):
     @classmethod
     def found(cls, torch: Torch) -> "Nvcc":
         if torch.cuda is None:
-            raise Missing(f"torch {torch.version} is a build without CUDA: install one with it")
+            raise Missing(
+                f"torch was {torch.version} where it was built, which is without CUDA: install one with it"
+            )
         homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := setting(name))]
         paths = [path for home in homes if (path := shutil.which(f"{home}/bin/nvcc"))]
         path = next(iter(paths), shutil.which("nvcc"))

@@ -14,6 +14,7 @@ from pats_kernels.backends.cuda import CHUNK
 SOURCE = Path(__file__).parent.parent / "csrc" / "cuda_kernel.cu"
 PARAMETERS = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16", "float64": "double"}
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]  # setup.py's
+STRICT = ["-Werror", "all-warnings"]
 THREADS = 128
 # In the order of csrc/table.h's enums.
 FORMS = ("pats", "pats_adamw", "moments_adamw", "adamw")
@@ -41,7 +42,7 @@ def compiled(param: str, arch: str, only_full: bool = False) -> dict[Kernel, Sas
             "-DPATS_LAUNCH=launch_it",
             f"-DPATS_ONLY_FULL={only_full:d}",
         ]
-        command = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", *names, str(SOURCE), "-o", cubin]
+        command = ["nvcc", *FLAGS, *STRICT, f"-arch={arch}", "-cubin", *names, str(SOURCE), "-o", cubin]
         subprocess.run(command, check=True)
         code, usage = (cuobjdump(option, cubin) for option in ("-sass", "-res-usage"))
     resources = {

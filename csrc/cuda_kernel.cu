@@ -191,13 +191,17 @@ struct Group {
   T w[V], g[V], S[V], U[V], m[V], v[V];
 };
 
-// One instruction behind the predicate that is there; nvcc makes it two, an addition and a choice.
+// One instruction behind the predicate that is there; nvcc makes it two, an addition and a choice. Of 8 elements
+// bfloat16's AdamW has two spills then.
+template <int V>
 PATS_DEVICE void count_unless(bool condition, int32_t& count) {
 #if defined(__CUDA_ARCH__)
-  asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; @!p add.s32 %0, %0, 1; }" : "+r"(count) : "r"(uint32_t{condition}));
-#else
-  count += !condition;
+  if constexpr (V == 4) {
+    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; @!p add.s32 %0, %0, 1; }" : "+r"(count) : "r"(uint32_t{condition}));
+    return;
+  }
 #endif
+  count += !condition;
 }
 
 // The step of V elements in registers, as they will be stored. `z` is noise_scale times the normals. Returns
@@ -218,11 +222,7 @@ PATS_DEVICE bool step_group(const Does does, Phase phase, Uncertainty uncertaint
     if (does.sums) {
       sums.sens += e.S[j];
       sums.unc += e.U[j];
-      if constexpr (V == 4) {
-        count_unless(finite, sums.nonfinite);
-      } else {  // of 8 elements bfloat16's AdamW has two spills then
-        sums.nonfinite += !finite;
-      }
+      count_unless<V>(finite, sums.nonfinite);
     }
     if (does.averages && phase == Phase::kAverages) e.S[j] = finite ? e.S[j] : negative(e.S[j]);
     any |= !finite;

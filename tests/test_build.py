@@ -102,7 +102,7 @@ def test_the_least_torch(
         ("13.0", "12.4", r"nvcc is of CUDA 13\.0, torch 2\.13\.0 of 12\.4: set CUDA_HOME to a toolkit"),
         ("12.8", "13.0", r"nvcc is of CUDA 12\.8, torch 2\.13\.0 of 13\.0"),
         ("odd", "13.0", r"nvcc is of CUDA an unknown version, torch 2\.13\.0 of 13\.0"),
-        ("13.0", None, r"torch 2\.13\.0 is a build without CUDA: install one with it"),
+        ("13.0", None, r"torch was 2\.13\.0 where it was built, which is without CUDA: install one with it"),
     ],
 )  # fmt: skip
 def test_an_nvcc_that_does_not_go_with_torch(

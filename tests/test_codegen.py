@@ -24,8 +24,11 @@ from pats_kernels.hyperparameters import Form, Uncertainty
 # Accesses of the stack that ptxas leaves where registers are limited: in all paths, of which that of strided
 # tensors hardly ever runs, and in that of full, aligned chunks. L1 holds them; they count as instructions.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-pytestmark = pytest.mark.skipif(TRITON < (3, 7), reason="the limits are those of Triton 3.7 and later")
 SPILLS = {("sm_100", "moments_adamw", "one pass"): (8, 0)}
+MORE_INSTRUCTIONS: dict[str, int] = {}
+if TRITON < (3, 7):
+    SPILLS |= {("sm_80", "pats_adamw", "one pass"): (132, 0), ("sm_80", "pats_adamw", "noise"): (2, 0)}
+    MORE_INSTRUCTIONS = {"averages": 1, "noise": 4}  # an element
 if TRITON >= (3, 8):
     SPILLS |= {("sm_100", "pats_adamw", "one pass"): (13, 5)}
 
@@ -64,7 +67,7 @@ def test_float32(
     assert found.load_bits[128] == loads
     assert found.store_bits.get(128, 0) == stores
     assert found.instructions_per_element is not None
-    assert found.instructions_per_element <= most_instructions
+    assert found.instructions_per_element <= most_instructions + MORE_INSTRUCTIONS.get(phase, 0)
 
 
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from adamw_harness import AdamWCase, optimizer_of, params_of
-from conftest import INTERPRETED
+from conftest import INTERPRETED, KERNEL
 from harness import TOLERANCES, Case, Work, assert_same_bits, check_step, prepare, same_bits, step, values
 from torch import Tensor, nn
 
@@ -265,6 +265,34 @@ def test_without_memory_there_is_no_uncertainty(backend: str, normalization: str
     assert work.unc[0] is not None
     assert not work.unc[0].any()
     assert same_bits(work.params[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_one_gradient_know_no_uncertainty(backend: str, dtype: torch.dtype) -> None:
+    """v^ is m^^2 then, for betas however near to 1: what rounds beta^t is many times that of 1 - beta^t."""
+    betas = [1 - digit * 10.0**-place for place in range(1, 6) for digit in range(1, 10)]
+    params = [nn.Parameter(torch.ones(8, dtype=dtype)) for _ in betas]
+    groups = [{"params": [p], "betas": (beta, beta)} for p, beta in zip(params, betas, strict=True)]
+    optimizer = PATSAdamW(groups, sensitivity="moments", normalization="exact", backend=backend)
+    for param in params:
+        param.grad = torch.linspace(0.1, 0.9, 8, dtype=dtype)
+    optimizer.step()
+    S, U = torch.stack([optimizer.state[param]["sens_stats"] for param in params]).unbind(1)
+    assert U.tolist() == [0.0] * len(betas)
+    torch.testing.assert_close(S, torch.full_like(S, 0.5), rtol=1e-5, atol=0)  # a dozen roundings of float32
+
+
+@pytest.mark.backend
+def test_bias_corrections_do_not_cancel() -> None:
+    """1 - beta^t for a beta near to 1: by a constant gradient each of AdamW's steps is lr."""
+    param = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    settings: dict[str, Any] = {"betas": (1 - 1e-6, 1 - 1e-6), "eps": 0.0, "weight_decay": 0.0}
+    optimizer = PATSAdamW([param], lr=1.0, noise_scale=0.0, backend=KERNEL, **settings)
+    for _ in range(7):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    # A dozen roundings a step; of beta^t's own, 2^-54, 1 - beta^t would be off by 1e-11.
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -7), rtol=1e-14, atol=0)
 
 
 @every_variant

@@ -377,12 +377,18 @@ def _advanced(counter):
 
 @triton.jit
 def _bias_correction(entry, LOG_BETA: tl.constexpr, step, FLOAT: tl.constexpr):
-    """1 - beta^t, to a few roundings: where t log(beta) is small, by the series of the exponential."""
+    """1 - beta^t, to a few roundings: where t log(beta) is small, by the series of the exponential;
+    in float64 by Kahan's (1 - e) y / log(e), which an e that is a few roundings off beta^t does not harm."""
     y = step.to(FLOAT) * _number(entry, LOG_BETA, FLOAT)
-    series = _multiply_add(y, 1 / 8, 1.0)
-    for i in tl.static_range(6):
-        series = _multiply_add(y * series, 1 / (7 - i), 1.0)
-    return tl.where(y > -0.5, -y * series, 1 - tl.exp(y)) if FLOAT == tl.float32 else 1 - tl.exp(y)
+    power = tl.exp(y)
+    if FLOAT == tl.float32:
+        near = _multiply_add(y, 1 / 8, 1.0)
+        for i in tl.static_range(6):
+            near = _multiply_add(y * near, 1 / (7 - i), 1.0)
+    else:
+        differs = (y > -0.5) & (power < 1)
+        near = tl.where(differs, (power - 1) / tl.log(tl.where(differs, power, 0.5)), 1.0)
+    return tl.where(y > -0.5, -y * near, 1 - power)
 
 
 @triton.jit
