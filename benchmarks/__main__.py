@@ -10,7 +10,8 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from benchmarks import models, report, variants
+from benchmarks import machine, models, report, variants
+from benchmarks.progress import progress
 from benchmarks.run import Settings, run
 from pats_kernels import backends
 from pats_kernels.hyperparameters import Normalization
@@ -24,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else report.WIDTH)
-    with console.status("", refresh_per_second=2) as status:
-        result = run(settings(options), lambda doing: status.update(f"{doing} ..."))
+    with progress() as tell:
+        result = run(settings(options), tell)
     report.show(result, console)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -51,6 +52,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="of this package's")
     parser.add_argument("--repeats", type=positive, help="timed steps of each variant")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU")
+    machine.add_isa(parser)
+    parser.add_argument("--caches", choices=("cold", "warm"), default="cold", help="before each step")
     parser.add_argument("--text", type=Path, help="what the gradients are of; default: the project's README")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
@@ -64,6 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"no GPU: torch {torch.__version__} finds no CUDA device")
         models.config(options.model)
+        machine.choose_isa(options.isa)
         backends.resolve(options.backend, torch.device(options.device))
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
@@ -79,6 +83,7 @@ def settings(options: argparse.Namespace) -> Settings:
         variants=options.variants,
         normalization=options.normalization,
         backend=options.backend,
+        cold=options.caches == "cold",
         repeats=options.repeats or REPEATS[options.device],
         text=options.text.read_text(encoding="utf-8") if options.text else models.default_text(),
     )

@@ -1,5 +1,6 @@
 """The machine that a benchmark runs on: what it is, and what keeps it from misleading."""
 
+import argparse
 import ctypes
 import os
 import platform
@@ -12,15 +13,25 @@ from typing import TypedDict
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+# Of this package's CPU kernel, best first, with Linux's names of what each needs; csrc/cpu.cpp chooses alike.
+ISAS = {
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    "avx2": {"avx2", "fma"},
+    "baseline": set[str](),
+}
+ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline instructions"}
+LIMIT = "PATS_KERNELS_ISA"  # the environment's: the best that may be chosen
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 class Machine(TypedDict):
-    """What a result would mean nothing without. `load_before`: how many processes wanted a core."""
+    """What a result would mean nothing without. `isa`: the instruction set of this package's CPU kernel, of
+    `ISAS`; `load_before`: how many processes wanted a core."""
 
     device: str
     device_name: str
     cpu: str
+    isa: str
     threads: int
     date: str
     versions: dict[str, str | None]
@@ -37,6 +48,7 @@ def prepare(device: torch.device) -> Machine:
         "device": device.type,
         "device_name": device_name(device),
         "cpu": cpu_name(),
+        "isa": isa(),
         "threads": torch.get_num_threads(),
         "date": now(),
         "versions": installed,
@@ -67,10 +79,53 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor's name as Linux knows it, else as Python does."""
+    return _cpu("model name") or platform.processor() or platform.machine()
+
+
+def _cpu(what: str) -> str:
+    """What Linux says about the first processor, or nothing."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
+
+
+def isas() -> list[str]:
+    """The instruction sets that the CPU kernel can be run with here, best first."""
+    flags = set(_cpu("flags").split()) if platform.machine() == "x86_64" else set[str]()
+    return [name for name, needed in ISAS.items() if needed <= flags]
+
+
+def isa() -> str:
+    """The one that the CPU kernel takes: the best that is there and that the environment allows."""
+    limit = os.environ.get(LIMIT, "avx512")
+    allowed = {"avx512": isas(), "baseline": ["baseline"]}.get(limit, [i for i in isas() if i != "avx512"])
+    return allowed[0]
+
+
+def isa_title(about: "Machine") -> str:
+    """For a table's title: the instruction set of what was measured on a CPU."""
+    return f", {ISA_NAMES[about['isa']]}" if about["device"] == "cpu" else ""
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--isa",
+        choices=ISAS,
+        help="instruction set of this package's CPU kernel; default: the best here. torch keeps its own",
+    )
+
+
+def choose_isa(name: str | None) -> None:
+    """Before the first step: the kernel asks once a process.
+
+    Raises:
+        ValueError: the machine has no such instructions.
+    """
+    if name is None:
+        return
+    if name not in isas():
+        raise ValueError(f"this machine has no {ISA_NAMES[name]}: it has {', '.join(isas())}")
+    os.environ[LIMIT] = name
 
 
 def versions() -> dict[str, str | None]:

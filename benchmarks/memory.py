@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import machine, models, report, timing
+from benchmarks.progress import progress
 from benchmarks.results import ACCESSES, dtype_name
 from pats_kernels import PATS, PATSAdamW, release_gradients
 from pats_kernels.hyperparameters import Sensitivity
@@ -209,7 +210,10 @@ def table(result: Report) -> Table:
     numel = result["params"]
     caption = f"{numel / 1e6:.1f} M parameters in {result['tensors']} tensors; bytes a parameter"
     grid = Table(
-        title=f"memory of {result['model']}", caption=caption, title_style="bold", box=box.SIMPLE_HEAD
+        title=f"memory of {result['model']}{machine.isa_title(result)}",
+        caption=caption,
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
     )
     for column in ("parameters", "optimizer", "state in"):
         grid.add_column(column, no_wrap=True)
@@ -277,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console(width=None if sys.stdout.isatty() else report.WIDTH)
-    with console.status("", refresh_per_second=2) as status:
-        result = run(options.model, torch.device(options.device), lambda doing: status.update(f"{doing} ..."))
+    with progress() as tell:
+        result = run(options.model, torch.device(options.device), tell)
     console.print(table(result), training_table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import variants
+from benchmarks import machine, variants
 from benchmarks.results import Report, Row, gigabytes_per_second
 
 FUSED, OURS, COMPETITOR, YARDSTICK = "#0b6e4f", "#7fb69f", "#9db4c0", "#d8d8d8"
@@ -34,6 +34,11 @@ def show(report: Report, console: Console) -> None:
     if report["device"] == "cpu":
         console.print(
             "A CPU's copy also fetches what it overwrites; a step in place does not, and may pass 100%."
+        )
+    if report["rechecked"]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in report["rechecked"].items())
+        console.print(
+            f"One more step after all rounds was eager's, within roundings ({shares} of their limit)."
         )
     if report["host_us_per_tensor"] is not None:
         console.print(f"Host time of the fused step: {report['host_us_per_tensor']:.2f} us a tensor.")
@@ -138,12 +143,14 @@ def _title(report: Report) -> str:
     what = f", {first['dtype']}, {first['normalization']} normalization" if first else ""
     followed = ", AdamW included" if first and first["optimizer"] == "adamw" else ""
     millions = report["params"] / 1e6
-    return f"PATS step: {report['model']}, {millions:.4g} M parameters{what}{followed}"
+    what += followed + machine.isa_title(report)
+    return f"PATS step: {report['model']}, {millions:.4g} M parameters{what}"
 
 
 def _caption(report: Report) -> str:
     threads = f", {report['threads']} threads" if report["device"] == "cpu" else ""
-    rounds = f"median of {report['repeats']} interleaved rounds"
+    caches = "cold" if report["cold_caches"] else "warm"
+    rounds = f"median of {report['repeats']} interleaved rounds from {caches} caches"
     return f"{report['device_name']}{threads}, torch {report['torch']}, {rounds}"
 
 

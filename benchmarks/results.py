@@ -30,12 +30,15 @@ class Row(TypedDict):
 
 
 class Report(Machine):
-    """One run; `errors` says why a contestant could not take part."""
+    """One run; `errors` says why a contestant could not take part, `rechecked` how far this package's were
+    off in a step after all rounds, as a share of what is allowed: see `recheck`."""
 
     model: str
     params: int
     tensors: int
     repeats: int
+    cold_caches: bool
+    rechecked: dict[str, float]
     copy_gbps: float
     adamw_fused_ms: float
     adamw_fused_bytes_per_param: int

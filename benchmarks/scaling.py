@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, report
+from benchmarks.progress import progress
 from benchmarks.scaling_counts import GPUS, H200, MODELS, Assumptions, Row, rows
 from benchmarks.scaling_host import Host, measure, models_of
 
 EXPERTS = (1000, 10_000, 100_000)
-REAL = 1000  # tensors of the real steps
+REAL = (100, 1000, 10_000)  # tensors of the real steps
 EMA = "ema, float32"
 
 
@@ -96,9 +97,10 @@ def modelled(found: list[Row]) -> Table:
     return table
 
 
-def planned(host: Host) -> Table:
+def planned(host: Host, about: machine.Machine) -> Table:
     table = _table(
-        f"measured here: rank {host['rank']} of {host['world_size']}, tensors without memory",
+        f"measured here: rank {host['rank']} of {host['world_size']}, tensors without memory"
+        f"{machine.isa_title(about)}",
         f"ms for all tensors; a step's are the least of {host['tries']} tries",
     )
     table.add_column("tensors of", no_wrap=True)
@@ -119,16 +121,18 @@ def planned(host: Host) -> Table:
     return table
 
 
-def stepped(host: Host) -> Table:
+def stepped(host: Host, about: machine.Machine) -> Table:
     table = _table(
-        "measured here: real steps on the CPU, one thread",
-        f"microseconds a tensor of 64 elements, {host['stepped'][0]['tensors']} of them",
+        f"measured here: real steps on the CPU, one thread{machine.isa_title(about)}",
+        f"microseconds a tensor of 64 elements, the least of {host['tries']} steps or more, taken in turn; "
+        "new: on other gradients than the step before",
     )
     table.add_column("optimizer", no_wrap=True)
-    for name in ("plain", "DTensor"):
+    for name in ("tensors", "plain", "new", "DTensor", "new"):
         table.add_column(name, justify="right")
     for row in host["stepped"]:
-        table.add_row(row["optimizer"], f"{row['plain_us']:.2f}", f"{row['sharded_us']:.2f}")
+        times = (row["plain_us"], row["plain_new_us"], row["sharded_us"], row["sharded_new_us"])
+        table.add_row(row["optimizer"], str(row["tensors"]), *(f"{time:.2f}" for time in times))
     return table
 
 
@@ -184,8 +188,8 @@ def show(result: Report, console: Console) -> None:
         console.print(f"{names}: {source}.", markup=False)
     host = result["host"]
     if host is not None:
-        console.print(planned(host))
-        console.print(stepped(host))
+        console.print(planned(host, result["machine"]))
+        console.print(stepped(host, result["machine"]))
         strided = host["strided"]
         console.print(
             f"A shard {strided['shape']} of columns: {strided['columns_ns']:.2f} ns an element, one of rows "
@@ -211,10 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = tuple(int(count) for count in options.experts.split(",") if count)
     console = Console(width=None if sys.stdout.isatty() else report.WIDTH + 40)
     about = machine.prepare(torch.device("cpu"))
-    with console.status("", refresh_per_second=2) as status:
-        status.update("counting ...")
+    with progress() as tell:
+        tell("counting")
         found = list(rows())
-        tell = lambda doing: status.update(f"{doing} ...")  # noqa: E731
         host = None if options.no_host else measure(models_of(counts), REAL, tell)
     result: Report = {"machine": about, "assumptions": H200, "rows": found, "host": host}
     show(result, console)

@@ -6,7 +6,7 @@ the step itself is.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scaling_counts import MODELS, STATISTICS_BYTES, sizes, table_bytes
-from pats_kernels import PATSAdamW
+from benchmarks.variants import NoOptimizer
+from pats_kernels import PATS, PATSAdamW
 from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.backends.triton import Tuning
 from pats_kernels.distributed import Statistics, _layout
@@ -27,6 +28,7 @@ from pats_kernels.plan import Planner
 
 WORLD, RANK = 4096, 1234
 TRIES = 7
+FEW = 10_000  # tensors, of which one try of a step says little
 SMALL = (8, 8)  # the shape of a real tensor
 Shapes = list[tuple[int, ...]]
 
@@ -53,12 +55,15 @@ class Planned(TypedDict):
 
 
 class Stepped(TypedDict):
-    """Real steps on the CPU, in microseconds a tensor."""
+    """Real steps on the CPU, in microseconds a tensor: on the gradients of the step before, written anew, and
+    on new ones, as after `zero_grad`."""
 
     optimizer: str
     tensors: int
     plain_us: float
+    plain_new_us: float
     sharded_us: float
+    sharded_new_us: float
 
 
 class Strided(TypedDict):
@@ -162,29 +167,59 @@ def resident() -> int:
         return 0
 
 
-def stepped(mesh: DeviceMesh, count: int) -> Iterator[Stepped]:
-    """Whole steps, kernels included, over tensors so small that the host's part is what counts."""
-    makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-        "PATSAdamW": lambda ps: PATSAdamW(ps),
-        'PATSAdamW(sensitivity="moments")': lambda ps: PATSAdamW(ps, sensitivity="moments"),
-        "torch.optim.AdamW(fused=True)": lambda ps: torch.optim.AdamW(ps, fused=True),
-    }
-    for name, make in makers.items():
-        times: list[float] = []
-        for split in (False, True):
-            # As many elements either way, so that the kernels' part is the same.
-            local = SMALL if not split else (SMALL[0] * WORLD, *SMALL[1:])
-            params = [
-                nn.Parameter(sharded(local, mesh, "cpu") if split else torch.zeros(local))
-                for _ in range(count)
-            ]
-            for param in params:
-                param.grad = sharded(local, mesh, "cpu") if split else torch.zeros(local)
-            optimizer = make(params)
-            for _ in range(2):
-                optimizer.step()
-            times.append(1e6 * least(optimizer.step) / count)
-        yield {"optimizer": name, "tensors": count, "plain_us": times[0], "sharded_us": times[1]}
+Makers = dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]
+FUSED_ADAMW = "torch.optim.AdamW(fused=True)"
+MAKERS: Makers = {
+    "PATSAdamW": lambda params: PATSAdamW(params, seed=1),
+    'PATSAdamW(sensitivity="moments")': lambda params: PATSAdamW(params, sensitivity="moments", seed=2),
+    "PATS, attached to an optimizer": lambda params: _attached(NoOptimizer([*params])),
+    FUSED_ADAMW: lambda params: torch.optim.AdamW(params, fused=True),
+}
+
+
+def _attached(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    PATS(optimizer, seed=3)
+    return optimizer
+
+
+def stepped(mesh: DeviceMesh, count: int, tries: int = TRIES) -> Iterator[Stepped]:
+    """Whole steps, kernels included, over tensors so small that the host's part is what counts.
+
+    All take turns on the same parameters, so that each finds its own state where the others have left it.
+    """
+    plain, shards = (times_of(mesh, count, split, tries) for split in (False, True))
+    for name in MAKERS:
+        (plain_us, plain_new_us), (sharded_us, sharded_new_us) = plain[name], shards[name]
+        yield {
+            "optimizer": name,
+            "tensors": count,
+            "plain_us": plain_us,
+            "plain_new_us": plain_new_us,
+            "sharded_us": sharded_us,
+            "sharded_new_us": sharded_new_us,
+        }
+
+
+def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str, tuple[float, float]]:
+    """The least of each optimizer's steps, in microseconds a tensor: on kept gradients, and on new ones."""
+    # As many elements either way, so that the kernels' part is the same.
+    shape = SMALL if not split else (SMALL[0] * WORLD, *SMALL[1:])
+    tensors = [
+        [sharded(shape, mesh, "cpu") if split else torch.zeros(shape) for _ in range(count)] for _ in range(3)
+    ]
+    params, gradients = list(map(nn.Parameter, tensors[0])), tensors[1:]
+    optimizers = {name: make(params) for name, make in MAKERS.items()}
+    least_of: dict[str, list[float]] = {name: [math.inf, math.inf] for name in MAKERS}
+    gc.collect()
+    for turn in range(2 + 2 * tries):
+        moves = turn % 2  # each second turn finds the gradients of the one before
+        for param, grad in zip(params, gradients[turn // 2 % 2], strict=True):
+            param.grad = grad
+        for name, optimizer in optimizers.items():
+            taken = 1e6 * once(optimizer.step)[0] / count
+            if turn >= 2:
+                least_of[name][1 - moves] = min(taken, least_of[name][1 - moves])
+    return {name: (kept, new) for name, (kept, new) in least_of.items()}
 
 
 def strided(mesh: DeviceMesh, rows: int = 2048, columns: int = 2048) -> Strided:
@@ -232,14 +267,18 @@ def models_of(counts: tuple[int, ...]) -> dict[str, Shapes]:
     return models | {f"{count} matrices (2048, 7168)": many(count) for count in counts}
 
 
-def measure(models: dict[str, Shapes], real: int, tell: Callable[[str], None] = lambda doing: None) -> Host:
-    """Everything, in a process group that is gone afterwards; `real`: tensors of the real steps."""
+def measure(
+    models: dict[str, Shapes], real: Sequence[int], tell: Callable[[str], None] = lambda doing: None
+) -> Host:
+    """Everything, in a process group that is gone afterwards; `real`: how many tensors real steps have."""
     threads = torch.get_num_threads()
     mesh = join_nobody()
     try:
         torch.set_num_threads(1)
-        tell("real steps")
-        steps = list(stepped(mesh, real))
+        steps: list[Stepped] = []
+        for count in real:
+            tell(f"real steps of {count} tensors")
+            steps += stepped(mesh, count, max(TRIES, FEW // count))
         columns = strided(mesh)
         plans: list[Planned] = []
         for name, shapes in models.items():

@@ -67,8 +67,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", help="of this package; default: all fused ones that can run")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each contest, about")
+    machine.add_isa(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", required=True)
     options = parser.parse_args(arguments)
+    try:
+        machine.choose_isa(options.isa)
+    except ValueError as error:
+        parser.error(str(error))
     unknown = set(options.variants.split(",")) - set(variants.NAMES)
     if unknown:
         parser.error(f"unknown variants: {', '.join(sorted(unknown))} (known: {', '.join(variants.NAMES)})")

@@ -101,12 +101,14 @@ def contest(
     device: torch.device,
     tell: Callable[[int, str], None],
     seconds: float = math.inf,
+    cold: bool = True,
 ) -> dict[str, Measured]:
-    """Runs every step `repeats` times in turn, from cold caches; `tell` hears whose turn it is.
+    """Runs every step `repeats` times in turn, from cold caches; `tell` hears whose turn it is. Not `cold`:
+    from what the step before has left there.
 
     After `seconds` no other round is begun, once there were `FEWEST`.
     """
-    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    scratch = torch.empty(SCRATCH_BYTES if cold else 0, dtype=torch.uint8, device=device)
     leads: dict[str, float] = {}
     for name, step in steps.items():
         for _ in range(WARMUPS):
@@ -132,10 +134,15 @@ def contest(
 
 
 def interleave(
-    steps: Mapping[str, Step], repeats: int, device: torch.device, tell: Callable[[int, str], None]
+    steps: Mapping[str, Step],
+    repeats: int,
+    device: torch.device,
+    tell: Callable[[int, str], None],
+    cold: bool = True,
 ) -> dict[str, Times]:
     """A contest's times on the device."""
-    return {name: measured.device for name, measured in contest(steps, repeats, device, tell).items()}
+    measured = contest(steps, repeats, device, tell, cold=cold)
+    return {name: own.device for name, own in measured.items()}
 
 
 def capture(step: Step) -> Step:

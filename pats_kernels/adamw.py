@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,7 @@ from pats_kernels import backends
 from pats_kernels.advice import Advisor
 from pats_kernels.clipping import Clipping, check_not_released, total_norm
 from pats_kernels.compiling import uncompiled
+from pats_kernels.gather import gather
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Normalization,
@@ -22,7 +24,7 @@ from pats_kernels.hyperparameters import (
     hyperparameters,
     is_one_of,
 )
-from pats_kernels.numbering import Numbering, check_distinct, ids_of
+from pats_kernels.numbering import Numbering, check_distinct
 from pats_kernels.plan import Batch
 from pats_kernels.private import ParamsT, check_capture
 from pats_kernels.state import (
@@ -34,13 +36,8 @@ from pats_kernels.state import (
     check_position,
     check_structure,
     checked_entry,
-    complete,
-    counter_of,
-    have_moved,
     is_distributed,
     keep_only,
-    keys_of,
-    name_finder,
     nonfinite_counts,
     parameter_names,
     saved,
@@ -257,55 +254,14 @@ class PATSAdamW(Optimizer):
 
     def _batch(self) -> Batch:
         """The parameters that have a gradient, with their state, which is allocated here at first."""
-        rows: list[tuple[Any, ...]] = []
-        fresh: list[Tensor] = []
-        new = False
-        name_of = name_finder(self.param_groups)
-        position = 0
-        for group in self.param_groups:
-            values = _values(group, self.defaults)
-            needed = keys_of(values)
-            noisy = "sens_stats" in needed
-            ema, has_unc = "exp_avg_sens" in needed, "exp_avg_unc" in needed
-            ids = ids_of(group, position)
-            position += len(ids)
-            moved = noisy and have_moved(self._nonfinite, group["params"], self.state)
-            for param, tensor_id in zip(group["params"], ids, strict=True):
-                grad = param.grad
-                if grad is None:
-                    continue
-                state = self.state[param]
-                if not needed <= state.keys():
-                    if param.numel() == 0:
-                        continue
-                    fresh += [param] if not state else []
-                    complete(state, name_of(param), param, values)
-                count = self._nonfinite.get(id(param)) if noisy else None
-                if noisy and (count is None or moved):
-                    new = new or count is None
-                    count = counter_of(self._nonfinite, param, state["exp_avg"].device)
-                rows.append(
-                    (
-                        param,
-                        grad,
-                        state["exp_avg_sens"] if ema else None,
-                        state["exp_avg_unc"] if has_unc else None,
-                        state["sens_stats"] if noisy else None,
-                        state["step"],
-                        count,
-                        tensor_id,
-                        values,
-                        state["exp_avg"],
-                        state["exp_avg_sq"],
-                    )
-                )
-        columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
+        counted = len(self._nonfinite)
+        values_of = partial(_values, defaults=self.defaults)
+        batch, fresh = gather(self.param_groups, values_of, self.state, self._nonfinite)
         batch = self._numbering.numbered(batch, self.param_groups, fresh)
         if fresh:
             self._advisor.read(self.param_groups, self.defaults)
             self._advisor.judge(batch, fresh)
-        if new:
+        if len(self._nonfinite) > counted:
             keep_only(self._nonfinite, {*self.state, *parameter_names(self.param_groups)})
         return batch
 

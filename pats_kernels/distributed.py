@@ -8,10 +8,10 @@ Plain parameters, as DistributedDataParallel has them, need no word: equal gradi
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as Sharded
 
-from pats_kernels.plan import Batch, Shard, whole_shard
-from pats_kernels.private import copy_each_, local_tensor
+from pats_kernels.plan import Batch, Own, Shard, is_dtensor, whole_shard
+from pats_kernels.private import copy_each_, local_tensor, local_tensors, split_specs
 
 Box = tuple[slice, ...]  # what a process holds of a tensor
 
@@ -103,7 +103,10 @@ def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, once it is there."""
     if not isinstance(tensor, DTensor):
         return tensor
-    held = local_tensor(tensor)
+    return _arrived(local_tensor(tensor))
+
+
+def _arrived(held: Any) -> Any:
     wait = getattr(held, "wait", None)  # of torch's private type for what is on its way from other processes
     return held if wait is None else wait()
 
@@ -150,23 +153,43 @@ class _Route(NamedTuple):
     means: "list[weakref.ref[Tensor]]"
 
 
+class _Lives:
+    """Whether all of some tensors are still alive, as an id may be another's later. Keeps none of them so."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.all = True
+        self._references = [weakref.ref(tensor, self._end) for tensor in tensors]
+
+    def _end(self, _: object) -> None:
+        self.all = False
+
+
 @dataclass(slots=True)
 class _Set:
-    """Tensors that are stepped together, and what follows from which they are. Keeps none of them alive."""
+    """Tensors that are stepped together, and what follows from which they are. Keeps none of them alive.
 
-    ids: list[int]  # of the parameters
-    params: "list[weakref.ref[Tensor]]"
-    stats: "list[weakref.ref[Tensor] | None]"
+    Attributes:
+        ids, stats: of the parameters, and of their means.
+        lives: of both.
+        specs: how the parameters are split.
+        matching: how gradients were split when they were last found to be so as their parameters.
+    """
+
+    ids: list[int]
+    stats: list[int]
+    lives: _Lives
+    specs: list[Any]
+    matching: list[Any]
     shards: list[Shard | None]
-    shares: list[Tensor | None]
+    shares: Own[Tensor | None]
     routes: list[_Route]
 
     def holds(self, batch: Batch) -> bool:
-        if self.ids != list(map(id, batch.params)):
-            return False
-        pairs = zip(chain(self.params, self.stats), chain(batch.params, batch.sens_stats), strict=True)
-        return all(
-            own is tensor if own is None or tensor is None else own() is tensor for own, tensor in pairs
+        return (
+            self.lives.all
+            and self.ids == list(map(id, batch.params))
+            and self.stats == list(map(id, batch.sens_stats))
+            and _are(self.specs, _specs(batch.params))
         )
 
 
@@ -212,14 +235,13 @@ class Statistics:
         own = self._set_of.get(first)
         if own is None or not own.holds(batch):
             own = self._new_set(batch)
-        pairs = enumerate(zip(batch.params, batch.grads, strict=True))
-        grads = [_matching(batch, i, param, grad) for i, (param, grad) in pairs]
+        grads = _matching(batch, own)
         averages = {name: _localized(column) for name, column in batch.averages.items()}
         self._open = (first, own.routes)
         return replace(
             batch,
             params=_localized(batch.params),
-            grads=grads,
+            grads=_localized(grads),
             shards=own.shards,
             shares=own.shares,
             **averages,
@@ -241,21 +263,21 @@ class Statistics:
             self._set_of.clear()
             self._buffers.clear()
         shares, routes = self._routed(batch, shards)
-        stats = [None if tensor is None else weakref.ref(tensor) for tensor in batch.sens_stats]
-        ids = list(map(id, batch.params))
-        new = _Set(ids, list(map(weakref.ref, batch.params)), stats, shards, shares, routes)
+        ids, stats = list(map(id, batch.params)), list(map(id, batch.sens_stats))
+        lives = _Lives(tensor for tensor in (*batch.params, *batch.sens_stats) if tensor is not None)
+        new = _Set(ids, stats, lives, _specs(batch.params), [], shards, shares, routes)
         self._set_of |= dict.fromkeys(ids, new)
         return new
 
     def _routed(
         self, batch: Batch, shards: Sequence[Shard | None]
-    ) -> tuple[list[Tensor | None], list[_Route]]:
+    ) -> tuple[Own[Tensor | None], list[_Route]]:
         """Where each tensor's share goes, rows of one buffer for each mesh and device; and on from there."""
         of_mesh: dict[Any, list[int]] = {}
         for i, (param, shard) in enumerate(zip(batch.params, shards, strict=True)):
             if shard is not None and batch.sens_stats[i] is not None and isinstance(param, DTensor):
                 of_mesh.setdefault((param.device_mesh, param.device), []).append(i)
-        shares: list[Tensor | None] = [None] * len(shards)
+        shares: Own[Tensor | None] = Own([None] * len(shards))
         routes: list[_Route] = []
         for (mesh, device), index in of_mesh.items():
             buffer, rows = self._buffer(mesh, device, len(index), id(batch.params[index[0]]))
@@ -316,8 +338,19 @@ class Statistics:
             copy_each_(means, rows)
 
 
-def _matching(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
-    """What this process holds of a gradient, once it is laid out as its parameter."""
+def _matching(batch: Batch, own: _Set) -> list[Tensor]:
+    """The gradients, laid out as their parameters: looked at where what says how they are split is new."""
+    specs = _specs(batch.grads)
+    if _are(own.matching, specs):
+        return batch.grads
+    pairs = enumerate(zip(batch.params, batch.grads, strict=True))
+    grads = [_laid_out(batch, i, param, grad) for i, (param, grad) in pairs]
+    own.matching = specs if all(map(is_, grads, batch.grads)) else []
+    return grads
+
+
+def _laid_out(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
+    """A gradient, laid out as its parameter."""
     sharded = isinstance(param, DTensor)
     if sharded != isinstance(grad, DTensor):
         kinds = ["a DTensor" if isinstance(tensor, DTensor) else "a plain tensor" for tensor in (param, grad)]
@@ -330,11 +363,28 @@ def _matching(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
         raise ValueError(f"{batch.name(i)}: the parameter is on {mesh}, its gradient on {other}")
     if placements != grad.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(mesh, placements)  # type: ignore[attr-defined]
-    return local(grad)
+    return grad
+
+
+def _specs(tensors: Sequence[Tensor]) -> list[Any]:
+    """What says how each is split; None for plain tensors."""
+    if {*map(type, tensors)} == {DTensor}:
+        return split_specs(tensors)
+    return [split_specs([t])[0] if isinstance(t, DTensor) else None for t in tensors]
+
+
+def _are(those: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether they are the very same objects."""
+    return len(those) == len(others) and all(map(is_, those, others))
 
 
 def _localized(column: Sequence[Any]) -> list[Any]:
-    return [local_tensor(tensor) if isinstance(tensor, DTensor) else tensor for tensor in column]
+    """What this process holds of each tensor, once it is there."""
+    kinds = {*map(type, column)}
+    if not any(map(is_dtensor, kinds)):
+        return column if isinstance(column, list) else list(column)
+    held = local_tensors(column) if kinds == {DTensor} else list(map(local, column))
+    return held if {*map(type, held)} <= {Tensor} else list(map(_arrived, held))
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:

@@ -17,6 +17,7 @@ from pats_kernels import backends
 from pats_kernels.advice import Advisor
 from pats_kernels.attaching import attachable, have_no_masters, unwrapped
 from pats_kernels.compiling import uncompiled
+from pats_kernels.gather import gather
 from pats_kernels.hyperparameters import (
     Hyperparameters,
     Normalization,
@@ -24,8 +25,7 @@ from pats_kernels.hyperparameters import (
     defaults_of,
     hyperparameters,
 )
-from pats_kernels.numbering import KEY, Numbering, check_distinct, ids_of
-from pats_kernels.plan import Batch
+from pats_kernels.numbering import KEY, Numbering, check_distinct
 from pats_kernels.private import LOAD_HOOKS, LOADED_HOOKS, SAVE_HOOKS, STEP_HOOKS, hooked_step
 from pats_kernels.state import (
     TENSOR_ID,
@@ -37,13 +37,8 @@ from pats_kernels.state import (
     check_position,
     check_structure,
     checked_entry,
-    complete,
-    counter_of,
-    have_moved,
     is_distributed,
     keep_only,
-    keys_of,
-    name_finder,
     nonfinite_counts,
     parameter_names,
     position_of,
@@ -371,35 +366,8 @@ class _Attachment:
     def _step(self, optimizer: Optimizer) -> None:
         if self._looks_for_masters:
             self._looks_for_masters = 0 if have_no_masters(optimizer) else self._looks_for_masters - 1
-        rows: list[tuple[Any, ...]] = []
-        fresh: list[Tensor] = []
-        name_of = name_finder(optimizer.param_groups)
-        position = 0
-        for group in optimizer.param_groups:
-            values = hyperparameters(group, self.defaults)
-            needed = keys_of(values)
-            has_unc = "exp_avg_unc" in needed
-            ids = ids_of(group, position)
-            position += len(ids)
-            moved = values.noisy and have_moved(self.nonfinite, group["params"], self.state)
-            for param, tensor_id in zip(group["params"], ids, strict=True):
-                grad = param.grad
-                if grad is None or not values.noisy:
-                    continue
-                state = self.state.get(param)
-                if state is None or not needed <= state.keys():
-                    if param.numel() == 0:
-                        continue
-                    fresh += [param] if state is None else []
-                    state = self._complete(name_of(param), param, values)
-                sens, stats, step = state["exp_avg_sens"], state["sens_stats"], state["step"]
-                unc = state["exp_avg_unc"] if has_unc else None
-                count = self.nonfinite.get(id(param))
-                if count is None or moved:
-                    count = counter_of(self.nonfinite, param, sens.device)
-                rows.append((param, grad, sens, unc, stats, step, count, tensor_id, values))
-        columns = map(list, zip(*rows, strict=True))
-        batch = Batch(lambda i: name_of(rows[i][0]), *columns, kept=len(self.state))
+        values_of = partial(hyperparameters, defaults=self.defaults)
+        batch, fresh = gather(optimizer.param_groups, values_of, self.state, self.nonfinite)
         batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
         if fresh:
             self._prune(optimizer)
@@ -407,12 +375,6 @@ class _Attachment:
             self._advisor.judge(batch, fresh)
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self._launcher.launch(batch, self.backend, grad_scale, found_inf)
-
-    def _complete(self, name: str, param: Tensor, values: Hyperparameters) -> State:
-        state = self.state.get(param, {})
-        complete(state, name, param, values)
-        self.state[param] = state
-        return state
 
     def _prune(self, optimizer: Optimizer) -> None:
         """Forgets parameters that are in no group any more, if the optimizer has forgotten them too."""

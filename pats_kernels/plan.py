@@ -10,12 +10,13 @@ holds no tensor, and needs none to live: the next at the same address, of the sa
 
 import random
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
 from itertools import accumulate, chain, pairwise
-from operator import attrgetter, is_, mul
+from operator import is_, mul
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pats_kernels.hyperparameters import Hyperparameters, Variant
+from pats_kernels.private import AllKinds, Kinds
 
 T = TypeVar("T")
 
@@ -83,6 +85,7 @@ class Column(IntEnum):
     GRAD_SIGN = 36  # -1: maximize
 
 
+BLOCK = 128  # tensors of which all is looked at before the next ones' turn, so that it is in a cache by then
 ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}  # hyperparameters that may be
 
 
@@ -106,6 +109,12 @@ class Shard(NamedTuple):
     strides: tuple[int, ...]
     numel: int
     counts: bool = True
+
+
+class Own(list[T]):
+    """A column of tensors that nobody else is shown: while it is the same list, they are where they were."""
+
+    __slots__ = ("__weakref__",)
 
 
 @dataclass(slots=True)
@@ -163,14 +172,15 @@ class Launch:
 
     `table` is int64 [tensors, Column], `layout` int64 [rows, 1 + OPERANDS + 1]: a dimension's size, then its
     stride in elements in each operand and in the whole tensor's numbering, outermost dimension first.
-    `on_device`: for each hyperparameter that lies there its column, its few tensors, and each row's among
-    them. `cache` is the backend's own.
+    `aligned`: rows of which the gradient alone decides `Column.VECTOR`. `on_device`: for each hyperparameter
+    that lies there its column, its few tensors, and each row's among them. `cache` is the backend's own.
     """
 
     key: LaunchKey
     index: list[int]
     table: np.ndarray
     layout: np.ndarray
+    aligned: np.ndarray
     on_device: list[tuple[Column, list[Tensor | None], list[int]]] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -179,20 +189,100 @@ class Launch:
         part = column if len(self.index) == len(column) or not column else [column[i] for i in self.index]
         return [entry for entry in part if entry is not None]
 
+    def point_to(self, grads: np.ndarray) -> None:
+        """Writes where the batch's gradients lie, and with that the widest access that is allowed."""
+        own = grads if len(self.index) == len(grads) else grads[self.index]
+        self.table[:, Column.GRAD] = own
+        self.table[:, Column.VECTOR] = self.aligned & (own % VECTOR_BYTES == 0)
+
+
+class _Block(NamedTuple):
+    """Some of the tensors that users and other code can get hold of: where they lie, and their kinds."""
+
+    part: slice
+    places: bytes  # but for the gradients, which come last
+    kinds: list[Kinds]  # of each column
+
+
+class _Hidden:
+    """What there is to know about a column of tensors that nobody else is shown."""
+
+    __slots__ = ("_column", "_places")
+
+    def __init__(self, column: Sequence[Tensor | None]) -> None:
+        self._places = _addresses_of(column).tobytes()
+        self._remember(column)
+
+    def _remember(self, column: Sequence[Tensor | None]) -> None:
+        self._column = weakref.ref(column) if isinstance(column, Own) else lambda: None
+
+    def is_of(self, column: Sequence[Tensor | None]) -> bool:
+        if self._column() is not column:
+            if _addresses_of(column).tobytes() != self._places:
+                return False
+            self._remember(column)
+        return True
+
 
 @dataclass(slots=True)
 class Plan:
     """What a step needs to know, and of which tensors it is true.
 
     Attributes:
+        columns: which tensors there are, of `_columns`.
+        blocks, hidden: of these tensors, and of those that nobody else is shown.
+        tensor_ids, shards: the batch's.
+        grads, hyperparameters: those that the tables hold. On them the plan does not depend.
         without_memory: an error message where a tensor has none of its own, so that no kernel finds it by
             address; None: there is no such tensor.
     """
 
-    signature: list[Any]
+    columns: list[Column]
+    blocks: list[_Block]
+    hidden: list[_Hidden]
+    tensor_ids: list[int]
+    shards: Sequence[Shard | None]
+    variants: list[Variant]
     launches: list[Launch]
+    grads: np.ndarray
     hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
     without_memory: str | None = None
+
+    def is_of(self, batch: Batch) -> bool:
+        """Whether it is true of these tensors. Then it is given their gradients' addresses.
+
+        The same object may have come to lie elsewhere, or be other strides' or dtype's view of the same
+        memory (`.data = ...`, `set_`): its identity says nothing.
+        """
+        columns = _columns(batch)
+        if (
+            self.columns != list(columns)
+            or self.tensor_ids != batch.tensor_ids
+            or self.shards != batch.shards
+            or not (self.has_written(batch.hyperparameters) or self.variants == _variants(batch))
+            or not all(map(_Hidden.is_of, self.hidden, (batch.shares, batch.nonfinite)))
+        ):
+            return False
+        grads: list[np.ndarray] = []
+        for block in self.blocks:
+            tensors, places, own = _look(columns, block.part)
+            if places != block.places or not all(map(Kinds.are_of, block.kinds, tensors)):
+                return False
+            grads.append(own)
+        self.point_to(np.concatenate(grads))
+        return True
+
+    def point_to(self, grads: np.ndarray) -> None:
+        """Writes where the gradients lie, if they have moved."""
+        if not np.array_equal(self.grads, grads):
+            self.grads = grads
+            for launch in self.launches:
+                launch.point_to(grads)
+
+    def has_written(self, hyperparameters: Sequence[Hyperparameters]) -> bool:
+        """Whether the tables hold these very ones: equal ones may hold tensors that lie elsewhere."""
+        own = self.hyperparameters
+        return len(own) == len(hyperparameters) and all(map(is_, own, hyperparameters))
 
     @property
     def rows(self) -> int:
@@ -222,7 +312,7 @@ class Planner:
         self._owned = owned
         self._capacity = capacity
         self._spare = spare
-        self._plans: dict[tuple[int, ...], list[Plan]] = {}  # by the parameters' addresses; last used first
+        self._plans: dict[bytes, list[Plan]] = {}  # by the parameters' addresses; last used first
         self._rows = self._bytes = 0  # of all of them
         self._most = 0  # tensors that were kept, or planned at once
         self._random = random.Random(0)
@@ -233,27 +323,34 @@ class Planner:
         Raises:
             TypeError, ValueError: naming the first tensor that no kernel could update, and why.
         """
-        if any(map(Tensor.is_neg, batch.grads)):  # their memory holds -g
-            batch.grads = [grad.resolve_neg() for grad in batch.grads]
         try:
-            signature = _signature(batch)
+            key = _addresses_of(batch.params).tobytes()
+            plan = self._kept(key, batch)
+            if plan is None and any(map(Tensor.is_neg, batch.grads)):  # their memory holds -g
+                batch.grads = [grad.resolve_neg() for grad in batch.grads]
+                return self.plan(batch)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             check(batch, self._owned)  # a sparse tensor, say, has neither address nor strides
             raise
-        key = tuple(signature[0])
-        plans = self._plans.get(key, [])
-        plan = next((plan for plan in plans if plan.signature == signature), None)
         if plan is None:
             check(batch, self._owned)
-            plan = Plan(signature, _launches(batch), without_memory=_without_memory(batch))
+            plan = _planned(batch)
             self._most = max(self._most, batch.kept, len(batch.params))
             self._keep(key, plan)
-        elif plan is not plans[0]:
-            plans[:] = [plan, *(other for other in plans if other is not plan)]
         _refresh(plan, batch)
         return plan
 
-    def _keep(self, key: tuple[int, ...], plan: Plan) -> None:
+    def _kept(self, key: bytes, batch: Batch) -> Plan | None:
+        """The plan that is true of these tensors, if there is one. It becomes the last used."""
+        plans = self._plans.get(key, [])
+        for i, plan in enumerate(plans):
+            if plan.is_of(batch):
+                if i > 0:
+                    plans.insert(0, plans.pop(i))
+                return plan
+        return None
+
+    def _keep(self, key: bytes, plan: Plan) -> None:
         plans = self._plans.setdefault(key, [])
         plans.insert(0, plan)
         self._rows += plan.rows
@@ -270,7 +367,7 @@ class Planner:
     def _is_full(self) -> bool:
         return self._rows > self._capacity * self._most and self._bytes > self._spare
 
-    def _drop(self, key: tuple[int, ...]) -> None:
+    def _drop(self, key: bytes) -> None:
         """Forgets the longest unused of the plans of these parameters."""
         plan = self._plans[key].pop()
         self._rows -= plan.rows
@@ -279,41 +376,44 @@ class Planner:
             del self._plans[key]
 
 
-_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+def _columns(batch: Batch) -> dict[Column, Sequence[Tensor | None]]:
+    """The tensors that others may move, or turn into another view of their memory; the gradients last."""
+    columns: dict[Column, Sequence[Tensor | None]] = {
+        Column.PARAM: batch.params,
+        Column.SENS: batch.exp_avg_sens,
+        Column.UNC: batch.exp_avg_unc,
+        Column.EXP_AVG: batch.exp_avg,
+        Column.EXP_AVG_SQ: batch.exp_avg_sq,
+        Column.STATS: batch.sens_stats,
+        Column.STEP_COUNT: batch.steps if are_counters(batch.steps) else [],
+        Column.GRAD: batch.grads,
+    }
+    return {column: tensors for column, tensors in columns.items() if tensors}
 
 
-def _signature(batch: Batch) -> list[Any]:
-    """Everything about the tensors that a plan relies on, but for what `_refresh` writes at every step.
-
-    The same object may have come to lie elsewhere, or be other strides' or dtype's view of the same memory
-    (`.data = ...`, `set_`, `share_memory_`): its identity says nothing. By `map`: a call of a Python function
-    for each tensor would cost as much again. Contiguous state is walked in the order of its memory, so that
-    its number of elements says enough.
-    """
-    counters = batch.steps if are_counters(batch.steps) else []
-    averages, others = batch.averages.values(), (batch.sens_stats, batch.shares, counters, batch.nonfinite)
-    shaped = [*batch.params, *batch.grads]
-    state = [tensor for tensor in chain(*averages) if tensor is not None]
-    small = [tensor for tensor in chain(*others) if tensor is not None]
-    dense = all(map(Tensor.is_contiguous, shaped)) and all(map(Tensor.is_contiguous, state))
-    return [
-        list(map(Tensor.data_ptr, batch.params)),
-        *map(_addresses, (*averages, *others)),
-        list(map(_DTYPE, chain(shaped, state, small))),
-        list(map(_SHAPE, shaped)),
-        list(map(Tensor.numel, chain(state, small))),
-        # A sparse tensor, which is never contiguous, has a stride too: () where it is 0-d.
-        None if dense else [(t.shape, t.stride(), t.layout) for t in chain(shaped, state)],
-        any(map(Tensor.is_neg, batch.params)),
-        [grad.device for grad in batch.grads],
-        batch.tensor_ids,
-        batch.shards,
-        [h.variant for h in batch.hyperparameters],
-    ]
+def _look(
+    columns: Mapping[Column, Sequence[Tensor | None]], part: slice
+) -> tuple[list[Sequence[Tensor]], bytes, np.ndarray]:
+    """A part of each column, without None; where all but the gradients lie; and where these do."""
+    tensors: list[Sequence[Any]] = [column[part] for column in columns.values()]
+    addresses = _addresses_of(list(chain(*tensors)))
+    staying = len(addresses) - len(tensors[-1])
+    if not addresses.all():
+        tensors = [[tensor for tensor in column if tensor is not None] for column in tensors]
+    return tensors, addresses[:staying].tobytes(), addresses[staying:]
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _addresses_of(tensors: Sequence[Any]) -> np.ndarray:
+    """int64, 0 for None. By `map`: a call of a Python function for each tensor would cost as much again."""
+    try:
+        return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    except TypeError:  # some of them are None
+        each = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return np.fromiter(each, np.int64, len(tensors))
+
+
+def _variants(batch: Batch) -> list[Variant]:
+    return [h.variant for h in batch.hyperparameters]
 
 
 def are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
@@ -520,7 +620,29 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _launches(batch: Batch) -> list[Launch]:
+def _planned(batch: Batch) -> Plan:
+    columns, all_kinds = _columns(batch), AllKinds()
+    blocks: list[_Block] = []
+    for first in range(0, len(batch.params), BLOCK):
+        part = slice(first, first + BLOCK)
+        tensors, places, _ = _look(columns, part)
+        blocks.append(_Block(part, places, list(map(all_kinds.of, tensors))))
+    owned = {Column.SHARE: batch.shares, Column.NONFINITE: batch.nonfinite}
+    addresses = {c: _addresses_of(tensors) for c, tensors in (columns | owned).items() if tensors}
+    return Plan(
+        list(columns),
+        blocks,
+        list(map(_Hidden, owned.values())),
+        batch.tensor_ids,
+        batch.shards,
+        _variants(batch),
+        _launches(batch, addresses),
+        addresses[Column.GRAD],
+        without_memory=_without_memory(batch),
+    )
+
+
+def _launches(batch: Batch, addresses: Mapping[Column, np.ndarray]) -> list[Launch]:
     """Sorts the tensors into launches and fills the columns that stay."""
     indices: dict[LaunchKey, list[int]] = {}
     averages = [column for column in batch.averages.values() if column]
@@ -528,26 +650,23 @@ def _launches(batch: Batch) -> list[Launch]:
         state_dtype = next(state.dtype for column in averages if (state := column[i]) is not None)
         key = LaunchKey(param.device, param.dtype, state_dtype, h.variant)
         indices.setdefault(key, []).append(i)
-    return [_launch(batch, key, index) for key, index in indices.items()]
+    return [_launch(batch, key, index, addresses) for key, index in indices.items()]
 
 
-def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
+def _launch(batch: Batch, key: LaunchKey, index: list[int], addresses: Mapping[Column, np.ndarray]) -> Launch:
     table = np.zeros((len(index), len(Column)), dtype=np.int64)
+    for column, own in addresses.items():
+        table[:, column] = own[index]
+    alone = table[:, Column.SHARE] == 0  # no shard: what it adds to the means is all of them
+    table[alone, Column.SHARE] = table[alone, Column.STATS]
     layout: list[tuple[int, ...]] = []
     nothing = [None] * len(batch.params)
-    columns = (batch.params, batch.grads, *(column or nothing for column in batch.averages.values()))
-    counters = batch.steps if are_counters(batch.steps) else nothing
-    shares = [
-        stats if share is None else share
-        for stats, share in zip(batch.sens_stats, batch.shares or nothing, strict=True)
-    ]
-    others = (batch.sens_stats, shares, counters, batch.nonfinite or nothing)
+    columns = [batch.grads, *(column or nothing for column in batch.averages.values())]
     shards = batch.shards or nothing
     for row, i in zip(table, index, strict=True):
-        param, operands = batch.params[i], [column[i] for column in columns]
-        row[: Column.LR_TENSOR] = _addresses(operands + [column[i] for column in others])
-        shard = shards[i] or whole_shard(param.shape)
-        strides = [(param if operand is None else operand).stride() for operand in operands]
+        param, shard = batch.params[i], shards[i] or whole_shard(batch.params[i].shape)
+        operands = [param, *(param if (own := column[i]) is None else own for column in columns)]
+        strides = [operand.stride() for operand in operands]
         in_groups = are_groups_whole(shard.offset, param.numel())
         dimensions = collapse(param.shape, [*strides, shard.strides], may_vanish=in_groups)
         row[Column.NUMEL] = param.numel()
@@ -557,7 +676,12 @@ def _launch(batch: Batch, key: LaunchKey, index: list[int]) -> Launch:
         row[Column.LAYOUT] = len(layout)
         row[Column.TENSOR_ID] = batch.tensor_ids[i]
         layout += dimensions
-    return Launch(key, index, table, np.array(layout, dtype=np.int64).reshape(-1, 2 + OPERANDS))
+    others = table[:, Column.PARAM] | np.bitwise_or.reduce(table[:, Column.SENS : OPERANDS], axis=1)
+    aligned = (others % VECTOR_BYTES == 0) & (table[:, Column.NDIM] == 0)
+    rows = np.array(layout, dtype=np.int64).reshape(-1, 2 + OPERANDS)
+    launch = Launch(key, index, table, rows, aligned)
+    launch.point_to(addresses[Column.GRAD])
+    return launch
 
 
 @cache
@@ -596,29 +720,24 @@ def collapse(
 
 
 def _refresh(plan: Plan, batch: Batch) -> None:
-    """Writes what may change while the tensors stay: the gradients' addresses, t, hyperparameters."""
-    grads = np.array(list(map(Tensor.data_ptr, batch.grads)), dtype=np.int64)
-    if plan.without_memory is not None or not grads.all():
+    """Writes what else may change while the tensors stay: t and hyperparameters."""
+    if plan.without_memory is not None or not plan.grads.all():
         plan.without_memory = _without_memory(batch)
     steps = None if are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
-    # Equal ones may hold tensors that lie elsewhere.
-    changed = not plan.hyperparameters or not all(map(is_, plan.hyperparameters, batch.hyperparameters))
+    changed = not plan.has_written(batch.hyperparameters)
     if changed:
         plan.hyperparameters = []  # until all tables have them: what follows may raise
     for launch in plan.launches:
         table, index = launch.table, launch.index
-        table[:, Column.GRAD] = grads[index]
         if steps is not None:
             table[:, Column.STEP] = steps[index]
-        addresses = np.bitwise_or.reduce(table[:, :OPERANDS], axis=1)
-        table[:, Column.VECTOR] = (addresses % VECTOR_BYTES == 0) & (table[:, Column.NDIM] == 0)
         if changed:
             _write_hyperparameters(launch, [batch.hyperparameters[i] for i in index])
         for column, tensors, rows in launch.on_device:
             for tensor in tensors:
                 if tensor is not None:
                     _check_on_device(ON_DEVICE[column], tensor, launch.key.device)
-            table[:, column] = np.array(_addresses(tensors))[rows]
+            table[:, column] = _addresses_of(tensors)[rows]
     plan.hyperparameters = batch.hyperparameters
 
 

@@ -4,7 +4,10 @@ In a torch that has renamed one of these the package imports and steps as before
 it says which name is missing before it changes anything.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import attrgetter
 from types import CodeType
 from typing import Any
 
@@ -89,6 +92,28 @@ def local_tensor(tensor: Any) -> Tensor:
     return tensor.to_local() if held is None else held
 
 
+def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
+    """`local_tensor` of many."""
+    try:
+        return list(map(_LOCAL, tensors))
+    except AttributeError:
+        return list(map(local_tensor, tensors))
+
+
+def split_specs(tensors: Sequence[Any]) -> list[Any]:
+    """What says how each of some DTensors is split: where the same object does, it is split the same way.
+
+    Where torch has no such object each time another: then nothing is ever the same.
+    """
+    try:
+        return list(map(_SPEC, tensors))
+    except AttributeError:
+        return [object() for _ in tensors]
+
+
+_LOCAL, _SPEC = attrgetter("_local_tensor"), attrgetter("_spec")
+
+
 def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """`torch._foreach_copy_`: at once, where torch can."""
     at_once = getattr(torch, "_foreach_copy_", None)
@@ -97,3 +122,75 @@ def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+class Kinds:
+    """What the bytes of some tensors mean: class, dtype, shape, strides, device, sign. It holds no tensor.
+
+    By what compares tensors for torch.compile's guards: all at once, which takes the host a fifth of what it
+    takes to ask each of them for all of that.
+    """
+
+    __slots__ = ("_count", "_facts", "_guard")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._count = len(tensors)
+        guard = _guard(tensors) if _guards_tell_apart() else None
+        # It lets no list pass in which a tensor is twice, as a gradient may be.
+        self._guard = guard if guard is not None and guard(*tensors) else None
+        self._facts = None if self._guard is not None else list(map(_facts, tensors))
+
+    def are_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether other tensors, one after another, are of the same kinds."""
+        if len(tensors) != self._count:
+            return False
+        if self._guard is not None:
+            return self._guard(*tensors)
+        return list(map(_facts, tensors)) == self._facts
+
+
+class AllKinds:
+    """Makes `Kinds`, the same for lists that follow one another, as most state is laid out as its gradient.
+
+    So there are few to keep, and a cache has them when they are asked.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[Kinds] = deque(maxlen=8)
+
+    def of(self, tensors: Sequence[Tensor]) -> Kinds:
+        found = next((kinds for kinds in self._last if kinds.are_of(tensors)), None)
+        if found is None:
+            self._last.append(found := Kinds(tensors))
+        return found
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    place = (type(tensor), tensor.layout, tensor.dtype, tensor.device)
+    # A sparse tensor has a stride too: () where it is 0-d.
+    return (*place, tensor.shape, tensor.stride(), tensor.is_neg())
+
+
+def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    module = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    guards = getattr(module, "TensorGuards", None)
+    if guards is None:
+        return None
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    try:
+        return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+@cache
+def _guards_tell_apart() -> bool:
+    """Whether torch's guards do here what they are asked for, of which there is no promise."""
+    one = torch.zeros(2, 2, device="cpu")
+    negative: Any = getattr(torch, "_neg_view", lambda _: None)
+    others = (
+        *(one.t(), one[:1], one.view(4), one.expand(3, 2, 2), one.double(), one.view(torch.int32)),
+        *(negative(one), one.to("meta"), one.to_sparse(), torch.nn.Parameter(one), None),
+    )
+    guard = _guard([one])
+    return guard is not None and guard(torch.ones(2, 2, device="cpu")) and not any(map(guard, others))

@@ -4,6 +4,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from pats_kernels.backends.tables import capturing
 from pats_kernels.counters import EXACT, MOST_STEPS, counter_at
-from pats_kernels.hyperparameters import Hyperparameters
+from pats_kernels.hyperparameters import Hyperparameters, Variant
 from pats_kernels.parts import is_flattened
-from pats_kernels.plan import STATE_DTYPES, averages_of, check_param, is_dtensor
+from pats_kernels.plan import STATE_DTYPES, Own, averages_of, check_param, is_dtensor
 
 State = dict[str, Tensor]
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
@@ -57,11 +58,24 @@ class Counters(dict[int, Tensor]):
     A parameter that is gone takes its counter along, as the next one may get its id.
     """
 
-    __slots__ = ("__weakref__", "_params")
+    __slots__ = ("__weakref__", "_column", "_column_of", "_params")
 
     def __init__(self) -> None:
         super().__init__()
         self._params: dict[int, weakref.ref[Tensor]] = {}
+        self._forget_column()
+
+    def _forget_column(self) -> None:
+        self._column: Own[Tensor | None] = Own()
+        self._column_of: tuple[list[int], list[bool]] = [], []
+
+    def __setitem__(self, key: int, count: Tensor) -> None:
+        super().__setitem__(key, count)
+        self._forget_column()
+
+    def __delitem__(self, key: int) -> None:
+        super().__delitem__(key)
+        self._forget_column()
 
     def watch(self, param: Tensor) -> None:
         """To be called with each parameter that is given a counter."""
@@ -71,9 +85,26 @@ class Counters(dict[int, Tensor]):
             counters = own()
             if counters is not None and counters._params.get(key) is reference:
                 del counters._params[key]
-                counters.pop(key, None)
+                if key in counters:
+                    del counters[key]
 
         self._params[key] = weakref.ref(param, forget)
+
+    def column(
+        self, params: Sequence[Tensor], noisy: list[bool], stats: Sequence[Any], moved: bool
+    ) -> Own[Tensor | None]:
+        """The parameters' counters, None for those without noise: the same list as long as nothing changes.
+
+        Args:
+            stats: what those with noise have on the device where their counters have to be.
+            moved: some are elsewhere.
+        """
+        of = list(map(id, params)), noisy
+        if moved or of != self._column_of:
+            rows = zip(params, noisy, stats, strict=True)
+            column = [counter_of(self, param, own.device) if has else None for param, has, own in rows]
+            self._column, self._column_of = Own(column), of
+        return self._column
 
 
 def counter_of(counters: Counters, param: Tensor, device: torch.device) -> Tensor:
@@ -105,9 +136,14 @@ def keep_only(counters: Counters, params: Collection[Tensor]) -> None:
 
 
 def keys_of(values: Hyperparameters) -> frozenset[str]:
-    """What a parameter with these hyperparameters keeps."""
-    stats = ["sens_stats"] if values.noisy else []
-    return frozenset({"step", *averages_of(values.variant, values.noisy), *stats})
+    """What a parameter with these hyperparameters keeps: of PATS alone nothing where there is no noise."""
+    return _keys_of(values.variant, values.noisy)
+
+
+@cache
+def _keys_of(variant: Variant, noisy: bool) -> frozenset[str]:
+    steps = ("step",) if noisy or variant.form != "pats" else ()
+    return frozenset((*steps, *averages_of(variant, noisy), *(("sens_stats",) if noisy else ())))
 
 
 def complete(state: State, name: str, param: Tensor, values: Hyperparameters) -> None:

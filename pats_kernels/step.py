@@ -31,7 +31,6 @@ class Launcher:
         self._planner = Planner(owned)
         self._statistics: Any = None  # of sharded parameters: a `distributed.Statistics`, once there are some
 
-    @uncompiled
     def launch(
         self,
         batch: Batch,
@@ -87,7 +86,7 @@ class Launcher:
                     step_(launch, batch, phase, _on(device, grad_scale), _on(device, found_inf))
             if self._statistics is not None and phases is PHASES[0]:
                 self._statistics.start(found_inf)
-                if not overlap or any(h.normalization == "exact" for h in batch.hyperparameters):
+                if not overlap or any(launch.key.variant.normalization == "exact" for launch, _ in work):
                     self.finish()
 
     def finish(self) -> None:

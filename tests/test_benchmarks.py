@@ -1,6 +1,8 @@
 """The benchmark commands end to end on a tiny model, and that the contestants do the same work."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from benchmarks import formulas, models, timing, variants
+from benchmarks import formulas, machine, models, progress, timing, variants
 from benchmarks.__main__ import parse
 from benchmarks.models import Gradients
+from benchmarks.recheck import Wrong, recheck
 from benchmarks.results import adamw_bytes, bytes_per_param
 from benchmarks.variants import Contestant, Task, Tensors
 from pats_kernels import reference
@@ -54,15 +58,17 @@ def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def contest(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, bytes]:
-    """One run of the command: its JSON, what it printed, and its picture."""
+    """One run of the command: its JSON, what it printed, and its picture. Meanwhile it says what it does."""
     folder = tmp_path_factory.mktemp("contest")
     done = command(
         "benchmarks",
         *("--model", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--optimizer", "adamw"),
         *("--variants", "eager,foreach,attached,fused,moments", "--normalization", "exact", "--repeats", "3"),
+        *("--isa", "baseline", "--caches", "warm"),
         *("--threads", "1", "--json", str(folder / "out.json"), "--plot", str(folder / "out.png")),
     )
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +0 s: one backward pass of tiny \.\.\.$", done.stderr, re.MULTILINE), done.stderr
     return json.loads((folder / "out.json").read_text()), done.stdout, (folder / "out.png").read_bytes()
 
 
@@ -104,6 +110,12 @@ def test_the_screen_and_the_picture_show_every_contestant(
     assert all(f"{row['variant']} ({row['backend']})" in screen for row in result["results"])
     assert all(f"{name}: {meaning}" in screen for name, meaning in variants.MEANINGS.items())
     assert "Host time" in screen
+    assert "AdamW included, baseline instructions" in " ".join(screen.split())
+    assert "3 interleaved rounds from warm caches" in " ".join(screen.split())
+    assert (result["isa"], result["cold_caches"]) == ("baseline", False)
+    assert result["rechecked"].keys() == {"attached", "fused", "moments"}
+    assert all(0 <= share <= 1 for share in result["rechecked"].values())
+    assert "One more step after all rounds was eager's" in screen
     (fused, attached), (shown,) = (
         [row["median_ms"] for row in result["results"] if row["variant"] in ("fused", "attached")][::-1],
         [line.split() for line in screen.splitlines() if line.strip().startswith("fused (")],
@@ -129,6 +141,7 @@ def test_the_screen_and_the_picture_show_every_contestant(
         ),
         (["--variants", "moments"], "'moments' needs --optimizer adamw: it is PATSAdamW(sensitivity='mom"),
         (["--repeats", "0"], "0 is not positive"),
+        (["--isa", "avx1024"], "invalid choice: 'avx1024'"),
         (["--device", "cpu", "--backend", "cuda"], "backend='cuda' cannot run on cpu"),
     ],
 )
@@ -138,6 +151,39 @@ def test_a_bad_command_line_says_what_is_wrong(
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
+
+
+CPUS = [
+    # what Linux says of it, what it can, what it takes under each limit
+    ("avx2 fma avx512f avx512dq avx512bw avx512vl", ["avx512", "avx2", "baseline"], "avx512 avx2 baseline"),
+    ("avx2 fma avx512f", ["avx2", "baseline"], "avx2 avx2 baseline"),
+    ("avx2", ["baseline"], "baseline baseline baseline"),
+]
+
+
+@pytest.mark.parametrize(("flags", "has", "takes"), CPUS)
+def test_instruction_sets(flags: str, has: list[str], takes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `best_for_this_machine` of csrc/cpu.cpp chooses; more than there is nobody gets."""
+    monkeypatch.setattr(machine, "_cpu", lambda what: flags)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv(machine.LIMIT, raising=False)
+    assert machine.isas() == has
+    assert machine.isa() == has[0]
+    for limit, taken in zip(machine.ISAS, takes.split(), strict=True):
+        monkeypatch.setenv(machine.LIMIT, limit)
+        assert machine.isa() == taken
+        if limit in has:
+            machine.choose_isa(limit)
+            assert machine.isa() == limit
+        else:
+            with pytest.raises(ValueError, match=f"this machine has no {machine.ISA_NAMES[limit]}"):
+                machine.choose_isa(limit)
+
+
+def test_the_titles_name_the_instruction_set_of_a_cpu() -> None:
+    about = machine.prepare(CPU)
+    assert machine.isa_title({**about, "isa": "avx2"}) == ", AVX2"
+    assert machine.isa_title({**about, "device": "cuda"}) == ""
 
 
 def test_by_default_all_take_part_that_can() -> None:
@@ -456,7 +502,86 @@ def test_token_ids_are_one_per_word_and_repeat_the_text() -> None:
         models.token_ids(" ", 8, 30522)
 
 
+# What was timed is looked at afterwards.
+
+
+def checked(
+    gradients: Gradients, name: str, optimizer: str, h: AdamWHyperparameters
+) -> tuple[Contestant, Task]:
+    """A contestant that has taken a few steps, as a contest leaves it."""
+    task = Task(Tensors.fresh(gradients), h, optimizer)
+    made = variants.contestant(name, task)
+    for _ in range(STEPS):
+        made.step()
+    return made, task
+
+
+@pytest.mark.parametrize("normalization", ["delayed", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("fused", "none"), *((name, "adamw") for name in variants.OURS)]
+)
+def test_what_was_timed_is_the_step(
+    gradients: Callable[[torch.dtype], Gradients],
+    name: str,
+    optimizer: str,
+    dtype: torch.dtype,
+    normalization: Any,
+) -> None:
+    h = AdamWHyperparameters(noise_scale=1e-3, lr=1e-3, normalization=normalization)
+    made, task = checked(gradients(dtype), name, optimizer, h)
+    before = [param.clone() for param in made.tensors.params]
+    assert 0 < recheck(made, task) <= 1
+    assert not all(torch.equal(p, old) for p, old in zip(made.tensors.params, before, strict=True))
+
+
+@pytest.mark.parametrize("column", ["params", "exp_avg_sens", "exp_avg_unc", "sens_stats", "exp_avg"])
+def test_what_is_not_the_step_is_noticed(gradients: Callable[[torch.dtype], Gradients], column: str) -> None:
+    """Whatever comes out differently: here one element by a thousandth of the largest."""
+    made, task = checked(gradients(torch.float32), "fused", "adamw", AdamWHyperparameters())
+
+    def wrong() -> None:
+        made.step()
+        tensor = getattr(made.tensors, column)[-1].detach()
+        tensor.view(-1)[-1] += 1e-3 * tensor.abs().max()
+
+    name = "w" if column == "params" else column
+    with pytest.raises(Wrong, match=f"fused: {name} of parameter {len(made.tensors.params) - 1} is not"):
+        recheck(made._replace(step=wrong), task)
+    with pytest.raises(Wrong):
+        recheck(made._replace(step=lambda: None), task)
+
+
 # Timing
+
+
+def test_warm_caches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    make = torch.empty
+    monkeypatch.setattr(timing.torch, "empty", lambda size, **more: filled.append(size) or make(size, **more))
+    for cold in (True, False):
+        timing.interleave({"a": lambda: None}, 1, CPU, lambda *_: None, cold)
+    assert filled == [timing.SCRATCH_BYTES, 0]
+
+
+def test_progress_is_told_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line now and then, not one for each step."""
+    now = iter([100.0, 100.0, 103.0, 111.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    out = io.StringIO()
+    with progress.progress(Console(file=out)) as tell:
+        for doing in ("first", "second", "third [a]"):
+            tell(doing)
+    assert out.getvalue().splitlines() == ["   0 s: first ...", "  11 s: third [a] ..."]
+
+
+def test_progress_on_a_terminal_is_one_line_that_goes_away() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=60)
+    with progress.progress(console) as tell:
+        tell("round 1 of 3")
+    assert "round 1 of 3 ..." in out.getvalue()
+    assert out.getvalue().endswith("\x1b[2K"), "the last line is erased"
 
 
 def test_every_step_gets_its_warmups_and_its_turns() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pats_kernels.hyperparameters import Hyperparameters
-from pats_kernels.plan import Batch, Column, Planner, chunk_table, collapse
+from pats_kernels.plan import BLOCK, Batch, Column, Own, Planner, chunk_table, collapse
 
 # collapse()
 
@@ -379,6 +379,57 @@ def test_a_kept_plan_does_not_hide_a_wrong_shape_of_the_statistics() -> None:
     work.stats[0] = work.stats[0][:1]
     with pytest.raises(ValueError, match="sens_stats"):
         planner.plan(batch(work))
+
+
+SAME_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "strides": Tensor.t,
+    "shape": lambda t: t[:3],
+    "dtype": lambda t: t.view(torch.int32),
+    "sign": torch._neg_view,  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("name", ["params", "grads", "sens", "unc"])
+@pytest.mark.parametrize("change", SAME_PLACE)
+def test_a_kept_plan_does_not_hide_the_same_object_s_other_view(change: str, name: str) -> None:
+    """`tensor.data = ...` of the same memory: neither object nor address says so. In the second block."""
+    planner, work = Planner(), work_of(Case([(6, 6)] * (BLOCK + 2)))
+    plan = planner.plan(batch(work))
+    tensor = getattr(work, name)[BLOCK]
+    before = tensor.data_ptr()
+    tensor.data = SAME_PLACE[change](tensor.data)
+    assert tensor.data_ptr() == before
+    if change == "strides":
+        assert planner.plan(batch(work)) is not plan
+    elif (change, name) == ("sign", "grads"):
+        (launch,) = planner.plan(batch(work)).launches
+        assert launch.table[BLOCK, Column.GRAD] != before, "the kernel would read -g"
+    else:
+        with pytest.raises((TypeError, ValueError), match=rf"params\[{BLOCK}\]"):
+            planner.plan(batch(work))
+
+
+def test_a_gradient_that_two_parameters_share_is_planned_once() -> None:
+    planner, work = Planner(), work_of(Case([(6,), (6,)]))
+    work.grads[1] = work.grads[0]
+    plan = planner.plan(batch(work))
+    assert planner.plan(batch(work)) is plan
+    assert plan.launches[0].table[:, Column.GRAD].tolist() == [work.grads[0].data_ptr()] * 2
+
+
+def test_a_column_that_is_nobody_else_s_is_looked_at_when_it_is_another() -> None:
+    """As long as it is the same list it is not: that is what it says."""
+    planner, work = Planner(), work_of(Case([(6,), (7,)]))
+    counted = replace(batch(work), nonfinite=Own(torch.zeros((), dtype=torch.int64) for _ in work.params))
+    plan = planner.plan(counted)
+    assert planner.plan(replace(counted, nonfinite=Own(counted.nonfinite))) is plan
+    others = Own(torch.zeros((), dtype=torch.int64) for _ in work.params)
+    other = planner.plan(replace(counted, nonfinite=others))
+    assert other is not plan
+    assert other.launches[0].table[:, Column.NONFINITE].tolist() == [count.data_ptr() for count in others]
+    alive = weakref.ref(others[0])
+    del others
+    assert alive() is None
 
 
 # Lifetimes.

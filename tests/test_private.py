@@ -4,14 +4,14 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from pats_kernels import PATS, PATSAdamW, parts, private, release_gradients
@@ -180,10 +180,91 @@ def test_a_step_is_kept_out_of_compiled_functions(monkeypatch: pytest.MonkeyPatc
     assert torch.compile(lambda: is_compiling(), backend="eager")() is False
 
 
+def kinds_of_tensors() -> list[Tensor]:
+    """A parameter, its gradient, state and a counter."""
+    return [nn.Parameter(torch.ones(3, 3)), torch.ones(3, 3), torch.ones(3, 3), torch.ones(())]
+
+
+# What becomes of the third: each reads the same bytes, or others, in another way.
+OTHER_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strides": Tensor.t,
+    "shape": Tensor.flatten,
+    "size": lambda t: t[:2],
+    "dtype": lambda t: t.view(torch.int32),
+    "width": Tensor.double,
+    "sign": torch._neg_view,  # type: ignore[attr-defined]
+    "layout": Tensor.to_sparse,
+    "device": lambda t: t.to("meta"),
+    "class": nn.Parameter,
+}
+
+
+@pytest.fixture(params=["guards", "one by one"])
+def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """torch's comparison, and what stands in for it where it is gone."""
+    if request.param == "one by one":
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")  # type: ignore[attr-defined]
+    private._guards_tell_apart.cache_clear()
+    yield request.param == "guards"
+    monkeypatch.undo()
+    private._guards_tell_apart.cache_clear()
+
+
+@pytest.mark.parametrize("change", OTHER_KINDS)
+def test_other_kinds_are_told_apart(guards: bool, change: str) -> None:
+    kinds, others = private.Kinds(kinds_of_tensors()), kinds_of_tensors()
+    assert (kinds._guard is not None) == guards
+    assert kinds.are_of(others)
+    others[2] = OTHER_KINDS[change](others[2])
+    assert not kinds.are_of(others)
+    assert not kinds.are_of(others[:2])
+
+
+def test_a_tensor_may_be_there_twice(guards: bool) -> None:
+    """As the gradient of two parameters, which torch's comparison would never let pass."""
+    shared = torch.ones(2)
+    kinds = private.Kinds([shared, shared])
+    assert kinds.are_of([shared, shared])
+    assert kinds.are_of([torch.ones(2), torch.ones(2)])
+    assert not kinds.are_of([shared, torch.ones(3)])
+
+
+def test_guards_that_let_everything_pass_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch in which they mean something else."""
+    careless = SimpleNamespace(check=lambda *_: True)
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", lambda *_, **__: careless)  # type: ignore[attr-defined]
+    private._guards_tell_apart.cache_clear()
+    kinds = private.Kinds([torch.ones(2)])
+    assert kinds._guard is None
+    assert not kinds.are_of([torch.ones(3)])
+    monkeypatch.undo()
+    private._guards_tell_apart.cache_clear()
+    assert private._guards_tell_apart(), "this torch's are not trusted: steps are slower, and nobody says so"
+
+
+def test_the_same_kinds_are_kept_once() -> None:
+    found = private.AllKinds()
+    first = found.of([torch.ones(3), torch.ones(4)])
+    assert found.of([torch.zeros(3), torch.zeros(4)]) is first
+    other = found.of([torch.ones(4), torch.ones(3)])
+    assert other is not first
+    assert found.of([torch.zeros(3), torch.zeros(4)]) is first
+
+
 def test_local_tensor() -> None:
     held = torch.ones(2)
     assert private.local_tensor(SimpleNamespace(_local_tensor=held, to_local=lambda: None)) is held
     assert private.local_tensor(SimpleNamespace(to_local=lambda: held)) is held
+    known, unknown = SimpleNamespace(_local_tensor=held), SimpleNamespace(to_local=lambda: held)
+    for tensors in ([known, known], [known, unknown]):
+        assert all(tensor is held for tensor in private.local_tensors(tensors))
+
+
+def test_what_says_how_tensors_are_split_is_never_the_same_where_it_is_unknown() -> None:
+    spec = object()
+    assert private.split_specs([SimpleNamespace(_spec=spec)]) == [spec]
+    unknown = [SimpleNamespace()]
+    assert private.split_specs(unknown) != private.split_specs(unknown)
 
 
 class Everything:

@@ -326,15 +326,15 @@ def test_gradients_never_coexist(released: bool) -> None:
 def test_a_plan_for_each_parameter_is_made_once(kind: str) -> None:
     """Of twenty parameters, far more than the plans that are kept of one set."""
     made: list[int] = []
-    make = plan._launches
+    make = plan._planned
 
-    def counted(batch: plan.Batch) -> list[plan.Launch]:
+    def counted(batch: plan.Batch) -> plan.Plan:
         made.append(len(batch.params))
         return make(batch)
 
     params = [nn.Parameter(torch.ones(n)) for n in range(1, 21)]
     optimizer = OPTIMIZERS[kind]([{"params": params}])
-    with patch.object(plan, "_launches", counted):
+    with patch.object(plan, "_planned", counted):
         for released in (True, False):
             handle = release_gradients(optimizer) if released else None
             for _ in range(3):

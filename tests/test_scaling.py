@@ -2,10 +2,12 @@
 ranks rely on: shards that are the whole tensor, and noise by 64-bit numbers.
 """
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import models, scaling, scaling_host
 from benchmarks import scaling_counts as counts
 from benchmarks.scaling_counts import H200, LAYOUTS, MODELS, Llama, Model, Weight
+from benchmarks.variants import NoOptimizer
 from pats_kernels import PATSAdamW
 from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.backends.triton import Tuning
@@ -383,13 +387,55 @@ def test_meta_tensors_have_a_plan_and_others_no_memory_in_common() -> None:
 
 def test_the_host_is_measured_and_the_process_group_gone() -> None:
     shapes = [(4100, 8), (3, 8), (16,)]
-    host = scaling_host.measure({"small": shapes}, 3)
+    host = scaling_host.measure({"small": shapes}, [3, 5])
     assert not dist.is_initialized()
     (plan,) = host["planned"]
     assert (plan["tensors"], plan["params"], plan["message_bytes"]) == (3, 4100 * 8 + 24 + 16, 24)
     assert plan["step_s"] == plan["gather_s"] + plan["layout_s"] + plan["plan_s"] + plan["upload_s"] > 0
-    assert len(host["stepped"]) == 3
-    assert all(min(row["plain_us"], row["sharded_us"]) > 0 for row in host["stepped"])
+    assert [row["tensors"] for row in host["stepped"]] == [3] * 4 + [5] * 4
+    for row in host["stepped"]:
+        times = (row["plain_us"], row["plain_new_us"], row["sharded_us"], row["sharded_new_us"])
+        assert all(0 < time < math.inf for time in times)
+
+
+def test_sharded_steps_leave_nothing_behind() -> None:
+    """Neither a tensor nor one more of the objects that describe how tensors are split."""
+    with alone(scaling_host.WORLD, scaling_host.RANK):
+        mesh = init_device_mesh("cpu", (scaling_host.WORLD,))
+        params = [nn.Parameter(scaling_host.sharded((8192, 4), mesh, "cpu")) for _ in range(3)]
+        optimizers = [PATSAdamW(params, seed=1), scaling_host._attached(NoOptimizer([*params]))]
+        counts: list[int] = []
+        for number in range(60):
+            for param in params:
+                param.grad = scaling_host.sharded((8192, 4), mesh, "cpu")
+            for optimizer in optimizers:
+                optimizer.step()
+            if number in (20, 59):
+                gc.collect()
+                kinds = map(type, gc.get_objects())  # without the objects: these would live on
+                counts.append(sum(issubclass(kind, (DTensorSpec, Tensor)) for kind in kinds))
+        assert counts[1] <= counts[0]
+
+
+def test_a_gradient_that_comes_to_be_split_otherwise_is_laid_out_anew() -> None:
+    """What describes the split is looked at where it is another object, of as many elements or not."""
+    with alone(1, 0):
+        mesh = init_device_mesh("cpu", (1,))
+        values = torch.arange(8.0).view(4, 2)
+        whole, rows, columns = (
+            DTensor.from_local(values.clone(), mesh, [p]) for p in (Replicate(), Shard(0), Shard(1))
+        )
+        param = nn.Parameter(DTensor.from_local(torch.ones(4, 2), mesh, [Shard(0)]))
+        batch = Batch(str, [param], [rows], [None], [None], [torch.zeros(2)], kept=1)
+        statistics = Statistics()
+        for grad in (rows, rows, columns, rows, whole, columns):
+            (found,) = statistics.localized(replace(batch, grads=[grad])).grads
+            assert torch.equal(found, values)
+            assert type(found) is Tensor
+        with pytest.raises(ValueError, match="the parameter is a DTensor, its gradient a plain tensor"):
+            statistics.localized(replace(batch, grads=[values]))
+        (found,) = statistics.localized(replace(batch, grads=[rows])).grads
+        assert torch.equal(found, values)
 
 
 def test_a_planned_rank_is_the_one_it_says() -> None:

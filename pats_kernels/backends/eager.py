@@ -43,7 +43,7 @@ def _updated(batch: Batch, i: int, grad: Tensor, phase: Phase, copies: bool) -> 
     if isinstance(h, AdamWHyperparameters):
         update_ = pats_adamw_update_
         columns = (batch.params, batch.exp_avg, batch.exp_avg_sq, batch.exp_avg_sens, batch.exp_avg_unc)
-    live = [column[i] for column in columns]
+    live = [column[i] if column else None for column in columns]
     copies |= phase == "averages"
     new = [tensor.clone() if copies and tensor is not None else tensor for tensor in live]
     means = None if stats is None else stats.clone()

@@ -87,9 +87,9 @@ def counted() -> tuple[list[int], list[int]]:
     """How many tensors each plan that is made has, and each set of the statistics."""
     plans: list[int] = []
     sets: list[int] = []
-    make, new = plan._launches, Statistics._new_set
+    make, new = plan._planned, Statistics._new_set
 
-    def launches(batch: plan.Batch) -> list[plan.Launch]:
+    def planned(batch: plan.Batch) -> plan.Plan:
         plans.append(len(batch.params))
         return make(batch)
 
@@ -97,7 +97,7 @@ def counted() -> tuple[list[int], list[int]]:
         sets.append(len(batch.params))
         return new(self, batch)
 
-    with patch.object(plan, "_launches", launches), patch.object(Statistics, "_new_set", new_set):
+    with patch.object(plan, "_planned", planned), patch.object(Statistics, "_new_set", new_set):
         train("fsdp", "ema", True, {})
     return plans, sets
 

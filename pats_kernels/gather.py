@@ -1,0 +1,127 @@
+"""What a step works on: an optimizer's parameters that have a gradient, with their state, in columns."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import compress
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from pats_kernels.hyperparameters import Hyperparameters
+from pats_kernels.numbering import ids_of
+from pats_kernels.plan import BLOCK, Batch
+from pats_kernels.state import Counters, State, complete, have_moved, keys_of, name_finder
+
+Group = Mapping[str, Any]
+States = MutableMapping[Tensor, State]
+
+# A batch's columns of state, by their key in it.
+COLUMNS = {
+    "exp_avg_sens": "exp_avg_sens",
+    "exp_avg_unc": "exp_avg_unc",
+    "sens_stats": "sens_stats",
+    "step": "steps",
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+}
+
+
+def gather(
+    param_groups: Sequence[Group],
+    values_of: Callable[[Group], Hyperparameters],
+    states: States,
+    counters: Counters,
+) -> tuple[Batch, list[Tensor]]:
+    """The batch of a step, and those of its parameters that begin with it: they are given their state here.
+
+    Each thing is asked of all of a group's parameters at once, by `map` or in a comprehension: a loop that
+    calls Python functions for each of them would take longer than the rest of the step.
+
+    Args:
+        param_groups: the optimizer's.
+        values_of: a group's hyperparameters, or the ValueError that names what is wrong with them.
+        states: each parameter's.
+        counters: of elements that are not finite.
+
+    Raises:
+        ValueError, TypeError: naming a hyperparameter, or a parameter that no kernel could update.
+    """
+    name_of = name_finder(param_groups)
+    params: list[Tensor] = []
+    fresh: list[Tensor] = []
+    values_of_each: list[Hyperparameters] = []
+    batch = Batch(lambda i: name_of(params[i]), params, hyperparameters=values_of_each)
+    noisy: list[bool] = []
+    position, moved = 0, False
+    for group in param_groups:
+        values, ids = values_of(group), ids_of(group, position)
+        position += len(ids)
+        if not (needed := keys_of(values)):
+            continue
+        own = group["params"]
+        grads = [grad for param in own if (grad := param.grad) is not None]
+        if len(grads) < len(own):
+            own, ids = _where([param.grad is not None for param in own], own, ids)
+        try:
+            state = _state(own, states, needed)
+        except (KeyError, TypeError):  # some have yet to be given theirs
+            have = [_has_state(param, values, needed, states, name_of, fresh) for param in own]
+            own, grads, ids = _where(have, own, grads, ids)
+            state = _state(own, states, needed)
+        for key, column in state.items():
+            _append(batch, COLUMNS[key], column)
+        params += own
+        batch.grads += grads
+        batch.tensor_ids += ids
+        values_of_each += [values] * len(own)
+        noisy += [values.noisy] * len(own)
+        moved = moved or (values.noisy and have_moved(counters, own, states))
+    for name in COLUMNS.values():
+        if getattr(batch, name) or name == "sens_stats":
+            _append(batch, name, [])
+    if any(noisy):
+        batch.nonfinite = counters.column(params, noisy, batch.sens_stats, moved)
+    batch.kept = len(states)
+    return batch, fresh
+
+
+def _where(chosen: Sequence[bool], *columns: Sequence[Any]) -> list[list[Any]]:
+    return [list(compress(column, chosen)) for column in columns]
+
+
+def _state(params: Sequence[Tensor], states: States, needed: frozenset[str]) -> dict[str, list[Tensor]]:
+    """What the parameters keep, by key. KeyError or TypeError: one of them does not keep all of it."""
+    columns: dict[str, list[Tensor]] = {key: [] for key in needed}
+    for first in range(0, len(params), BLOCK):
+        entries: list[Any] = list(map(states.get, params[first : first + BLOCK]))
+        for key, column in columns.items():
+            column += map(itemgetter(key), entries)
+    return columns
+
+
+def _append(batch: Batch, name: str, column: list[Any]) -> None:
+    """With None for those before, for which there is no such thing."""
+    whole: list[Any] = getattr(batch, name)
+    whole += [None] * (len(batch.params) - len(whole))
+    whole += column
+
+
+def _has_state(
+    param: Tensor,
+    values: Hyperparameters,
+    needed: frozenset[str],
+    states: States,
+    name_of: Callable[[Tensor], str],
+    fresh: list[Tensor],
+) -> bool:
+    """Whether a parameter has its state, which it is given here if it has elements."""
+    state = states.get(param)
+    if state is not None and needed <= state.keys():
+        return True
+    if param.numel() == 0:
+        return False
+    fresh += [] if state else [param]
+    state = {} if state is None else state
+    complete(state, name_of(param), param, values)
+    states[param] = state
+    return True
