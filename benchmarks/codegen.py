@@ -1,5 +1,6 @@
 """What the compiler makes of the Triton kernels, on a machine with or without a GPU.
 
+    python -m benchmarks.codegen --bound
     python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100|gfx942|gfx1100] [--cuda] [--json FILE]
 
 Every form of the step is compiled offline for the architecture and its machine code is read: registers,
@@ -126,12 +127,18 @@ class Sass:
 
     def loop(self) -> int:
         """How many instructions the longest loop has: from a backward branch's target to the branch."""
-        longest = 0
+        start, end = self.loop_span()
+        return sum(start <= address <= end for address, _ in self.instructions)
+
+    def loop_span(self) -> tuple[int, int]:
+        """The addresses of its first and last instruction; where there is no loop, none lies between them."""
+        longest = (1, 0)
         for address, text in self.instructions:
             branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)\s*$", text)
             if branch and int(branch.group(1), 16) < address:
-                target = int(branch.group(1), 16)
-                longest = max(longest, sum(target <= other <= address for other, _ in self.instructions))
+                longest = max(
+                    longest, (int(branch.group(1), 16), address), key=lambda span: span[1] - span[0]
+                )
         return longest
 
 
@@ -325,10 +332,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--arch", choices=ARCHITECTURES + AMD_ARCHITECTURES, default="sm_90")
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels too, by nvcc")
+    parser.add_argument("--bound", action="store_true", help="what instructions leave of GPUs' memory speed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.cuda and options.arch in AMD_ARCHITECTURES:
         parser.error(f"nvcc does not compile for {options.arch}")
+    if options.bound:
+        from benchmarks.bound import print_bound
+
+        return print_bound()
     reports = [report(key, phase, options.arch) for key, phase in combinations()]
     reports.append(statistics_report(options.arch))
     if options.cuda:
