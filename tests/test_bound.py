@@ -31,12 +31,14 @@ def test_executed_instructions() -> None:
 def test_the_worst_pipe_decides() -> None:
     """H200: 132 multiprocessors at 1.98 GHz are 261.36 billion clocks a second."""
     clocks = 261.36e9
-    seconds, pipe = bound.seconds_of_instructions(H200, dict(issued=64, ALU=32, MUFU=4, FMA=10, IMAD=6))
+    seconds, pipe = bound.seconds_of_instructions(
+        H200, {"issued": 64, "ALU": 32, "MUFU": 4, "FMA": 10, "IMAD": 6}
+    )
     assert (seconds * clocks, pipe) == (pytest.approx(0.5), "issue")
-    seconds, pipe = bound.seconds_of_instructions(H200, dict(issued=64, MUFU=16))
+    seconds, pipe = bound.seconds_of_instructions(H200, {"issued": 64, "MUFU": 16})
     assert (seconds * clocks, pipe) == (pytest.approx(1.0), "MUFU")
     # 28 bytes at 4.8 TB/s are 5.83 ps; half a clock of each multiprocessor is 1.91 ps.
-    times, _ = bound.ratio(H200, dict(issued=64), 28)
+    times, _ = bound.ratio(H200, {"issued": 64}, 28)
     assert times == pytest.approx(28 / 4.8e12 / (0.5 / clocks))
 
 
