@@ -421,9 +421,12 @@ __global__ void __launch_bounds__(kThreads) strided_kernel(const CudaLaunch laun
     const bool second = number & 2, odd = number & 1;
     const Words x = draw_group(shared.draw, group, kRoundingBit);
     const uint32_t bits[1] = {second ? (odd ? x.x3 : x.x2) : (odd ? x.x1 : x.x0)};
-    T four[4];
-    normals(draw_group(shared.draw, group, 0), shared.c.noise_scale, four);
-    const T z[1] = {second ? (odd ? four[3] : four[2]) : (odd ? four[1] : four[0])};
+    T z[1] = {T(0)};
+    if (does_.noise) {
+      T four[4];
+      normals(draw_group(shared.draw, group, 0), shared.c.noise_scale, four);
+      z[0] = second ? (odd ? four[3] : four[2]) : (odd ? four[1] : four[0]);
+    }
 
     const bool unmarks = step_group<P, S>(does_, launch.phase, launch.uncertainty, launch.stochastic_rounding,
                                           shared, bits, z, e, sums);

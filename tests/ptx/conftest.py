@@ -1,5 +1,5 @@
 """How much of the tests of the backends is run on machine code: for one architecture, of each test's
-parameters every third, others for each test. PATS_PTX=80,90,100, which is `make test-ptx`, asks for all."""
+parameters every so manieth, others for each test. PATS_PTX=80,90,100, or `make test-ptx`, asks for all."""
 
 import os
 from collections import defaultdict
@@ -7,8 +7,7 @@ from collections import defaultdict
 import pytest
 
 ARCHITECTURES = [int(arch) for arch in os.environ.get("PATS_PTX", "90").split(",")]
-SHARE = 1 if "PATS_PTX" in os.environ else 3
-REPEATED = ("test_triton.py", "test_cuda.py")
+SHARES = {} if "PATS_PTX" in os.environ else {"test_triton.py": 5, "test_cuda.py": 10}
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}", scope="module")
@@ -17,16 +16,14 @@ def arch(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if SHARE == 1:
-        return
     tests: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.path.parent.name == "ptx" and item.path.name in REPEATED:
+        if item.path.parent.name == "ptx" and item.path.name in SHARES:
             tests[item.path.name, getattr(item, "originalname", item.name)].append(item)
     left_out: set[pytest.Item] = set()
-    for number, each in enumerate(tests.values()):
-        chosen = number % min(SHARE, len(each))
-        left_out.update(item for i, item in enumerate(each) if i % SHARE != chosen)
+    for number, ((file, _), each) in enumerate(tests.items()):
+        chosen = number % min(SHARES[file], len(each))
+        left_out.update(item for i, item in enumerate(each) if i % SHARES[file] != chosen)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
