@@ -37,7 +37,7 @@ class Op:
     """An instruction taken apart: base, modifiers, and the type, which is the last of them."""
 
     def __init__(self, instruction: Instruction) -> None:
-        self.base, *rest = instruction.opcode.split(".")
+        self.base, *rest = instruction.opcode.replace(".shared::cta", ".shared").split(".")
         self.kind = rest[-1] if rest and rest[-1] in DTYPES else ""
         self.modifiers = rest[:-1] if self.kind else rest
         self.operands = instruction.operands
