@@ -155,7 +155,9 @@ def test_released_gradients_are_refused() -> None:
 def test_behind_accelerate_s_wrapper() -> None:
     """docs/trainer.md: at the end of an accumulation, on the optimizer within."""
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    # A Trainer of another test may have left its precision in the environment, and in Accelerate's state.
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=2)
     torch.manual_seed(1)
     models = [nn.Linear(4, 3), nn.Linear(4, 3)]
     models[1].load_state_dict(models[0].state_dict())
