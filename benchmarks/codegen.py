@@ -215,17 +215,21 @@ def combinations() -> list[tuple[LaunchKey, str]]:
 
 def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> Report:
     """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
-    if arch in AMD_ARCHITECTURES:
-        return _amd_report(key, phase, arch, tuning)
     constants = constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None}
-    options = backend.compiler_options(key, tuning)
+    if arch in AMD_ARCHITECTURES:
+        constants |= {"APPROX": False}
+        options, compiled = backend.compiler_options(key, tuning, "hip"), compile_for_amd
+    else:
+        options, compiled = backend.compiler_options(key, tuning), compile_kernel
     whole, full = (
-        compile_kernel(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
+        compiled(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
         for only in (False, True)
     )
-    threads = 32 * tuning.num_warps
-    loop, blocks = full.loop(), tuning.chunk // tuning.block
-    executed = len(full.instructions) - loop + loop * blocks
+    instructions = None
+    if isinstance(full, Sass) and not tuning.persistent:  # else the longest loop is the one over chunks
+        loop, blocks = full.loop(), tuning.chunk // tuning.block
+        executed = len(full.instructions) - loop + loop * blocks
+        instructions = round(executed * 32 * tuning.num_warps / tuning.chunk, 1)
     return Report(
         kernel=f"pats_kernel, {phase}",
         form=key.variant.form,
@@ -239,33 +243,8 @@ def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> R
         full_path_spills=full.spills,
         load_bits=full.loads,
         store_bits=full.stores,
-        # A persistent program's longest loop is the one over chunks: the figure would be of something else.
-        instructions_per_element=None if tuning.persistent else round(executed * threads / tuning.chunk, 1),
-    )
-
-
-def _amd_report(key: LaunchKey, phase: str, arch: str, tuning: Tuning) -> Report:
-    constants = constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None, "APPROX": False}
-    options = backend.compiler_options(key, tuning, "hip")
-    whole, full = (
-        compile_for_amd(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
-        for only in (False, True)
-    )
-    return Report(
-        kernel=f"pats_kernel, {phase}",
-        form=key.variant.form,
-        param_dtype=_name(key.param_dtype),
-        state_dtype=_name(key.state_dtype),
-        uncertainty=key.variant.uncertainty,
-        arch=arch,
-        registers=whole.registers,
-        stack_bytes=whole.stack_bytes,
-        spills=whole.spills,
-        full_path_spills=full.spills,
-        load_bits=full.loads,
-        store_bits=full.stores,
-        instructions_per_element=None,
-        scalar_registers=whole.scalar_registers,
+        instructions_per_element=instructions,
+        scalar_registers=getattr(whole, "scalar_registers", None),
     )
 
 

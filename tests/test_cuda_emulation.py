@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import NO_EXTENSION
 from harness import assert_same_bits
+from ptx.cuda_driver import schema
 
 # What every backend has to pass, here with the fixture of this file.
 from test_adamw import (  # noqa: F401
@@ -160,13 +161,6 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     backends._BACKENDS["cuda"] = own
     backends._choose.cache_clear()
     library._destroy()
-
-
-def schema() -> str:
-    source = (ROOT / "csrc" / "cuda.cpp").read_text()
-    definition = re.search(r"library\.def\((.*?)\);", source, re.DOTALL)
-    assert definition is not None
-    return "".join(re.findall(r'"(.*?)"', definition.group(1)))
 
 
 @pytest.mark.skipif(

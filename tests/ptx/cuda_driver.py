@@ -29,7 +29,6 @@ from ptx.triton_driver import interval, intervals_of
 
 # In the order of csrc/table.h's enums.
 STORAGES = ("float32", "bfloat16", "float16", "float64")
-FORMS = ("pats", "pats_adamw", "moments_adamw", "adamw")
 UNCERTAINTIES = ("product", "ucb", "none")
 PHASES = ("one_pass", "averages", "noise")
 
@@ -139,7 +138,7 @@ def launch_(
     given = tables | {name: tensor for name, tensor in scaler.items() if tensor is not None}
     launch = CudaLaunch(
         state=STORAGES.index(state),
-        form=FORMS.index(form),
+        form=nvcc.FORMS.index(form),
         uncertainty=UNCERTAINTIES.index(uncertainty),
         phase=PHASES.index(phase),
         stochastic_rounding=stochastic_rounding,

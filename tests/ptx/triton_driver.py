@@ -41,17 +41,12 @@ class Settings:
         seed: approximations err by all that the ISA allows; None: not at all.
         plant: changes a kernel's PTX before it is run, given its name and text: to plant a bug.
         intervals: what kernels may touch besides their own arguments, by the address of the launch's table.
-        kernels: all that were run, by their PTX.
-        launches, blocks: how many there were.
     """
 
     arch: int
     seed: int | None = None
     plant: Callable[[str, str], str] | None = None
     intervals: dict[int, list[Interval]] = field(default_factory=dict)
-    kernels: dict[str, Kernel] = field(default_factory=dict)
-    launches: int = 0
-    blocks: int = 0
 
 
 def interval(name: str, tensor: Tensor, writable: bool = True) -> Interval:
@@ -90,8 +85,7 @@ class _Launcher:
         settings, text = self._settings, self._text
         if settings.plant is not None:
             text = settings.plant(self._name, text)
-        kernel = settings.kernels[text] = decoded(text)
-        return kernel
+        return decoded(text)
 
     def __call__(self, x: int, y: int, z: int, *arguments: Any) -> None:
         assert y == z == 1
@@ -111,8 +105,6 @@ class _Launcher:
             params += int(value).to_bytes(param.size, "little", signed=value < 0)
         last = kernel.program.kernel.params[-1]
         params += b"\0" * (last.offset + last.size - len(params))  # scratch memory that there is none of
-        settings.launches += 1
-        settings.blocks += x
         kernel.launch(x, params, GlobalMemory(intervals), self._shared, seed=settings.seed)
 
 
