@@ -9,6 +9,7 @@ left out and named. Leaves DIR/gpu_check.json and prints a summary, the targets 
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     device = "cpu" if options.cpu else "cuda"
-    result = check(device, options.out / RESULT, options.only)
+    result = check(device, options.out / RESULT, options.only, options.seconds)
     print(summary(result), flush=True)
     return 0 if result["ok"] else 1
 
@@ -77,11 +78,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU, kernels interpreted")
-    parser.add_argument("--only", default="", metavar="WORD", help="parts whose name has this in it")
+    parser.add_argument("--only", default="", metavar="REGEX", help="parts in whose name it is found")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
     return parser.parse_args(arguments)
 
 
-def check(device: str, path: Path, only: str = "") -> Result:
+def check(device: str, path: Path, only: str = "", seconds: float = SECONDS) -> Result:
     """The whole result; where there is no GPU, the reason instead of the parts.
 
     It is written to `path` after every part, so that whoever is cut short keeps what there is.
@@ -102,9 +104,9 @@ def check(device: str, path: Path, only: str = "") -> Result:
         "targets": targets.verdicts([]),
     }
     save(result, path)
-    chosen = [] if missing else [part for part in parts(device) if only in part.name]
+    chosen = [] if missing else [part for part in parts(device) if re.search(only, part.name)]
     for i, part in enumerate(chosen):
-        left = SECONDS - (time.monotonic() - start)
+        left = seconds - (time.monotonic() - start)
         print(f"{part.name} ({left:.0f} s left)", file=sys.stderr, flush=True)
         allowed = left - sum(later.reserved for later in chosen[i + 1 :])
         result["parts"].append(run_part(part, min(part.seconds, allowed)))
@@ -156,7 +158,7 @@ def parts(device: str) -> list[Part]:
     ncu = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw")
     return [
         Part("build", (*own, "build"), read_json, 150),
-        tests(min(TEST_PROCESSES, os.cpu_count() or 1), {}, 170),
+        tests(min(TEST_PROCESSES, os.cpu_count() or 1), {}, 200),
         suite("bert-large-uncased", "float32", device, 60, reserved=40),
         suite("bert-large-uncased", "bfloat16", device, 60, reserved=40),
         suite("4000-tiny", "float32", device, 60, reserved=40),

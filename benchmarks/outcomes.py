@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # whoever only reads the file needs no pytest
     import pytest
 
+KEPT_ERROR = 3000  # characters of what a failed test said
+
 
 def pytest_addoption(parser: "pytest.Parser") -> None:
     parser.addoption("--outcomes", type=Path, metavar="FILE")
@@ -30,12 +32,14 @@ class _Writer:
     def pytest_runtest_logreport(self, report: "pytest.TestReport") -> None:
         if report.when == "call" or report.outcome != "passed":
             line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+            if report.failed:
+                line["error"] = report.longreprtext[-KEPT_ERROR:]
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 def read(file: Path) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and which failed.
+    """How many tests passed, failed and were skipped, which failed, and the end of what each of these said.
 
     Raises:
         ValueError: none ran.
@@ -44,5 +48,6 @@ def read(file: Path) -> dict[str, Any]:
     if not lines:
         raise ValueError("no test ran")
     counts = Counter(line["outcome"] for line in lines)
-    failures = sorted({line["test"] for line in lines if line["outcome"] == "failed"})
-    return {name: counts[name] for name in ("passed", "failed", "skipped")} | {"failures": failures}
+    errors = {line["test"]: line["error"] for line in lines if line["outcome"] == "failed"}
+    numbers = {name: counts[name] for name in ("passed", "failed", "skipped")}
+    return {**numbers, "failures": sorted(errors), "errors": errors}

@@ -107,8 +107,7 @@ def test_time_is_reserved_for_what_matters(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(gpu_check, "parts", lambda device: given)
     monkeypatch.setattr(gpu_check, "run_part", run_part)
-    monkeypatch.setattr(gpu_check, "SECONDS", 200.0)
-    gpu_check.check("cpu", tmp_path / "result.json")
+    gpu_check.check("cpu", tmp_path / "result.json", seconds=200.0)
     assert allowed["greedy"] == pytest.approx(110, abs=5)  # 200 less what is kept
     assert allowed["modest"] == 30
     assert allowed["kept"] == 100
@@ -294,6 +293,7 @@ def test_outcomes_are_kept_of_a_run_that_dies(tmp_path: Path) -> None:
         "skipped": 1,
     }
     assert [name.rpartition("::")[2] for name in found["failures"]] == ["test_fails"]
+    assert "assert False" in found["errors"][found["failures"][0]]
     file.write_text("")
     with pytest.raises(ValueError, match="no test ran"):
         outcomes.read(file)
