@@ -119,10 +119,13 @@ KEYS: list[tuple[Form, torch.dtype]] = [
 def counted(key: LaunchKey, arch: str) -> dict[str, float]:
     constants = codegen.constants_of(key, "one pass") | {"grad_scale": None, "found_inf": None}
     sass = codegen.compile_kernel(
-        codegen.kernels.pats_kernel, constants | {"ONLY_FULL": True}, arch, backend.compiler_options(key)
+        codegen.kernels.pats_kernel,
+        constants | {"ONLY_FULL": True},
+        arch,
+        backend.compiler_options(key, arch=arch),
     )
-    tuning = codegen.DEFAULT
-    return executed(sass, tuning.chunk // tuning.block, tuning.chunk / (32 * tuning.num_warps))
+    chunk, tuning = backend.chunk_of(key), codegen.DEFAULT
+    return executed(sass, chunk // tuning.block, chunk / (32 * tuning.num_warps))
 
 
 def table() -> Table:

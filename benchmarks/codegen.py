@@ -215,21 +215,23 @@ def combinations() -> list[tuple[LaunchKey, str]]:
 
 def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> Report:
     """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
-    constants = constants_of(key, phase, tuning) | {"grad_scale": None, "found_inf": None}
+    chunk, constants = backend.chunk_of(key, tuning), constants_of(key, phase, tuning)
+    constants |= {"grad_scale": None, "found_inf": None}
     if arch in AMD_ARCHITECTURES:
         constants |= {"APPROX": False}
-        options, compiled = backend.compiler_options(key, tuning, "hip"), compile_for_amd
+        compiled = compile_for_amd
     else:
-        options, compiled = backend.compiler_options(key, tuning), compile_kernel
+        compiled = compile_kernel
+    options = backend.compiler_options(key, tuning, arch)
     whole, full = (
         compiled(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
         for only in (False, True)
     )
     instructions = None
     if isinstance(full, Sass) and not tuning.persistent:  # else the longest loop is the one over chunks
-        loop, blocks = full.loop(), tuning.chunk // tuning.block
+        loop, blocks = full.loop(), chunk // tuning.block
         executed = len(full.instructions) - loop + loop * blocks
-        instructions = round(executed * 32 * tuning.num_warps / tuning.chunk, 1)
+        instructions = round(executed * 32 * tuning.num_warps / chunk, 1)
     return Report(
         kernel=f"pats_kernel, {phase}",
         form=key.variant.form,

@@ -22,6 +22,7 @@ LABELS = {
     ("fused", "adamw", "delayed"): "**`PATSAdamW`**",
     ("moments", "adamw", "delayed"): '`PATSAdamW(sensitivity="moments")`',
 }
+MEMORY_BOUND = 10_000  # elements a tensor, from which on memory is what a step waits for
 SHARE_COLORS = {"float32": "#0b6e4f", "bfloat16": "#7fb69f"}
 
 
@@ -109,11 +110,13 @@ def plot(result: dict[str, Any], runs: Sequence[targets.Run], path: Path) -> Non
     figure, (shares, times) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     figure.suptitle(f"PATS on {result['device']}", fontweight="bold")
     firsts = {(run["model"], targets.dtype_of(run)): run for run in reversed(runs)}
-    rows = [(run, row) for run in runs if run in firsts.values() and (row := targets.best(run, "fused"))]
+    found = [(run, row) for run in runs if run in firsts.values() and (row := targets.best(run, "fused"))]
+    # Tensors so small that memory's speed is no limit have no share of it.
+    rows = [(run, row) for run, row in found if run["params"] > run["tensors"] * MEMORY_BOUND] or found
     names = [f"{run['model']}, {row['dtype']}" for run, row in rows]
     colors = [SHARE_COLORS.get(row["dtype"], "gray") for _, row in rows]
     bars = shares.barh(names, [100 * row["fraction_of_copy"] for _, row in rows], color=colors)
-    shares.bar_label(bars, fmt="%.0f%%", padding=4)
+    shares.bar_label(bars, fmt="%.0f%%", label_type="center", color="white", fontweight="bold")
     shares.axvline(100, color="black", linewidth=1, linestyle=":")
     shares.set_xlabel("% of a large copy's bandwidth")
 

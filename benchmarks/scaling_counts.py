@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from benchmarks.results import ACCESSES, ADAMW
 from pats_kernels.backends.tables import Tables
-from pats_kernels.backends.triton import STATISTICS_BLOCK, Tuning
+from pats_kernels.backends.triton import CHUNKS, STATISTICS_BLOCK, chunk_of
 from pats_kernels.distributed import Layout, _layout
 from pats_kernels.hyperparameters import AdamWHyperparameters
 from pats_kernels.plan import (
@@ -160,7 +160,7 @@ def table_bytes(launch: Launch) -> int:
 
 
 def chunks_of(launch: Launch) -> int:
-    return int((-(-launch.table[:, Column.NUMEL] // Tuning().chunk)).sum())
+    return int((-(-launch.table[:, Column.NUMEL] // chunk_of(launch.key))).sum())
 
 
 @cache
@@ -317,7 +317,7 @@ def row(model: Model, layout: str, gpus: int, on: Assumptions = H200) -> Row:
         "balance": numel * gpus / held,
         "empty_tensors": local.count(0),
         "chunks": sum(map(chunks_of, plan)),
-        "largest_sum": math.ceil(max(local) / Tuning().chunk / STATISTICS_BLOCK),
+        "largest_sum": math.ceil(max(local) / CHUNKS[4] / STATISTICS_BLOCK),
         "launches": len(plan),
         "kernels": {name: count * len(plan) for name, count in KERNELS.items()},
         "messages": len(meshes),

@@ -22,7 +22,7 @@ from benchmarks.scaling_counts import MODELS, STATISTICS_BYTES, sizes, table_byt
 from benchmarks.variants import NoOptimizer
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.backends.tables import DeviceTables, narrowed
-from pats_kernels.backends.triton import Tuning
+from pats_kernels.backends.triton import chunk_of
 from pats_kernels.distributed import Statistics, _layout
 from pats_kernels.plan import Planner
 
@@ -131,7 +131,7 @@ def planned(name: str, shapes: Shapes, mesh: DeviceMesh) -> Planned:
     plan_s = least(lambda: planner.plan(held))
     (launch,) = plan.launches
     on_cpu = replace(launch, key=launch.key._replace(device=torch.device("cpu")), cache={})
-    first_upload_s, tables = once(lambda: DeviceTables(on_cpu, Tuning().chunk, narrowed))
+    first_upload_s, tables = once(lambda: DeviceTables(on_cpu, chunk_of(on_cpu.key), narrowed))
     tables.current(on_cpu)
 
     def upload() -> None:

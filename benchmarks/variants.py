@@ -328,18 +328,24 @@ def attached(task: Task) -> Contestant:
 def moments(task: Task) -> Contestant:
     """PATSAdamW(sensitivity="moments"): one pass, and no state but AdamW's."""
     values = _values(task, "moments")
-    optimizer = PATSAdamW(task.tensors.params, **_keywords(values), backend=task.backend)
+    optimizer = _pats_adamw(task.tensors.params, values, task)
     return _ours("moments", "moments_adamw", task, optimizer, optimizer, values)
 
 
 def _fused_optimizer(params: list[Tensor], task: Task) -> tuple[Optimizer, PATS | PATSAdamW]:
     """The optimizer to step, and who keeps the state."""
-    keywords = _keywords(_values(task))
+    values = _values(task)
     if task.optimizer == "none":
         optimizer = NoOptimizer(params)
-        return optimizer, PATS(optimizer, **keywords, backend=task.backend)
-    optimizer = PATSAdamW(params, **keywords, backend=task.backend)
+        return optimizer, PATS(optimizer, **_keywords(values), backend=task.backend)
+    optimizer = _pats_adamw(params, values, task)
     return optimizer, optimizer
+
+
+def _pats_adamw(params: list[Tensor], values: Hyperparameters, task: Task) -> PATSAdamW:
+    """To be captured as well where there is a GPU, as `torch_adamw`."""
+    capturable = task.tensors.device.type == "cuda"
+    return PATSAdamW(params, **_keywords(values), backend=task.backend, capturable=capturable)
 
 
 def _values(task: Task, sensitivity: Sensitivity = "ema") -> Hyperparameters:

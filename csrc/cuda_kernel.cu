@@ -323,17 +323,21 @@ PATS_DEVICE void write_partials(const CudaLaunch& launch, const Sums<T>& sums, S
 
 // ---- the kernels
 
-// Blocks to a multiprocessor, and so the most registers: what the compiler needs no stack for.
-constexpr int residents(Form form, bool common, bool wide, bool low_precision) {
-  if (wide) return 3;
-  if (low_precision) return form == Form::kPats ? 5 : common ? 4 : 3;
-  return form == Form::kPats ? 8 : common ? 6 : 5;
+// Blocks to a multiprocessor, and so the most registers: what the compiler needs no stack for; of 16 bits
+// throughout one more, as an H200 is faster with it though AdamW's then spills: docs/performance.md.
+template <class P, class S>
+constexpr int residents(Form form, bool common) {
+  const bool pats = form == Form::kPats;
+  if (sizeof(P) == 8) return 3;
+  if (common && sizeof(P) == 2 && sizeof(S) == 2) return pats ? 6 : 5;
+  if (sizeof(P) == 2 || sizeof(S) == 2) return pats ? 5 : common ? 4 : 3;
+  return pats ? 8 : common ? 6 : 5;
 }
 
 // Of contiguous tensors, those with noise; of form kAdamW those without. kCommon: with the uncertainty and
 // the rounding that nearly everyone uses; the others are decided at run time.
 template <class P, class S, Form kForm, Phase kPhase, bool kCommon>
-__global__ void __launch_bounds__(kThreads, residents(kForm, kCommon, sizeof(P) == 8, kVector<P, S> == 8))
+__global__ void __launch_bounds__(kThreads, residents<P, S>(kForm, kCommon))
     update_kernel(const CudaLaunch launch) {
   using T = Float<P>;
   constexpr Does kDoes = does(kForm, kPhase);

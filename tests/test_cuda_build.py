@@ -41,16 +41,25 @@ def test_every_combination_is_there(units: dict[tuple[str, bool], Compiled]) -> 
         assert {kernel.param for kernel in kernels if kernel.name != "statistics_kernel"} == {param}
 
 
-def test_neither_stack_nor_spills(units: dict[tuple[str, bool], Compiled]) -> None:
-    for unit in units.values():
+# Of bfloat16 throughout, in one pass: what a block more to a multiprocessor costs. Measured, it gains more.
+# The first number is of the kernels as they run, the second of the path for full chunks.
+SPILLS = {"pats_adamw": (32, 12), "moments_adamw": (8, 0)}
+
+
+def test_hardly_any_stack_or_spills(units: dict[tuple[str, bool], Compiled]) -> None:
+    for (_, only_full), unit in units.items():
         for kernel, sass in unit.items():
-            assert sass.stack_bytes == 0, kernel
-            assert sass.count("LDL", "STL") == 0, kernel
+            narrow = kernel.param == kernel.state == "bfloat16" and kernel.common
+            allowed = (
+                SPILLS.get(kernel.form or "", (0, 0)) if narrow and kernel.phase == "one pass" else (0, 0)
+            )
+            assert sass.count("LDL", "STL") <= allowed[only_full], kernel
+            assert sass.stack_bytes <= 4 * allowed[only_full], kernel
 
 
 @pytest.mark.parametrize(
     ("param", "form", "most"),
-    [("float32", "pats", 64), ("float32", "adamw", 80), ("bfloat16", "pats", 96), ("bfloat16", "adamw", 128)],
+    [("float32", "pats", 64), ("float32", "adamw", 80), ("bfloat16", "pats", 80), ("bfloat16", "adamw", 96)],
 )
 def test_registers(units: dict[tuple[str, bool], Compiled], param: str, form: str, most: int) -> None:
     """As many blocks to a multiprocessor as csrc/cuda_kernel.cu, residents, means there to be."""

@@ -32,7 +32,7 @@ from benchmarks.scaling_counts import H200, LAYOUTS, MODELS, Llama, Model, Weigh
 from benchmarks.variants import NoOptimizer
 from pats_kernels import PATSAdamW
 from pats_kernels.backends.tables import DeviceTables, narrowed
-from pats_kernels.backends.triton import Tuning
+from pats_kernels.backends.triton import chunk_of
 from pats_kernels.distributed import Statistics
 from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import Batch, Column, Planner
@@ -259,7 +259,7 @@ def test_what_fits() -> None:
 def test_the_counted_tables_are_those_of_a_launch() -> None:
     (launch,) = counts.launches(SMALL.sizes.weights(), "fsdp x tp", 16, 8, rank=3)
     launch.key = launch.key._replace(device=torch.device("cpu"))
-    tables = DeviceTables(launch, Tuning().chunk, narrowed).current(launch)
+    tables = DeviceTables(launch, chunk_of(launch.key), narrowed).current(launch)
     assert counts.table_bytes(launch) == sum(table.nbytes for table in tables)
     assert counts.chunks_of(launch) == len(tables.chunks) > 0
     assert (launch.table[:, Column.NDIM] > 0).sum() > 0

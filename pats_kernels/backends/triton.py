@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,15 @@ from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase, chunk_tab
 
 _KERNELS = "pats_kernels.backends.triton_kernel"
 
-# Float32 fits in these without spills, on sm_80 to sm_100: 8 programs to a multiprocessor instead of 7, or 6.
-MAX_REGISTERS = {"pats": 64, "pats_adamw": 80, "moments_adamw": 80}
+# Registers of a thread, at most, by the bytes of an element: as few as full chunks can do with, so
+# that many programs have loads under way. Measured on an H200: docs/performance.md.
+MAX_REGISTERS = {
+    4: {"pats": 64, "pats_adamw": 80, "moments_adamw": 80},
+    2: {"pats": 80, "pats_adamw": 96, "moments_adamw": 80},
+}
+CHUNKS = {4: 4096, 2: 8192}  # elements, by their width
 STATISTICS_BLOCK = 256  # partial sums an iteration
+ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, and for others
 # Where a multiply-add is fused the source says so, for the same bits on every path: triton_kernel.py.
 UNFUSED: dict[str, int] = {"enable_fp_fusion": False}
 
@@ -36,9 +42,9 @@ class Tuning:
     order in which the statistics are summed.
 
     Attributes:
-        chunk: elements a program, or a program's turn.
+        chunk: elements a program, or a program's turn; 0: as in `CHUNKS`.
         block: elements an iteration; 32 num_warps threads share them.
-        max_registers: of a thread, at most; None: `MAX_REGISTERS` for float32, else 0: as the compiler likes.
+        max_registers: of a thread, at most; None: as in `MAX_REGISTERS`; 0: as the compiler likes.
         hints: eviction policy of loads, eviction policy of the gradient's, cache modifier of stores.
         persistent: programs to a multiprocessor, each of which takes chunk after chunk; 0: one a chunk.
         reversed: exact normalization's second phase begins where the first ended, with what L2 still holds.
@@ -46,7 +52,7 @@ class Tuning:
             most so many bytes, so that it finds them in L2; 0: all in one group.
     """
 
-    chunk: int = 4096
+    chunk: int = 0
     block: int = 1024
     num_warps: int = 4
     max_registers: int | None = None
@@ -119,13 +125,15 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
     tuning, module = _tuning[-1], kernels()
     place = "triton", tuning
     if place not in launch.cache:
-        launch.cache[place] = _Work(DeviceTables(launch, tuning.chunk, narrowed), _groups(launch, tuning))
-    tables, groups = launch.cache[place].tables.current(launch), launch.cache[place].groups
-    constants = specialization(launch.key, tuning)
-    constants |= {"APPROX": _approximate(launch), "SMALL_EPS": _small_eps(launch)}
+        launch.cache[place] = _Work(
+            DeviceTables(launch, chunk_of(launch.key, tuning), narrowed), _groups(launch, tuning)
+        )
+    work: _Work = launch.cache[place]
+    tables, groups, small_eps = work.tables.current(launch), work.groups, _small_eps(launch)
+    constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
     options = {}
     if launch.key.device.type == "cuda":
-        options = compiler_options(launch.key, tuning, "hip" if torch.version.hip else "cuda")
+        options = compiler_options(launch.key, tuning, _architecture(launch.key.device))
     num_chunks, grouped = len(tables.chunks), len(groups) > 1
     phases = {"one_pass": module.ONE_PASS, "averages": module.AVERAGES, "noise": module.NOISE}
 
@@ -134,31 +142,32 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
         part = grouped or tuning.persistent or backwards
         count = group.last_chunk - group.first_chunk
         programs = min(count, tuning.persistent * _multiprocessors(launch.key.device)) or count
+        pointers = {"table": tables.table, "partials": tables.partials, "found_inf": found_inf}
         if count > 0:  # there are none where all shards are empty
-            module.pats_kernel[(programs,)](
-                tables.table,
-                tables.layout,
-                tables.chunks,
-                tables.partials,
-                grad_scale,
-                found_inf,
-                *((group.first_chunk, group.last_chunk, num_chunks) if part else (None, None, None)),
-                PHASE=phases[phase],
-                REVERSED=backwards,
-                **constants,
-                **options,
+            work.start(
+                module.pats_kernel,
+                phase,
+                programs,
+                {**pointers, "layout": tables.layout, "chunks": tables.chunks, "grad_scale": grad_scale},
+                {
+                    "first": group.first_chunk if part else None,
+                    "last": group.last_chunk if part else None,
+                    "num_chunks": num_chunks if part else None,
+                    "REVERSED": backwards,
+                    "SMALL_EPS": small_eps,
+                },
+                {"PHASE": phases[phase], **constants},
+                options,
             )
         if phase != "noise":
-            first = group.first_row if grouped else None
-            module.statistics_kernel[(group.last_row - group.first_row,)](
-                tables.table,
-                tables.starts,
-                tables.partials,
-                num_chunks,
-                found_inf,
-                first,
-                BLOCK=STATISTICS_BLOCK,
-                **UNFUSED if options else {},
+            work.start(
+                module.statistics_kernel,
+                phase,
+                group.last_row - group.first_row,
+                {**pointers, "starts": tables.starts},
+                {"num_chunks": num_chunks, "first": group.first_row if grouped else None},
+                {"BLOCK": STATISTICS_BLOCK},
+                UNFUSED if options else {},
             )
 
     if not grouped:
@@ -180,8 +189,41 @@ class _Group(NamedTuple):
 
 @dataclass(slots=True)
 class _Work:
+    """What a launch keeps, and starts.
+
+    Attributes:
+        compiled: kernels, by all that Triton tells one from another by.
+    """
+
     tables: DeviceTables
     groups: list[_Group]
+    compiled: dict[Any, Any] = field(default_factory=dict)
+
+    def start(
+        self,
+        kernel: Any,
+        phase: Phase,
+        programs: int,
+        pointers: dict[str, Tensor | None],
+        numbers: dict[str, int | bool | None],
+        constants: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        """kernel[(programs,)](...), the second time without Triton's way to what it compiled at the first.
+
+        It binds, specializes and looks up anew for each launch: most of the host's time for a step of few
+        tensors. `constants` and `options` are the same for all of a launch's kernel and phase.
+        """
+        seen = [x if x is None else (x.dtype, x.data_ptr() % ALIGNMENT) for x in pointers.values()]
+        key = (id(kernel), phase, *seen, *numbers.values())
+        arguments = {**constants, **pointers, **numbers}
+        if key in self.compiled:
+            compiled, names = self.compiled[key]
+            compiled[(programs, 1, 1)](*map(arguments.get, names))  # a constant's place is not read
+            return
+        compiled = kernel[(programs,)](**arguments, **options)
+        if compiled is not None:  # under the interpreter nothing is compiled
+            self.compiled[key] = compiled, kernel.arg_names
 
 
 def _groups(launch: Launch, tuning: Tuning) -> list[_Group]:
@@ -190,7 +232,7 @@ def _groups(launch: Launch, tuning: Tuning) -> list[_Group]:
     Where there are shards other processes' shares come between the phases: they are one group.
     """
     numels = launch.table[:, Column.NUMEL]
-    starts = chunk_table(numels, tuning.chunk)[1].tolist()
+    starts = chunk_table(numels, chunk_of(launch.key, tuning))[1].tolist()
     bounds = [0]
     sharded = (launch.table[:, Column.SHARE] != launch.table[:, Column.STATS]).any()
     if tuning.group_bytes and launch.key.variant.normalization == "exact" and not sharded:
@@ -209,6 +251,17 @@ def _groups(launch: Launch, tuning: Tuning) -> list[_Group]:
 def _multiprocessors(device: torch.device) -> int:
     on_gpu = device.type == "cuda"
     return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+
+
+def chunk_of(key: LaunchKey, tuning: Tuning = _DEFAULT) -> int:
+    """Elements of a program of such a launch."""
+    return tuning.chunk or CHUNKS.get(_width(key), CHUNKS[4])
+
+
+def _width(key: LaunchKey) -> int:
+    """Bytes of an element, of parameters and averages alike; 0 where they differ."""
+    param, state = key.param_dtype.itemsize, key.state_dtype.itemsize
+    return param if param == state else 0
 
 
 def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
@@ -234,23 +287,30 @@ def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
         "UNCERTAINTY": uncertainties[key.variant.uncertainty],
         "STOCHASTIC": key.variant.stochastic_rounding,
         "SMALL_EPS": False,
-        "CHUNK": tuning.chunk,
+        "CHUNK": chunk_of(key, tuning),
         "BLOCK": tuning.block,
         "HINTS": tuning.hints,
         "PERSISTENT": tuning.persistent > 0,
     }
 
 
-def compiler_options(
-    key: LaunchKey, tuning: Tuning = _DEFAULT, vendor: Literal["cuda", "hip"] = "cuda"
-) -> dict[str, int]:
-    """What the compiler is told for NVIDIA's devices, or AMD's, where it has no limit of registers."""
+def compiler_options(key: LaunchKey, tuning: Tuning = _DEFAULT, arch: str = "sm_90") -> dict[str, int]:
+    """What the compiler is told for such a GPU; AMD's have no limit of registers."""
     limit = tuning.max_registers
     if limit is None:
-        float32 = key.param_dtype == key.state_dtype == torch.float32
-        limit = MAX_REGISTERS[key.variant.form] if float32 else 0
-    limits = {"maxnreg": limit} if limit and vendor == "cuda" else {}
+        # On Blackwell 16 bits spill with what an H200 is fastest with, and nobody has measured there.
+        unlimited = _width(key) == 2 and arch.startswith("sm_1")
+        limit = 0 if unlimited else MAX_REGISTERS.get(_width(key), {}).get(key.variant.form, 0)
+    limits = {"maxnreg": limit} if limit and arch.startswith("sm_") else {}
     return UNFUSED | {"num_warps": tuning.num_warps} | limits
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    """As "sm_90", or AMD's "gfx942"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _small_eps(launch: Launch) -> bool:

@@ -179,7 +179,7 @@ def emulated(arch: int, seed: int | None = None) -> Iterator[Settings]:
         return found
 
     def specialization(key: LaunchKey, tuning: backend.Tuning = backend._DEFAULT) -> dict[str, Any]:
-        return own(key, tuning) | backend.compiler_options(key, tuning)
+        return own(key, tuning) | backend.compiler_options(key, tuning, f"sm_{settings.arch}")
 
     own, own_current = backend.specialization, DeviceTables.current
     stand_in = backends.Backend(lambda device: None, step_)
