@@ -365,7 +365,10 @@ def test_noisytune_scales_with_each_matrix() -> None:
     ("arguments", "message"),
     [
         (("--task_name", "colla"), "Unknown task: 'colla' (known: cola, sst2, mrpc,"),
-        (("--method", "adamw,sam"), "Unknown method: 'sam' (known: adamw, noise, noisytune, pats)"),
+        (
+            ("--method", "adamw,sam"),
+            "Unknown method: 'sam' (known: adamw, noise, isotropic, noisytune, neft",
+        ),
         (("--seeds", "1;2"), "Invalid seeds: '1;2' (integers, separated by commas)"),
         (("--noise_scale", "-2"), "Invalid noise_scale: -2.0 (must be >= 0)"),
         (("--data_dir", "somewhere"), "--data_dir somewhere needs a --task_name: one of cola,"),
