@@ -2,7 +2,6 @@
 
 import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from replication.studies import STUDIES
 from replication.train import Places
 from sage import FLOOR, SAGEAdamW
 
+pytestmark = pytest.mark.usefixtures("threads")  # the examples set torch's count
+
 METHODS: dict[str, Trial] = {
     "adamw": {"method": "adamw"},
     "isotropic": {"method": "isotropic", "noise_scale": 1e-3},
@@ -36,14 +37,6 @@ METHODS: dict[str, Trial] = {
     "pats falling": {"method": "pats", "noise_scale": 1e-3, "noise_schedule": "lr"},
 }
 SETTING = Setting("random", "cola", 1e-3, epochs=2, batch_size=8, train_samples=40)
-
-
-@pytest.fixture(autouse=True)
-def threads_as_they_were() -> Iterator[None]:
-    """The driver sets torch's thread count."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +324,20 @@ def test_a_stopped_driver_goes_on(
     capsys.readouterr()
     driver.main([*arguments, "--plan"])
     assert capsys.readouterr().out.split("\n")[1].split()[1:4] == ["7", "7", "0"]
+
+
+def test_two_processes_make_the_same_runs(
+    tmp_path: Path, places: Places, made: dict[str, dict[str, Any]]
+) -> None:
+    methods = {name: (METHODS[name],) for name in ("pats", "neftune")}
+    driver.Runner(places, tmp_path, 2, 1).make(Study("both", SETTING, methods, (), (1,)))
+    found = lines.read(tmp_path)
+    assert len(found) == 2
+    for name in methods:
+        mine = found[made[name]["id"]]
+        assert {key: mine[key] for key in ("order", "train_loss", "metrics", "sensitivity")} == {
+            key: made[name][key] for key in ("order", "train_loss", "metrics", "sensitivity")
+        }
 
 
 def test_no_run_begins_after_the_time_is_over(tmp_path: Path, places: Places) -> None:

@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,11 @@ from glue_data import TASKS
 
 disable_progress_bars()
 
+pytestmark = pytest.mark.usefixtures("threads")  # the examples set torch's count
+
 TINY = ("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "1")
 SHORT = ("--max_train_samples", "48", "--max_eval_samples", "24", "--per_device_train_batch_size", "8")
 QUICK = (*TINY, *SHORT, "--eval_strategy", "no", "--disable_tqdm", "true", "--logging_steps", "1")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_they_were() -> Iterator[None]:
-    """The example sets torch's thread count."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def finetune(output: Path, *arguments: str, steps: int = 3) -> dict[str, Any]:

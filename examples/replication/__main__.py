@@ -4,7 +4,7 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -87,15 +87,22 @@ class Runner:
             return
         with ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn")) as pool:
             jobs = [pool.submit(finetune, run, self.places, self.threads) for run in runs]
-            for job in as_completed(jobs):
-                if not job.cancelled():
-                    yield job.result()
-                if not self._in_time():
-                    for other in jobs:
-                        other.cancel()
+            try:
+                for job in as_completed(jobs):
+                    if not job.cancelled():
+                        yield job.result()
+                    if not self._in_time():
+                        _cancel(jobs)
+            finally:  # after an error too: what is made from now on would be lost
+                _cancel(jobs)
 
     def _in_time(self) -> bool:
         return self.deadline is None or time.monotonic() < self.deadline
+
+
+def _cancel(jobs: Iterable[Future[Line]]) -> None:
+    for job in jobs:
+        job.cancel()
 
 
 def said(study: Study, line: Line) -> str:
