@@ -39,8 +39,9 @@ def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _correlation(of: Callable[..., Any], labels: np.ndarray, predictions: np.ndarray) -> float:
-    constant = np.ptp(predictions) == 0  # then it is not defined; such a model has learned nothing
-    return 0.0 if constant else float(of(labels, predictions).statistic)
+    if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
+        return 0.0  # it is not defined; such a model has diverged, or learned nothing
+    return float(of(labels, predictions).statistic)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {

@@ -273,6 +273,13 @@ def test_a_line_says_what_there_is_to_know(made: dict[str, dict[str, Any]]) -> N
     assert of["all"]["zeros"] > of["inner"]["zeros"]
 
 
+def test_a_run_that_diverges_has_a_line(places: Places) -> None:
+    line = train.finetune(configuration(SETTING, {"method": "pats", "noise_scale": 1e30}, 1), places, 1)
+    json.dumps(line, allow_nan=False)
+    assert line["sensitivity"] is line["loss"]["report"] is None
+    assert line["metrics"]["report"]["matthews"] == 0.0
+
+
 def test_the_bigger_class(places: Places) -> None:
     corpus = train.corpus_of(SETTING, places)
     labels = np.array(corpus.data["train"]["label"])

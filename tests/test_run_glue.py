@@ -211,7 +211,8 @@ def test_metrics_of_regression() -> None:
     outputs = np.array([[0.0], [1.0], [4.0], [16.0]])  # the same order, another curve
     measured = TASKS["stsb"].score(scores, outputs)
     assert measured == pytest.approx({"pearson": np.corrcoef(scores, outputs[:, 0])[0, 1], "spearman": 1.0})
-    assert TASKS["stsb"].score(scores, np.ones((4, 1))) == {"pearson": 0.0, "spearman": 0.0}
+    for nothing in (1.0, np.nan):
+        assert TASKS["stsb"].score(scores, np.full((4, 1), nothing)) == {"pearson": 0.0, "spearman": 0.0}
 
 
 # Methods

@@ -1,51 +1,148 @@
 """Which studies there are. A name stands for one or more of them, run in this order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from replication.grid import Setting, Study, Trial
+
+BATCH_SIZE = {"tiny": 32, "l6": 16, "mpnet": 16}
+# AdamW's, by the pilot; of mpnet a guess
+RATES = {"tiny": 3e-4, "l6": 1e-4, "mpnet": 5e-5}
+SCALES = (1e-4, 3e-4, 1e-3, 3e-3)  # of the noise; 1e-5, the default, changes nothing that one can measure
+RELATIVE_SCALES = (
+    2e-3,
+    6e-3,
+    2e-2,
+    6e-2,
+)  # times a tensor's standard deviation, which is 0.03 to 0.1 in most
+TRIAL_SEEDS = (101, 102)
+SEEDS = tuple(range(1, 11))
+
+
+def setting(
+    model: str, task: str, train_samples: int | None = None, epochs: int = 3, rate: float | None = None
+) -> Setting:
+    return Setting(model, task, rate or RATES[model], epochs, BATCH_SIZE[model], train_samples)
+
 
 # Pilot: where plain AdamW beats the bigger class and the same architecture from random weights.
 
 
 def pilot(
-    setting: Setting, rates: Sequence[float], seeds: Sequence[int] = (1, 2), random_weights: bool = False
+    of: Setting, rates: Sequence[float], seeds: Sequence[int] = (1, 2), random_weights: bool = False
 ) -> Study:
     methods: dict[str, tuple[Trial, ...]] = {
         f"adamw {rate:g}": ({"method": "adamw", "learning_rate": rate},) for rate in rates
     }
-    setting = replace(setting, learning_rate=rates[0], random_weights=random_weights)
-    samples = setting.train_samples or "all"
+    of = replace(of, learning_rate=rates[0], random_weights=random_weights)
     start = "random" if random_weights else "pretrained"
-    name = f"pilot-{setting.model}-{setting.task}-{samples}-{setting.epochs}-{setting.batch_size}-{start}"
-    return Study(name, setting, methods, trial_seeds=(), seeds=seeds)
+    return Study(f"pilot-{_name(of)}-{of.epochs}-{start}", of, methods, trial_seeds=(), seeds=seeds)
 
 
-def small(model: str, task: str, train_samples: int | None = None, epochs: int = 3) -> Setting:
-    batch_size = 32 if model == "tiny" else 16
-    return Setting(model, task, 1e-3, epochs, batch_size, train_samples)
+def _name(of: Setting) -> str:
+    return f"{of.model}-{of.task}-{of.train_samples or 'all'}"
 
+
+# The comparison: every method with four trials.
+
+
+def methods(rate: float) -> dict[str, tuple[Trial, ...]]:
+    """By label, four trials each, with a learning rate that the pilot found for AdamW."""
+    rates = [{"learning_rate": factor * rate} for factor in (0.5, 1.0, 1.5, 2.0)]
+    scales = [{"noise_scale": scale} for scale in SCALES]
+    relative = [{"noise_scale": scale, "noise_unit": "relative"} for scale in RELATIVE_SCALES]
+    alphas = [{"neftune_alpha": alpha} for alpha in (1.0, 2.0, 5.0, 10.0)]
+    sage = [
+        {"sage_beta": beta, "learning_rate": factor * rate} for beta in (0.75, 0.85) for factor in (1.0, 2.0)
+    ]
+    return {
+        "adamw": _trials("adamw", rates),
+        "isotropic": _trials("isotropic", scales),
+        "noisytune": _trials("noisytune", rates),
+        "neftune": _trials("neftune", alphas),
+        "sage": _trials("sage", sage),
+        "pats product": _trials("pats", scales),
+        "pats ucb": _trials("pats", scales, uncertainty="ucb"),
+        "pats none": _trials("pats", scales, uncertainty="none"),
+        "pats moments": _trials("pats", scales, sensitivity="moments"),
+        "pats relative": _trials("pats", relative),
+    }
+
+
+def _trials(method: str, each: Sequence[Mapping[str, Any]], **fixed: Any) -> tuple[Trial, ...]:
+    return tuple({"method": method, **trial, **fixed} for trial in each)
+
+
+def compare(
+    of: Setting,
+    labels: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    trial_seeds: Sequence[int] = TRIAL_SEEDS,
+    seconds: float = 60.0,
+) -> Study:
+    """All methods, or those of `labels`."""
+    every = methods(of.learning_rate)
+    chosen = {label: every[label] for label in labels or every}
+    return Study(_name(of), of, chosen, trial_seeds, seeds, seconds)
+
+
+def baseline(of: Setting, rates: Sequence[float], seeds: Sequence[int] = (1, 2, 3)) -> Study:
+    """The same architecture from random weights, at the learning rates that suit it best."""
+    return replace(pilot(of, rates, seeds, random_weights=True), name=f"{_name(of)}-random-weights")
+
+
+# Ablations: one thing at a time, each a single trial with the reported seeds.
+
+
+def ablations(of: Setting, noise_scale: float, seconds: float) -> list[Study]:
+    """Around PATS with this noise_scale: gamma, noise_scale over four decades, and the rest one by one."""
+    pats: dict[str, Any] = {"method": "pats", "noise_scale": noise_scale}
+    parts: dict[str, dict[str, tuple[Trial, ...]]] = {
+        "gamma": {f"gamma {gamma:g}": ({**pats, "gamma": gamma},) for gamma in (0.0, 0.5, 1.0, 2.0, 4.0)},
+        "noise-scale": {
+            f"noise_scale {scale:g}": ({**pats, "noise_scale": scale},)
+            for scale in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+        },
+        "forms": {
+            "delayed": (pats,),
+            "exact": ({**pats, "normalization": "exact"},),
+            "ucb": ({**pats, "uncertainty": "ucb"},),
+            "none": ({**pats, "uncertainty": "none"},),
+            "falls with lr": ({**pats, "noise_schedule": "lr"},),
+            "no noise on embeddings": ({**pats, "no_noise": "embed"},),
+        },
+    }
+    adamw: dict[str, tuple[Trial, ...]] = {"adamw": ({"method": "adamw"},)}
+    return [
+        Study(f"ablation-{part}-{_name(of)}", of, adamw | variants, (), SEEDS, seconds)
+        for part, variants in parts.items()
+    ]
+
+
+TINY_SST2 = setting("tiny", "sst2", 1000)
+TINY_STSB = setting("tiny", "stsb")
+L6_SST2 = setting("l6", "sst2", 500)
+L6_COLA = setting("l6", "cola", 1000)
+FEW = ("adamw", "isotropic", "noisytune", "pats product", "pats none", "pats relative")
 
 STUDIES: dict[str, list[Study]] = {
     "pilot": [
-        pilot(small("tiny", "sst2", 4000), (3e-4, 1e-3)),
-        pilot(small("tiny", "sst2", 4000), (1e-3,), random_weights=True),
-        pilot(small("tiny", "stsb"), (3e-4, 1e-3)),
-        pilot(small("tiny", "stsb"), (1e-3,), (1,), random_weights=True),
-        pilot(small("tiny", "cola"), (3e-4, 1e-3)),
-        pilot(small("tiny", "cola"), (1e-3,), (1,), random_weights=True),
-        pilot(small("l6", "sst2", 1000), (1e-4,), (1,)),
-        pilot(small("l6", "sst2", 1000), (1e-4,), (1,), random_weights=True),
-        pilot(small("l6", "cola", 2000), (1e-4,), (1,)),
-    ],
-    "pilot-2": [
-        pilot(small("tiny", "sst2", 1000), (3e-4,), (1, 2, 3)),
-        pilot(small("tiny", "sst2", 1000), (3e-4, 1e-3), (1, 2), random_weights=True),
-        pilot(small("tiny", "stsb", 1000, 5), (3e-4, 1e-4), (1, 2, 3)),
-        pilot(small("tiny", "stsb", 1000, 5), (3e-4, 1e-3), (1, 2), random_weights=True),
-        pilot(small("l6", "sst2", 500), (1e-4, 5e-5), (1, 2)),
-        pilot(small("l6", "cola", 1000), (1e-4,), (1, 2)),
-        pilot(small("l6", "sst2", 500), (1e-4, 3e-4), (1,), random_weights=True),
-        pilot(small("l6", "mrpc", 500), (1e-4,), (1, 2)),
+        pilot(setting("tiny", "sst2", 4000), (3e-4, 1e-3)),
+        pilot(setting("tiny", "sst2", 4000), (1e-3,), random_weights=True),
+        pilot(setting("tiny", "stsb"), (3e-4, 1e-3)),
+        pilot(setting("tiny", "stsb"), (1e-3,), (1,), random_weights=True),
+        pilot(setting("tiny", "cola"), (3e-4, 1e-3)),
+        pilot(setting("l6", "sst2", 1000), (1e-4,), (1,)),
+        pilot(setting("l6", "sst2", 1000), (1e-4,), (1,), random_weights=True),
+        pilot(setting("l6", "cola", 2000), (1e-4,), (1,)),
+        pilot(setting("tiny", "sst2", 1000), (3e-4,), (1, 2, 3)),
+        pilot(setting("tiny", "sst2", 1000), (3e-4, 1e-3), random_weights=True),
+        pilot(setting("tiny", "stsb", 1000, 5), (3e-4, 1e-4), (1, 2, 3)),
+        pilot(setting("tiny", "stsb", 1000, 5), (3e-4, 1e-3), random_weights=True),
+        pilot(setting("l6", "sst2", 500), (1e-4, 5e-5)),
+        pilot(setting("l6", "cola", 1000), (1e-4,)),
+        pilot(setting("l6", "sst2", 500), (1e-4, 3e-4), (1,), random_weights=True),
+        pilot(setting("l6", "mrpc", 500), (1e-4,)),
     ],
 }
