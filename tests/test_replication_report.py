@@ -152,6 +152,22 @@ def test_tables_drop_nothing() -> None:
     assert empty.count("not chosen yet | 0 of 4") == 3
 
 
+def test_all_of_adamws_runs_are_in_one_table() -> None:
+    """The trials' seed 11 at both learning rates, and the four seeds at the chosen one."""
+    found = lines(SCORES)
+    for one in found.values():
+        one["seconds"]["cpu"] = 7.0
+    rows = [
+        [part.strip() for part in row.split("|")[1:-1]] for row in report.adamw_table(found).split("\n")[2:-1]
+    ]
+    mean = np.mean([*SCORES["adamw"], 0.1])  # 0.1 is the trial's
+    assert [row[1:5] for row in rows] == [
+        ["matthews", "0.001", "1", "0.0000"],
+        ["matthews", "0.003", "5", f"{mean:.4f}"],
+    ]
+    assert [row[-2:] for row in rows] == [["0.0000", "7"]] * 2
+
+
 def test_p_values_are_corrected_for_all_comparisons() -> None:
     found = lines(SCORES)
     every = report.compared([report.cells(STUDY, found)])

@@ -17,7 +17,7 @@ from scipy import stats
 from replication import lines
 from replication.__main__ import RESULTS
 from replication.comparisons import Difference, Spread, difference, holm, spread
-from replication.grid import Study, Trial, configuration, identity, quoted
+from replication.grid import Study, Trial, configuration, identity, quoted, setting_of
 from replication.lines import Line
 from replication.studies import STUDIES
 
@@ -227,6 +227,26 @@ def gini_table(of_study: Sequence[Cell]) -> str:
     return table(["method", *(part for name in names for part in (name, "sd"))], rows)
 
 
+def adamw_table(found: Mapping[str, Line]) -> str:
+    """Every AdamW run there is, by setting and learning rate: what a pilot has to say."""
+    groups: dict[tuple[str, float], list[Line]] = {}
+    for line in found.values():
+        if line["run"]["method"] == "adamw":
+            setting = setting_of(line["run"])
+            groups.setdefault((f"{setting.name}, {setting.epochs} epochs", setting.learning_rate), []).append(
+                line
+            )
+    rows = []
+    for (name, rate), of_group in sorted(groups.items()):
+        metric = quoted(of_group[0]["run"]["task"])
+        scores = [line["metrics"]["report"][metric] for line in of_group]
+        seconds = [line["seconds"]["cpu"] for line in of_group]
+        bigger = of_group[0]["bigger_class"][metric]
+        row = [name, metric, f"{rate:g}", str(len(scores)), *_cells(scores)[:2], f"{bigger:.4f}"]
+        rows.append([*row, f"{np.mean(seconds):.0f}"])
+    return table(["setting", "score", "lr", "seeds", "mean", "sd", "bigger class", "CPU s a run"], rows)
+
+
 def tables(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
     """All of it, as Markdown."""
     of_studies = [cells(study, found) for study in studies]
@@ -352,15 +372,19 @@ def _dress(axes: "Axes", title: str, below: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m replication.report", description=__doc__)
-    parser.add_argument("study", nargs="+", help=f"one or more of {', '.join(STUDIES)}")
+    parser.add_argument("study", nargs="*", help=f"one or more of {', '.join(STUDIES)}")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="where the lines are (default: %(default)s)"
     )
+    parser.add_argument("--adamw", action="store_true", help="print every AdamW run there is, in one table")
     parser.add_argument("--tables", type=Path, help="a file for the Markdown; else it is printed")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
     options = parser.parse_args(argv)
     studies = [study for name in options.study for study in STUDIES[name]]
     found = lines.read(options.out)
+    if options.adamw:
+        print(adamw_table(found))
+        return
     text = tables(studies, found)
     if options.tables:
         options.tables.write_text(text, encoding="utf-8")
