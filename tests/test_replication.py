@@ -91,6 +91,7 @@ def test_a_configuration_has_every_default_written_out() -> None:
         configuration(SETTING, {"method": "pats", "noise_scale": 1e-3}, 8),
         configuration(SETTING, {"method": "pats", "noise_scale": 2e-3}, 7),
         configuration(SETTING, {"method": "pats", "noise_scale": 1e-3, "learning_rate": 2e-3}, 7),
+        configuration(SETTING, {"method": "pats", "noise_scale": 1e-3, "weight_decay": 0.1}, 7),
     ):
         assert identity(other) != identity(run)
 

@@ -5,16 +5,26 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from replication import lines
-from replication.grid import Configuration, Study, identity, setting_of
+from replication.grid import Configuration, Study, identity, is_of
 from replication.lines import Line
 from replication.studies import STUDIES
 from replication.train import Places, finetune
 
+SAID = (
+    "learning_rate",
+    "weight_decay",
+    "noise_scale",
+    "noise_unit",
+    "uncertainty",
+    "sensitivity",
+    "neftune_alpha",
+    "sage_beta",
+    "seed",
+)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "replication"
 
 
@@ -107,7 +117,7 @@ def _cancel(jobs: Iterable[Future[Line]]) -> None:
 
 def said(study: Study, line: Line) -> str:
     scores = {split: {k: round(v, 4) for k, v in of.items()} for split, of in line["metrics"].items()}
-    run = {k: v for k, v in line["run"].items() if k in ("learning_rate", "noise_scale", "seed", "epochs")}
+    run = {k: v for k, v in line["run"].items() if k in SAID and v is not None}
     return f"{study.name} {line['run']['method']} {run} {scores} {line['seconds']['all']:.0f} s"
 
 
@@ -134,11 +144,7 @@ def plan(studies: Sequence[Study], found: dict[str, Line], processes: int = 1) -
 
 
 def seconds_a_run(study: Study, found: dict[str, Line]) -> float:
-    taken = [
-        line["seconds"]["all"]
-        for line in found.values()
-        if replace(setting_of(line["run"]), learning_rate=study.setting.learning_rate) == study.setting
-    ]
+    taken = [line["seconds"]["all"] for line in found.values() if is_of(line["run"], study.setting)]
     return fmean(taken) if taken else study.seconds
 
 

@@ -7,7 +7,7 @@ written out. Runs with the same configuration are the same run, whichever study 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from glue_data import TASKS
@@ -15,9 +15,9 @@ from glue_methods import FIELDS, NOT_GIVEN, MethodArguments
 
 VERSION = 1  # of what a configuration means: another one makes all runs new
 Configuration = dict[str, Any]
-Trial = Mapping[
-    str, Any
-]  # a method and its hyperparameters, learning_rate among them where it is not the setting's
+Trial = Mapping[str, Any]  # a method and its hyperparameters, of which some may be the setting's too: TUNED
+
+TUNED = ("learning_rate", "weight_decay")  # of a setting: a trial may have its own
 
 # What is quoted of a task. Of MRPC not F1, as GLUE does: for the bigger class alone it is 0.80.
 QUOTED = {"mrpc": "accuracy", "stsb": "spearman"}
@@ -35,7 +35,8 @@ class Setting:
     Attributes:
         model: a folder of --models.
         task: as glue_data.py calls it.
-        learning_rate: unless a trial has its own; linear warm-up over a tenth of the steps, then linear to 0.
+        learning_rate, weight_decay: unless a trial has its own. Linear warm-up over a tenth of the steps,
+            then linear to 0.
         train_samples: how many of the training set, the same ones in each run; None: all.
         random_weights: the model's architecture from fresh weights: a baseline.
     """
@@ -135,7 +136,7 @@ def configuration(setting: Setting, trial: Trial, seed: int) -> Configuration:
     method = given.pop("method")
     if method not in FIELDS:
         raise ValueError(f"Unknown method: {method!r} (known: {', '.join(FIELDS)})")
-    rate = given.pop("learning_rate", setting.learning_rate)
+    own = {name: given.pop(name) for name in TUNED if name in given}
     for name in given:
         if name not in FIELDS[method]:
             raise ValueError(f"{method} does not read {name} (but {', '.join(FIELDS[method]) or 'nothing'})")
@@ -143,7 +144,7 @@ def configuration(setting: Setting, trial: Trial, seed: int) -> Configuration:
     hyperparameters = {name: getattr(arguments, name) for name in FIELDS[method]}
     if hyperparameters.get("noise_scale") == NOT_GIVEN:
         raise ValueError(f"{method}: noise_scale is not given")
-    shared = asdict(setting) | {"learning_rate": rate}
+    shared = asdict(setting) | own
     return {"version": VERSION, **shared, "method": method, **hyperparameters, "seed": seed}
 
 
@@ -154,7 +155,13 @@ def identity(run: Configuration) -> str:
 
 
 def setting_of(run: Configuration) -> Setting:
+    """With the trial's own values of TUNED."""
     return Setting(**{field.name: run[field.name] for field in fields(Setting)})
+
+
+def is_of(run: Configuration, setting: Setting) -> bool:
+    """Whether it is a run in this setting, whatever the trial."""
+    return replace(setting_of(run), **{name: getattr(setting, name) for name in TUNED}) == setting
 
 
 def method_arguments(run: Configuration) -> MethodArguments:
