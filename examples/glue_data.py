@@ -8,7 +8,7 @@ import csv
 import gzip
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _correlation(of: Callable[..., Any], labels: np.ndarray, predictions: np.ndarray) -> float:
-    constant = np.ptp(predictions) == 0  # then it is not defined; such a model has learned nothing
-    return 0.0 if constant else float(of(labels, predictions).statistic)
+    if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
+        return 0.0  # it is not defined; such a model has diverged, or learned nothing
+    return float(of(labels, predictions).statistic)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -63,6 +64,8 @@ class Task:
     columns: dict[str, str] = field(default_factory=dict)  # the file's name of a column, where it differs
     header: tuple[str, ...] | None = None  # of files that have none
     validation: dict[str, str] = field(default_factory=lambda: {"validation": "dev"})  # split: file
+    labelled_test: str = ""  # the file of the benchmark itself that has the labels GLUE's test.tsv lacks
+    test_header: tuple[str, ...] | None = None  # of that file, which has none
 
     @property
     def files(self) -> dict[str, str]:
@@ -86,8 +89,17 @@ TASKS: dict[str, Task] = {
         ("f1", "accuracy"),
         folder="MRPC",
         columns={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+        labelled_test="msr_paraphrase_test.txt",
     ),
-    "stsb": Task(PAIR, ("pearson", "spearman"), (), folder="STS-B", columns={"label": "score"}),
+    "stsb": Task(
+        PAIR,
+        ("pearson", "spearman"),
+        (),
+        folder="STS-B",
+        columns={"label": "score"},
+        labelled_test="sts-test.csv",
+        test_header=("genre", "filename", "year", "id", "score", "sentence1", "sentence2"),
+    ),
     "qqp": Task(
         ("question1", "question2"), ("f1", "accuracy"), folder="QQP", columns={"label": "is_duplicate"}
     ),
@@ -156,6 +168,19 @@ def from_folder(name: str, task: Task, folder: Path) -> DatasetDict:
     files = ", ".join(f"{stem}.tsv[.gz]" for stem in task.files.values())
     where = " nor ".join(str(place) for place in places)
     raise FileNotFoundError(f"{name}: not all of {files} found in {where}")
+
+
+def labelled_test(task: Task, folder: Path) -> Dataset | None:
+    """The test set with labels, of those tasks whose benchmark published them, if `folder` has its file.
+
+    GLUE keeps the labels of its test.tsv; MRPC's and STS-B's own files (plain or .gz) have them.
+    """
+    if not task.labelled_test:
+        return None
+    names = (task.labelled_test, f"{task.labelled_test}.gz")
+    places = (place / name for place in (folder / task.folder, folder) for name in names)
+    path = next((place for place in places if place.is_file()), None)
+    return None if path is None else _dataset(path, replace(task, header=task.test_header))
 
 
 def _file(folder: Path, stem: str) -> Path | None:

@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -59,6 +60,9 @@ class ModelArguments:
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's files are kept"})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model"})
+    random_weights: bool = field(
+        default=False, metadata={"help": "Its architecture and tokenizer alone, with fresh random weights"}
+    )
     vocab_size: int = field(default=8000, metadata={"help": "Small BERT: tokens at most"})
     hidden_size: int = field(default=64, metadata={"help": "Small BERT: width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "Small BERT: layers"})
@@ -142,6 +146,11 @@ class Corpus(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     build: Callable[[], PreTrainedModel]  # with fresh random weights where they are not pretrained
 
+    @property
+    def validation(self) -> list[str]:
+        """The splits to evaluate on."""
+        return [str(split) for split in self.data if split != "train"]
+
 
 def parse(argv: Sequence[str]) -> Arguments:
     """The command line, or the one JSON file that it names."""
@@ -185,13 +194,18 @@ def prepare(model: ModelArguments, data: DataArguments) -> Corpus:
         count = data.max_train_samples if split == "train" else data.max_eval_samples
         if count is not None and count < len(rows):
             texts[split] = rows.shuffle(seed=SAMPLING_SEED).select(range(count))
+    return tokenized(task, texts, model, data)
+
+
+def tokenized(task: Task, texts: DatasetDict, model: ModelArguments, data: DataArguments) -> Corpus:
+    """A corpus of these splits; of `data` the length alone counts."""
     if model.model_name_or_path is None:
         tokenizer = train_tokenizer(task, texts["train"], model.vocab_size)
         build = small_bert(model, data, task, tokenizer)
     else:
         options = {"cache_dir": model.cache_dir, "revision": model.model_revision}
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options)
-        build = pretrained(model.model_name_or_path, task, options)
+        build = pretrained(model.model_name_or_path, task, options, model.random_weights)
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts, pairs = (*(rows[name] for name in task.texts), None)[:2]
@@ -256,39 +270,47 @@ def small_bert(
     return lambda: BertForSequenceClassification(config)
 
 
-def pretrained(name: str, task: Task, options: dict[str, Any]) -> Callable[[], PreTrainedModel]:
+def pretrained(
+    name: str, task: Task, options: dict[str, Any], random_weights: bool = False
+) -> Callable[[], PreTrainedModel]:
     config = AutoConfig.from_pretrained(name, **options, **number_of_outputs(task))
+    if random_weights:
+        return lambda: AutoModelForSequenceClassification.from_config(config)
     return lambda: AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
 
 
 # Runs
 
 
-def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Corpus) -> dict[str, Any]:
-    """One method with one seed: trains, evaluates, saves the model, and returns what there is to know."""
+def trainer_of(
+    method: str, noise: MethodArguments, training: TrainingArguments, corpus: Corpus, **more: Any
+) -> Trainer:
+    """The stock Trainer, with a fresh model, for one method and seed; `more` is for the Trainer."""
     set_seed(training.seed)
     model = corpus.build()
-    if method == "noisytune":
-        glue_methods.noisytune_(model, noise.noisytune_lambda, training.seed)
+    glue_methods.prepare_(method, noise, training, model)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return corpus.task.score(prediction.label_ids, prediction.predictions)  # pyright: ignore
 
-    trainer = Trainer(
+    return Trainer(
         model,
         training,
         train_dataset=corpus.data["train"],
-        eval_dataset=corpus.data[next(iter(corpus.task.validation))],
+        eval_dataset=corpus.data[corpus.validation[0]],
         processing_class=corpus.tokenizer,
         compute_metrics=compute_metrics,
-        optimizer_cls_and_kwargs=glue_methods.optimizer(method, noise, training),
-        callbacks=glue_methods.callbacks(method, noise, training),
+        optimizer_cls_and_kwargs=glue_methods.optimizer(method, noise, training, model),
+        callbacks=glue_methods.callbacks(method, noise, training) + more.pop("callbacks", []),
+        **more,
     )
+
+
+def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Corpus) -> dict[str, Any]:
+    """One method with one seed: trains, evaluates, saves the model, and returns what there is to know."""
+    trainer = trainer_of(method, noise, training, corpus)
     trained = trainer.train(resume_from_checkpoint=checkpoint(training))
-    evaluated = {
-        split: trainer.evaluate(cast(Any, corpus.data[split]), metric_key_prefix=split)
-        for split in corpus.task.validation
-    }
+    evaluated = evaluate(trainer, corpus)
     trainer.save_model()
     return {
         "method": method,
@@ -299,8 +321,16 @@ def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Cor
         },
         "train": trained.metrics,
         "evaluation": evaluated,
-        "parameters": sum(param.numel() for param in model.parameters()),
+        "parameters": sum(param.numel() for param in cast(nn.Module, trainer.model).parameters()),
         "log_history": trainer.state.log_history,
+    }
+
+
+def evaluate(trainer: Trainer, corpus: Corpus) -> dict[str, dict[str, float]]:
+    """By split: the metrics, the loss and the time, each with the split's name before it."""
+    return {
+        split: trainer.evaluate(cast(Any, corpus.data[split]), metric_key_prefix=split)
+        for split in corpus.validation
     }
 
 

@@ -3,7 +3,6 @@ comparisons of dtypes and of sensitivities."""
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ import sensitivity
 
 disable_progress_bars()
 
+pytestmark = pytest.mark.usefixtures("threads")  # the examples set torch's count
+
 WIKI = (
     '<doc id="1" url="?curid=1" title="Empty">\nEmpty\n\n</doc>\n'
     '<doc id="2" url="?curid=2" title="Tea">\nTea\n\nTea &amp; milk.\nHistory.\n</doc>\n'
@@ -36,14 +37,6 @@ SIZES = (
     "--vocab_size",
     "300",
 )
-
-
-@pytest.fixture(autouse=True)
-def threads_as_they_were() -> Iterator[None]:
-    """run_glue sets torch's thread count."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

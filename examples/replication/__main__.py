@@ -1,0 +1,152 @@
+"""Runs what a study asks for and is not there yet; see the package's docstring."""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import fmean
+
+from replication import lines
+from replication.grid import Configuration, Study, identity, is_of
+from replication.lines import Line
+from replication.studies import STUDIES
+from replication.train import Places, finetune
+
+SAID = (
+    "learning_rate",
+    "weight_decay",
+    "noise_scale",
+    "noise_unit",
+    "uncertainty",
+    "sensitivity",
+    "neftune_alpha",
+    "sage_beta",
+    "seed",
+)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "replication"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m replication",
+        description="Fine-tunes over a grid, run by run; a stopped one goes on by the same command.",
+    )
+    parser.add_argument("study", nargs="+", help=f"one or more of {', '.join(STUDIES)}")
+    parser.add_argument("--models", help="the folder with the models' folders: python -m replication.models")
+    parser.add_argument("--data_dir", help="GLUE's folder, as in run_glue.py")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="where the lines are (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="runs at once")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--plan", action="store_true", help="say what there is to do, and do nothing")
+    parser.add_argument("--minutes", type=float, help="begin no run after this many minutes")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.study if name not in STUDIES]
+    if unknown:
+        parser.error(f"no such study: {', '.join(unknown)} (there are {', '.join(STUDIES)})")
+    studies = [study for name in options.study for study in STUDIES[name]]
+    if options.plan:
+        print(plan(studies, lines.read(options.out), options.processes))
+        return
+    if not options.models or not options.data_dir:
+        parser.error("--models and --data_dir are needed to run something")
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    with lines.alone(options.out):
+        runner = Runner(
+            Places(options.models, options.data_dir),
+            options.out,
+            options.processes,
+            options.threads,
+            deadline,
+        )
+        for study in studies:
+            runner.make(study)
+
+
+class Runner:
+    """Makes runs and writes their lines."""
+
+    def __init__(
+        self, places: Places, out: Path, processes: int, threads: int, deadline: float | None = None
+    ) -> None:
+        self.places, self.out, self.processes, self.threads = places, out, processes, threads
+        self.deadline = deadline
+        self.lines = lines.read(out)
+
+    def make(self, study: Study) -> None:
+        """The trials first; what they choose, then."""
+        self._all(study, study.trials())
+        self._all(study, study.finals(study.choose(self.lines)))
+
+    def _all(self, study: Study, runs: Iterable[Configuration]) -> None:
+        missing = {identity(run): run for run in runs if identity(run) not in self.lines}
+        for line in self._made(list(missing.values())):
+            lines.append(self.out / f"{study.name}.jsonl", line)
+            self.lines[line["id"]] = line
+            print(said(study, line), flush=True)
+
+    def _made(self, runs: list[Configuration]) -> Iterator[Line]:
+        """As they are finished."""
+        if self.processes == 1:
+            for run in runs:
+                if self._in_time():
+                    yield finetune(run, self.places, self.threads)
+            return
+        with ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn")) as pool:
+            jobs = [pool.submit(finetune, run, self.places, self.threads) for run in runs]
+            try:
+                for job in as_completed(jobs):
+                    if not job.cancelled():
+                        yield job.result()
+                    if not self._in_time():
+                        _cancel(jobs)
+            finally:  # after an error too: what is made from now on would be lost
+                _cancel(jobs)
+
+    def _in_time(self) -> bool:
+        return self.deadline is None or time.monotonic() < self.deadline
+
+
+def _cancel(jobs: Iterable[Future[Line]]) -> None:
+    for job in jobs:
+        job.cancel()
+
+
+def said(study: Study, line: Line) -> str:
+    scores = {split: {k: round(v, 4) for k, v in of.items()} for split, of in line["metrics"].items()}
+    run = {k: v for k, v in line["run"].items() if k in SAID and v is not None}
+    return f"{study.name} {line['run']['method']} {run} {scores} {line['seconds']['all']:.0f} s"
+
+
+def plan(studies: Sequence[Study], found: dict[str, Line], processes: int = 1) -> str:
+    """A row a study: its runs, how many are there, and how long the others will take.
+
+    A run takes what those of its study's setting took, whatever the method; where there are none, what the
+    study expects. Which runs a method's trials will choose is not known before, but how many are.
+    """
+    rows = [f"{'study':<34} {'runs':>5} {'done':>5} {'left':>5} {'s a run':>8} {'hours left':>10}"]
+    total = [0, 0, 0.0]
+    for study in studies:
+        wanted = study.trial_count() + study.final_count()
+        runs = [*study.trials(), *study.finals(study.choose(found))]
+        done = sum(identity(run) in found for run in runs)
+        seconds = seconds_a_run(study, found)
+        hours = (wanted - done) * seconds / 3600 / processes
+        rows.append(
+            f"{study.name:<34} {wanted:>5} {done:>5} {wanted - done:>5} {seconds:>8.1f} {hours:>10.2f}"
+        )
+        total = [total[0] + wanted, total[1] + done, total[2] + hours]
+    rows.append(f"{'all':<34} {total[0]:>5} {total[1]:>5} {total[0] - total[1]:>5} {'':>8} {total[2]:>10.2f}")
+    return "\n".join(rows)
+
+
+def seconds_a_run(study: Study, found: dict[str, Line]) -> float:
+    taken = [line["seconds"]["all"] for line in found.values() if is_of(line["run"], study.setting)]
+    return fmean(taken) if taken else study.seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""Tables and figures, from the lines alone.
+
+PYTHONPATH=examples python -m replication.report first --tables FILE.md --figures DIR
+
+What a study has not made yet is in the tables as missing; nothing that it made is left out.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from replication import lines
+from replication.__main__ import RESULTS
+from replication.comparisons import Difference, Spread, difference, holm, spread
+from replication.grid import Study, Trial, configuration, identity, quoted, setting_of
+from replication.lines import Line
+from replication.studies import STUDIES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AGAINST = ("adamw", "isotropic")  # labels that methods are compared with; the second only PATS
+COLOURS = ("#333333", "#999999", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#882255")
+INK, QUIET = "#333333", "#999999"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A study's reported runs of one method, by seed."""
+
+    study: Study
+    label: str
+    trial: Trial | None  # None: not chosen yet
+    runs: dict[int, Line]
+
+    def scores(self, split: str = "report", metric: str | None = None) -> dict[int, float]:
+        name = metric or quoted(self.study.setting.task)
+        return {seed: line["metrics"][split][name] for seed, line in self.runs.items()}
+
+    def concentration(self, of: str = "inner", number: str = "gini") -> dict[int, float]:
+        """By seed; without runs that diverged, which have none."""
+        return {
+            seed: line["sensitivity"][of][number]
+            for seed, line in self.runs.items()
+            if line["sensitivity"] is not None
+        }
+
+
+def cells(study: Study, found: Mapping[str, Line]) -> list[Cell]:
+    """One a method, in the study's order, whether or not there are runs.
+
+    Raises:
+        ValueError: two runs of a seed had their data in different orders, so they are no pair.
+    """
+    chosen = study.choose(found)
+    made: list[Cell] = []
+    orders: dict[int, str] = {}
+    for label in study.methods:
+        trial, runs = chosen.get(label), {}
+        for seed in study.seeds:
+            line = found.get(identity(configuration(study.setting, trial, seed))) if trial else None
+            if line is not None:
+                runs[seed] = line
+                if orders.setdefault(seed, line["order"]) != line["order"]:
+                    raise ValueError(f"{study.name}, {label}, seed {seed}: data in another order")
+        made.append(Cell(study, label, trial, runs))
+    return made
+
+
+@dataclass(frozen=True)
+class Comparison:
+    cell: Cell
+    against: str
+    found: Difference
+
+
+def compared(of_studies: Sequence[Sequence[Cell]]) -> list[Comparison]:
+    """Every method with AdamW, and every PATS with isotropic noise, wherever both have two seeds."""
+    pairs = [
+        (cell, other)
+        for of_study in of_studies
+        for cell in of_study
+        for other in of_study
+        if other.label in AGAINST
+        and cell.label not in (other.label, AGAINST[0])
+        and (other.label == AGAINST[0] or cell.label.startswith("pats"))
+        and len(cell.runs.keys() & other.runs.keys()) > 1
+    ]
+    return [
+        Comparison(cell, other.label, difference(cell.scores(), other.scores(), len(pairs)))
+        for cell, other in pairs
+    ]
+
+
+# Tables
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lined = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lined) + "\n"
+
+
+def hyperparameters(cell: Cell) -> str:
+    """What the trials chose, or what was given, beside the setting's."""
+    if cell.trial is None:
+        return "not chosen yet"
+    return ", ".join(f"{name} {_shown(value)}" for name, value in cell.trial.items() if name != "method")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def score_table(of_study: Sequence[Cell], every: Sequence[Comparison], adjusted: Sequence[float]) -> str:
+    rows = []
+    for cell in of_study:
+        scores = list(cell.scores().values())
+        planned = len(cell.study.seeds)
+        row = [cell.label, hyperparameters(cell), f"{len(scores)} of {planned}", *_cells(scores)]
+        for against in AGAINST:
+            at = [i for i, c in enumerate(every) if c.cell is cell and c.against == against]
+            row += _compared(every[at[0]].found, adjusted[at[0]]) if at else [""] * 3
+        rows.append(row)
+    header = ["method", "hyperparameters", "seeds", "mean", "sd", "95% interval"]
+    for against in AGAINST:
+        header += [f"less {against}", "p (Holm)", "detectable"]
+    return table(header, rows)
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    if not values:
+        return ["", "", ""]
+    of = spread(values)
+    return [f"{of.mean:.4f}", "" if of.n < 2 else f"{of.sd:.4f}", _interval(of)]
+
+
+def _interval(of: Spread) -> str:
+    return "" if of.n < 2 else f"{of.low:.4f} to {of.high:.4f}"
+
+
+def _compared(found: Difference, adjusted: float) -> list[str]:
+    of = found.spread
+    return [
+        f"{of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})",
+        f"{found.p:.3f} ({adjusted:.3f})",
+        f"{found.detectable:.4f}",
+    ]
+
+
+def baselines(study: Study, of_study: Sequence[Cell]) -> str:
+    line = next((line for cell in of_study for line in cell.runs.values()), None)
+    if line is None:
+        return ""
+    metric = quoted(study.setting.task)
+    return (
+        f"{metric}; the bigger class alone: {line['bigger_class'][metric]:.4f}; {line['steps']} steps a run, "
+        f"{line['parameters'] / 1e6:.1f} M parameters.\n"
+    )
+
+
+def trial_table(study: Study, found: Mapping[str, Line]) -> str:
+    """What the hyperparameters were chosen by: means over the trial seeds on the selection half."""
+    metric = quoted(study.setting.task)
+    chosen = study.choose(found)
+    rows = []
+    for label, trials in study.methods.items():
+        for trial in trials if len(trials) > 1 else ():
+            names = [identity(configuration(study.setting, trial, seed)) for seed in study.trial_seeds]
+            scores = [found[name]["metrics"]["select"][metric] for name in names if name in found]
+            what = ", ".join(f"{k} {_shown(v)}" for k, v in trial.items() if k != "method")
+            mark = "chosen" if chosen.get(label) is trial else ""
+            mean, sd, _ = _cells(scores)
+            rows.append([label, what, f"{len(scores)} of {len(names)}", mean, sd, mark])
+    return table(["method", "trial", "seeds", "mean", "sd", ""], rows) if rows else ""
+
+
+def concentration_table(of_studies: Sequence[Sequence[Cell]]) -> str:
+    """Whether runs with more concentrated sensitivities score higher, three ways in each study."""
+    rows, tests = [], []
+    for of_study in of_studies:
+        for way, x, y in concentration_pairs(of_study):
+            if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
+                found = stats.spearmanr(x, y)
+                rows.append([of_study[0].study.name, way, str(len(x)), f"{found.statistic:+.3f}"])  # pyright: ignore
+                tests.append(float(found.pvalue))  # pyright: ignore
+    adjusted = holm(tests)
+    rows = [[*row, f"{p:.3f} ({q:.3f})"] for row, p, q in zip(rows, tests, adjusted, strict=True)]
+    return table(["study", "over", "n", "Spearman", "p (Holm)"], rows) if rows else ""
+
+
+def concentration_pairs(of_study: Sequence[Cell]) -> list[tuple[str, list[float], list[float]]]:
+    """Gini coefficients and scores: of all runs; of the methods' means; of runs less their method's mean.
+
+    The first mixes what differs between methods with what differs between seeds; the others tell them apart.
+    """
+    every: tuple[list[float], list[float]] = ([], [])
+    means: tuple[list[float], list[float]] = ([], [])
+    within: tuple[list[float], list[float]] = ([], [])
+    for cell in of_study:
+        gini, scores = cell.concentration(), cell.scores()
+        seeds = sorted(gini)
+        if not seeds:
+            continue
+        for place, of in enumerate((gini, scores)):
+            values = [of[seed] for seed in seeds]
+            mean = float(np.mean(values))
+            every[place].extend(values)
+            means[place].append(mean)
+            within[place].extend(value - mean for value in values)
+    return [("all runs", *every), ("means of methods", *means), ("runs less their method's mean", *within)]
+
+
+def gini_table(of_study: Sequence[Cell]) -> str:
+    rows = []
+    for cell in of_study:
+        row = [cell.label]
+        for of in ("inner", "all"):
+            for number in ("gini", "half"):
+                row += _cells(list(cell.concentration(of, number).values()))[:2]
+        rows.append(row)
+    names = ("Gini, no word embeddings", "half of it in", "Gini, all", "half of it in")
+    return table(["method", *(part for name in names for part in (name, "sd"))], rows)
+
+
+def adamw_table(found: Mapping[str, Line]) -> str:
+    """Every AdamW run there is, by setting and learning rate: what a pilot has to say."""
+    groups: dict[tuple[str, float], list[Line]] = {}
+    for line in found.values():
+        if line["run"]["method"] == "adamw":
+            setting = setting_of(line["run"])
+            groups.setdefault((f"{setting.name}, {setting.epochs} epochs", setting.learning_rate), []).append(
+                line
+            )
+    rows = []
+    for (name, rate), of_group in sorted(groups.items()):
+        metric = quoted(of_group[0]["run"]["task"])
+        scores = [line["metrics"]["report"][metric] for line in of_group]
+        seconds = [line["seconds"]["cpu"] for line in of_group]
+        bigger = of_group[0]["bigger_class"][metric]
+        row = [name, metric, f"{rate:g}", str(len(scores)), *_cells(scores)[:2], f"{bigger:.4f}"]
+        rows.append([*row, f"{np.mean(seconds):.0f}"])
+    return table(["setting", "score", "lr", "seeds", "mean", "sd", "bigger class", "CPU s a run"], rows)
+
+
+def tables(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
+    """All of it, as Markdown."""
+    of_studies = [cells(study, found) for study in studies]
+    every = compared(of_studies)
+    adjusted = holm([comparison.found.p for comparison in every])
+    parts = [
+        f"{len(every)} comparisons in all; p is the paired t-test's, in brackets as Holm corrects it for all "
+        "of them; detectable is the smallest true difference that these seeds would show with a power of 0.8 "
+        "at 0.05 divided by the number of comparisons.\n"
+    ]
+    for study, of_study in zip(studies, of_studies, strict=True):
+        parts += [f"### {study.name}: {study.setting.name}\n", baselines(study, of_study)]
+        parts += [score_table(of_study, every, adjusted)]
+        trials = trial_table(study, found)
+        parts += [f"Trials, on the selection half:\n\n{trials}"] if trials else []
+        parts += [f"Concentration of |w g| after training:\n\n{gini_table(of_study)}"]
+    related = concentration_table(of_studies)
+    parts += [f"### Concentration and score\n\n{related}"] if related else []
+    return "\n".join(part for part in parts if part)
+
+
+# Figures
+
+
+def draw_differences(of_studies: Sequence[Sequence[Cell]], path: Path) -> None:
+    """Each method less AdamW, with its 95% interval; a panel a study."""
+    from matplotlib.figure import Figure
+
+    shown = [of_study for of_study in of_studies if any(c.label == AGAINST[0] and c.runs for c in of_study)]
+    if not shown:
+        return
+    height = 1.2 + 0.26 * max(len(of_study) for of_study in shown)
+    figure = Figure(figsize=(3.1 * len(shown) + 1.2, height), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, of_study in zip(panels, shown, strict=True):
+        base = next(cell for cell in of_study if cell.label == AGAINST[0]).scores()
+        labels = [cell.label for cell in of_study if cell.label != AGAINST[0]]
+        for row, label in enumerate(labels):
+            cell = next(cell for cell in of_study if cell.label == label)
+            common = base.keys() & cell.runs.keys()
+            if len(common) > 1:
+                of = difference(cell.scores(), base).spread
+                colour = COLOURS[(row + 1) % len(COLOURS)]
+                axes.errorbar(
+                    of.mean, row, xerr=[[of.mean - of.low], [of.high - of.mean]], color=colour, marker="o",
+                    markersize=4, capsize=2, linewidth=1.4,
+                )  # fmt: skip
+        axes.axvline(0, color=QUIET, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(labels)), labels if axes is panels[0] else [""] * len(labels))
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        task = of_study[0].study.setting
+        _dress(axes, f"{task.name}", f"{quoted(task.task)} less AdamW's")
+    figure.savefig(path, dpi=130)
+
+
+def draw_concentration(of_studies: Sequence[Sequence[Cell]], path: Path) -> None:
+    """A point a run: its score against the Gini coefficient of its sensitivities; a panel a study."""
+    from matplotlib.figure import Figure
+
+    shown = [of_study for of_study in of_studies if any(cell.concentration() for cell in of_study)]
+    if not shown:
+        return
+    figure = Figure(figsize=(3.4 * len(shown) + 0.6, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, of_study in zip(panels, shown, strict=True):
+        for place, cell in enumerate(of_study):
+            gini, scores = cell.concentration(), cell.scores()
+            axes.scatter(
+                list(gini.values()), [scores[seed] for seed in gini], s=14, alpha=0.75, linewidths=0,
+                color=COLOURS[place % len(COLOURS)], marker="os^Dv<>PX"[place % 9], label=cell.label,
+            )  # fmt: skip
+        setting = of_study[0].study.setting
+        _dress(axes, setting.name, "Gini coefficient of |w g|, word embeddings left out")
+        axes.set_ylabel(quoted(setting.task), fontsize=8, color=INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_noise(studies: Sequence[Study], found: Mapping[str, Line], path: Path) -> None:
+    """The trials' means and standard deviations over their seeds, against noise_scale; a panel a study."""
+    from matplotlib.figure import Figure
+
+    shown = [
+        study for study in studies if any("noise_scale" in t for ts in study.methods.values() for t in ts)
+    ]
+    if not shown:
+        return
+    figure = Figure(figsize=(3.4 * len(shown) + 0.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, study in zip(panels, shown, strict=True):
+        metric = quoted(study.setting.task)
+        for place, (label, trials) in enumerate(study.methods.items()):
+            points = []
+            for trial in trials:
+                seeds = (*study.trial_seeds, *(study.seeds if len(trials) == 1 else ()))
+                names = [identity(configuration(study.setting, trial, seed)) for seed in seeds]
+                scores = [found[name]["metrics"]["select"][metric] for name in names if name in found]
+                if scores and "noise_scale" in trial:
+                    points.append((trial["noise_scale"], np.mean(scores), np.std(scores)))
+            if len(points) > 1:
+                x, mean, sd = zip(*points, strict=True)
+                axes.errorbar(
+                    x, mean, sd, color=COLOURS[place % len(COLOURS)], marker="o", markersize=3, capsize=2,
+                    linewidth=1.2, label=label,
+                )  # fmt: skip
+        axes.set_xscale("log")
+        _dress(axes, study.setting.name, "noise_scale")
+        axes.set_ylabel(f"{metric}, selection half", fontsize=8, color=INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _dress(axes: "Axes", title: str, below: str) -> None:
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.set_xlabel(below, fontsize=8, color=INK)
+    axes.grid(color=QUIET, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(colors=INK, labelsize=8)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m replication.report", description=__doc__)
+    parser.add_argument("study", nargs="*", help=f"one or more of {', '.join(STUDIES)}")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="where the lines are (default: %(default)s)"
+    )
+    parser.add_argument("--adamw", action="store_true", help="print every AdamW run there is, in one table")
+    parser.add_argument("--tables", type=Path, help="a file for the Markdown; else it is printed")
+    parser.add_argument("--figures", type=Path, help="a folder for the figures")
+    options = parser.parse_args(argv)
+    studies = [study for name in options.study for study in STUDIES[name]]
+    found = lines.read(options.out)
+    if options.adamw:
+        print(adamw_table(found))
+        return
+    text = tables(studies, found)
+    if options.tables:
+        options.tables.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    if options.figures:
+        options.figures.mkdir(parents=True, exist_ok=True)
+        of_studies = [cells(study, found) for study in studies]
+        draw_differences(of_studies, options.figures / "replication-differences.png")
+        draw_concentration(of_studies, options.figures / "replication-concentration.png")
+        draw_noise(studies, found, options.figures / "replication-noise-scale.png")
+
+
+if __name__ == "__main__":
+    main()

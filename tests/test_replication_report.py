@@ -1,0 +1,224 @@
+"""The statistics and the tables of the replication, against values worked out by hand and by simulation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from replication import report
+from replication.comparisons import detectable, difference, holm, power, spread
+from replication.grid import Setting, Study, configuration, identity
+
+SETTING = Setting("random", "cola", 1e-3)
+STUDY = Study(
+    "small",
+    SETTING,
+    {
+        "adamw": ({"method": "adamw"}, {"method": "adamw", "learning_rate": 3e-3}),
+        "isotropic": (
+            {"method": "isotropic", "noise_scale": 1e-3},
+            {"method": "isotropic", "noise_scale": 1e-2},
+        ),
+        "pats": ({"method": "pats", "noise_scale": 1e-3}, {"method": "pats", "noise_scale": 1e-2}),
+    },
+    trial_seeds=(11,),
+    seeds=(1, 2, 3, 4),
+)
+
+
+def line(run: dict[str, Any], score: float, gini: float = 0.8, order: str | None = None) -> dict[str, Any]:
+    sensitivity = {part: {"gini": gini, "half": 0.1} for part in ("all", "inner")}
+    return {
+        "id": identity(run),
+        "run": run,
+        "metrics": {"select": {"matthews": score}, "report": {"matthews": score}},
+        "bigger_class": {"matthews": 0.0},
+        "steps": 10,
+        "parameters": 1000,
+        "order": order or f"order {run['seed']}",
+        "sensitivity": sensitivity,
+        "seconds": {"all": 1.0},
+    }
+
+
+def lines(scores: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """All trials, of which each method's second is chosen, and a final run for each score."""
+    made = [
+        line(configuration(SETTING, trial, 11), 0.1 * place)
+        for trials in STUDY.methods.values()
+        for place, trial in enumerate(trials)
+    ]
+    for label, values in scores.items():
+        for seed, value in zip(STUDY.seeds, values, strict=False):
+            made.append(
+                line(configuration(SETTING, STUDY.methods[label][1], seed), value, gini=0.7 + value / 10)
+            )
+    return {entry["id"]: entry for entry in made}
+
+
+def reported(found: dict[str, dict[str, Any]], method: str, seed: int) -> dict[str, Any]:
+    return next(
+        one for one in found.values() if one["run"]["method"] == method and one["run"]["seed"] == seed
+    )
+
+
+SCORES = {
+    "adamw": [0.40, 0.42, 0.38, 0.44],
+    "isotropic": [0.415, 0.413, 0.401, 0.431],
+    "pats": [0.45, 0.46, 0.44, 0.49],
+}
+
+
+def test_holm_is_worked_out_by_hand() -> None:
+    """Sorted: 0.01 x 4, 0.02 x 3, 0.03 x 2, and 0.04 x 1, which is below the one before."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.01, 0.02, 0.03, 0.2]) == pytest.approx([0.04, 0.06, 0.06, 0.2])
+    assert holm([0.5, 0.6]) == [1.0, 1.0]  # 2 x 0.5, and not below it
+    assert holm([]) == []
+
+
+def test_spread() -> None:
+    of = spread([1.0, 2.0, 3.0, 6.0])
+    assert (of.n, of.mean) == (4, 3.0)
+    assert of.sd == pytest.approx(np.sqrt(14 / 3))
+    assert 1.0 < of.low < 3.0 < of.high < 6.0
+    assert spread([1.0, 2.0, 3.0, 6.0]) == of  # the same each time
+    same = spread([2.0, 2.0])
+    assert (same.sd, same.low, same.high) == (0.0, 2.0, 2.0)
+    assert np.isnan(spread([2.0]).sd)
+
+
+def test_bootstrap_intervals_cover() -> None:
+    """Of 200 samples of 12 some 92% should hold the mean: BCa falls short in so few. Standard error: 2%."""
+    rng = np.random.default_rng(1)
+    intervals = [spread(list(rng.normal(size=12))) for _ in range(200)]
+    assert 0.86 < np.mean([of.low < 0 < of.high for of in intervals]) < 0.98
+
+
+def test_a_difference_is_of_pairs() -> None:
+    """By hand: differences 0.05, 0.04, 0.06, 0.05 have mean 0.05 and sd 0.00816; t = 12.25, 3 degrees."""
+    a, b = (dict(enumerate(SCORES[name])) for name in ("pats", "adamw"))
+    b[9] = 1.0  # a seed that only one of them has counts for nothing
+    found = difference(a, b)
+    assert (found.spread.n, found.spread.mean) == (4, pytest.approx(0.05))
+    assert found.spread.sd == pytest.approx(np.sqrt(2e-4 / 3))
+    t = 0.05 / (np.sqrt(2e-4 / 3) / 2)
+    assert found.p == pytest.approx(2 * stats.t.sf(t, 3), rel=1e-9)
+    assert found.wilcoxon == pytest.approx(0.125)  # 2 / 2^4: the least that four seeds can give
+    assert difference(a, b, comparisons=10).detectable > found.detectable
+    assert difference(a, a).p == 1.0
+    with pytest.raises(ValueError, match="1 seeds in common"):
+        difference({1: 0.5}, {1: 0.4, 2: 0.3})
+
+
+def test_the_smallest_detectable_effect() -> None:
+    """Cohen's tables have 34 pairs for an effect of half a standard deviation at 0.05 with a power of 0.8."""
+    assert power(0.5, 1.0, 33) < 0.8 < power(0.5, 1.0, 34)
+    assert detectable(2.0, 34) == pytest.approx(1.0, rel=0.02)
+    rng = np.random.default_rng(0)
+    effect = detectable(1.0, 10, 0.01)
+    pvalues = stats.ttest_1samp(rng.normal(effect, 1.0, size=(4000, 10)), 0, axis=1).pvalue  # pyright: ignore
+    assert np.mean(pvalues < 0.01) == pytest.approx(0.8, abs=0.025)  # 4 standard errors of 4,000 draws
+
+
+def test_tables_drop_nothing() -> None:
+    """A method with fewer seeds, and one that is not chosen yet, have their rows."""
+    scores = {**SCORES, "pats": SCORES["pats"][:3]}
+    found = lines(scores)
+    text = report.tables([STUDY], found)
+    rows = [
+        [part.strip() for part in row.split("|")[1:-1]] for row in text.split("\n") if row.startswith("|")
+    ]
+    adamw, isotropic, pats = rows[2:5]
+    assert adamw[:5] == [
+        "adamw",
+        "learning_rate 0.003",
+        "4 of 4",
+        "0.4100",
+        f"{np.std(SCORES['adamw'], ddof=1):.4f}",
+    ]
+    assert adamw[6:] == [""] * 6
+    assert isotropic[2] == "4 of 4"
+    assert isotropic[6].startswith("+0.0050 (")
+    assert isotropic[9:] == [""] * 3
+    assert pats[:4] == ["pats", "noise_scale 0.01", "3 of 4", "0.4500"]
+    assert pats[6].startswith("+0.0500 (")
+    assert pats[9].startswith("+0.0403 (")
+    assert "3 comparisons in all" in text
+
+    empty = report.tables([STUDY], {})
+    assert empty.count("not chosen yet | 0 of 4") == 3
+
+
+def test_all_of_adamws_runs_are_in_one_table() -> None:
+    """The trials' seed 11 at both learning rates, and the four seeds at the chosen one."""
+    found = lines(SCORES)
+    for one in found.values():
+        one["seconds"]["cpu"] = 7.0
+    rows = [
+        [part.strip() for part in row.split("|")[1:-1]] for row in report.adamw_table(found).split("\n")[2:-1]
+    ]
+    mean = np.mean([*SCORES["adamw"], 0.1])  # 0.1 is the trial's
+    assert [row[1:5] for row in rows] == [
+        ["matthews", "0.001", "1", "0.0000"],
+        ["matthews", "0.003", "5", f"{mean:.4f}"],
+    ]
+    assert [row[-2:] for row in rows] == [["0.0000", "7"]] * 2
+
+
+def test_p_values_are_corrected_for_all_comparisons() -> None:
+    found = lines(SCORES)
+    every = report.compared([report.cells(STUDY, found)])
+    assert [(c.cell.label, c.against) for c in every] == [
+        ("isotropic", "adamw"),
+        ("pats", "adamw"),
+        ("pats", "isotropic"),
+    ]
+    adjusted = holm([c.found.p for c in every])
+    text = report.tables([STUDY], found)
+    for comparison, corrected in zip(every, adjusted, strict=True):
+        assert f"{comparison.found.p:.3f} ({corrected:.3f})" in text
+
+
+def test_runs_with_other_data_are_no_pair() -> None:
+    found = lines(SCORES)
+    one = reported(found, "pats", 2)
+    one["order"] = "another"
+    with pytest.raises(ValueError, match="small, pats, seed 2: data in another order"):
+        report.cells(STUDY, found)
+
+
+def test_concentration_and_score() -> None:
+    """Here the Gini coefficient goes with the score, so every correlation is 1 but for rounding's ties."""
+    of_study = report.cells(STUDY, lines(SCORES))
+    pairs = {way: (x, y) for way, x, y in report.concentration_pairs(of_study)}
+    assert [len(x) for x, _ in pairs.values()] == [12, 3, 12]
+    for x, y in pairs.values():
+        found: Any = stats.spearmanr(np.round(x, 9), np.round(y, 9))
+        assert found.statistic == pytest.approx(1)
+    assert sum(pairs["runs less their method's mean"][0]) == pytest.approx(0)
+    assert report.concentration_table([of_study]).count("+1.000") >= 1
+
+
+def test_a_run_that_diverged_has_a_score_and_no_concentration() -> None:
+    found = lines(SCORES)
+    one = reported(found, "pats", 2)
+    one["sensitivity"] = None
+    cell = report.cells(STUDY, found)[2]
+    assert len(cell.scores()) == 4
+    assert list(cell.concentration()) == [1, 3, 4]
+    assert "4 of 4" in report.score_table([cell], [], [])
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    found = lines(SCORES)
+    of_studies = [report.cells(STUDY, found)]
+    report.draw_differences(of_studies, tmp_path / "a.png")
+    report.draw_concentration(of_studies, tmp_path / "b.png")
+    report.draw_noise([STUDY], found, tmp_path / "c.png")
+    for name in "abc":
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report.draw_differences([report.cells(STUDY, {})], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
