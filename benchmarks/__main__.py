@@ -10,9 +10,10 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from benchmarks import machine, models, report, variants
-from benchmarks.progress import progress
-from benchmarks.run import Settings, run
+from benchmarks.common import machine, models
+from benchmarks.common.progress import progress
+from benchmarks.step import report, variants
+from benchmarks.step.run import Settings, run
 from pats_kernels import backends
 from pats_kernels.hyperparameters import Normalization
 

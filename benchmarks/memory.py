@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks import machine, models, report, timing
-from benchmarks.progress import progress
-from benchmarks.results import ACCESSES, dtype_name
+from benchmarks.common import machine, models, timing
+from benchmarks.common.progress import progress
+from benchmarks.common.results import ACCESSES, dtype_name
+from benchmarks.step import report
 from pats_kernels import PATS, PATSAdamW, release_gradients
 from pats_kernels.hyperparameters import Sensitivity
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import machine, shapes, timing, variants
-from benchmarks.results import adamw_bytes, gigabytes_per_second, row
-from benchmarks.timing import Measured, Step, Times
-from benchmarks.variants import Contestant, Task, Tensors
+from benchmarks.common import machine, shapes, timing
+from benchmarks.common.results import adamw_bytes, gigabytes_per_second, row
+from benchmarks.common.timing import Measured, Step, Times
+from benchmarks.step import variants
+from benchmarks.step.variants import Contestant, Task, Tensors
 from pats_kernels import backends
 from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization
 
@@ -139,7 +140,7 @@ def _tensors(options: argparse.Namespace, device: torch.device) -> tuple[Tensors
     dtype = DTYPES[options.dtype]
     if options.gradients == "random":
         return Tensors.fresh(shapes.random_gradients(options.model, device, dtype)), "random"
-    from benchmarks import models  # needs transformers, which nothing else here does
+    from benchmarks.common import models  # needs transformers, which nothing else here does
 
     found = models.gradients(options.model, models.default_text(), device, dtype)
     return Tensors.fresh(found), "of one backward pass"

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, shapes, timing, variants
-from benchmarks.timing import Step
-from benchmarks.variants import Task, Tensors
+from benchmarks.common import machine, shapes, timing
+from benchmarks.common.timing import Step
+from benchmarks.step import variants
+from benchmarks.step.variants import Task, Tensors
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends.triton import Tuning
 from pats_kernels.hyperparameters import AdamWHyperparameters, Form, Normalization
@@ -202,7 +203,7 @@ def tuned(step: Step, tuning: Tuning) -> Step:
 
 def offline(case: Case, chosen: Sequence[Candidate], arch: str) -> list[dict[str, Any]]:
     """What the compiler makes of the default and of each candidate, phase by phase."""
-    from benchmarks import codegen  # needs Triton and rich, which a measurement does not
+    from benchmarks.codegen import compiled as codegen  # needs Triton and rich, which a measurement does not
 
     form: Form = "pats" if case.optimizer == "none" else "pats_adamw"
     form = "moments_adamw" if case.variant == "moments" else form

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.common import machine
 from benchmarks.statistics import avalanche, batteries, normals, rounding
 from pats_kernels import available_backends
 

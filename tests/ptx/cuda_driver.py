@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks import nvcc
+from benchmarks.codegen import nvcc
 from pats_kernels import backends
 from pats_kernels.backends import cuda
 from pats_kernels.plan import Batch, Launch, Phase

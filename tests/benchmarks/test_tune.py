@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from benchmarks import shapes, timing, tune
+from benchmarks import tune
+from benchmarks.common import shapes, timing
 from benchmarks.tune import CASES, Candidate
 from pats_kernels.backends.triton import Tuning, _tuning
 
@@ -29,7 +30,7 @@ def test_every_candidate_differs_from_the_default_and_was_predicted() -> None:
 
 def test_predictions_are_those_of_the_docs() -> None:
     """The table may say several candidates in a line: it has to span what was predicted of each."""
-    text = (Path(__file__).parent.parent / "docs" / "performance.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
     table = text.partition("### How the kernels are launched")[2].partition("Tuning is")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     cells = [row[2] for row in rows if len(row) == 5]

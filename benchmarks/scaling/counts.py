@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from benchmarks.results import ACCESSES, ADAMW
+from benchmarks.common.results import ACCESSES, ADAMW
 from pats_kernels.backends.tables import Tables
 from pats_kernels.backends.triton import CHUNKS, STATISTICS_BLOCK, chunk_of
 from pats_kernels.distributed import Layout, _layout

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.scaling_counts import MODELS, STATISTICS_BYTES, sizes, table_bytes
-from benchmarks.variants import NoOptimizer
+from benchmarks.scaling.counts import MODELS, STATISTICS_BYTES, sizes, table_bytes
+from benchmarks.step.variants import NoOptimizer
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.backends.triton import chunk_of

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import variants
-from benchmarks.variants import Contestant, NoOptimizer, Task
+from benchmarks.step import variants
+from benchmarks.step.variants import Contestant, NoOptimizer, Task
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.state import keys_of
 

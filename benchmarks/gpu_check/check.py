@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_parts, machine, outcomes, targets
+from benchmarks.common import machine
+from benchmarks.gpu_check import outcomes, targets
+from benchmarks.gpu_check import parts as gpu_parts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = "gpu_check.json"
 SECONDS = 570.0  # for all parts together
 KEPT_OUTPUT = 4000  # characters of a failed part's output
@@ -152,7 +154,7 @@ def parts(device: str) -> list[Part]:
     """What is to be run, by its worth: what is right, what the targets ask for, then the rest."""
     if device == "cpu":
         return rehearsal()
-    own = (sys.executable, "-m", "benchmarks.gpu_parts")
+    own = (sys.executable, "-m", "benchmarks.gpu_check.parts")
     sanitized = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access beyond a tensor is within a block
     sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool")
     metrics = ",".join(gpu_parts.METRICS)
@@ -181,7 +183,7 @@ def parts(device: str) -> list[Part]:
 
 def rehearsal() -> list[Part]:
     """The same on a machine without a GPU: as much of each part as can run there."""
-    own = (sys.executable, "-m", "benchmarks.gpu_parts", "--device", "cpu", "--model", "tiny")
+    own = (sys.executable, "-m", "benchmarks.gpu_check.parts", "--device", "cpu", "--model", "tiny")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool", "memcheck")
     return [
         Part("build", (*own, "build"), read_json, 300),
@@ -198,7 +200,7 @@ def rehearsal() -> list[Part]:
 def tests(processes: int, environment: dict[str, str], seconds: float) -> Part:
     """tests/gpu, in several processes where pytest can: most of the time is the compiler's."""
     several = ("-n", str(processes)) if processes > 1 and find_spec("xdist") else ()
-    flags = ("-q", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", *several)
+    flags = ("-q", "-p", "benchmarks.gpu_check.outcomes", "-p", "no:cacheprovider", *several)
     command = (sys.executable, "-m", "pytest", *flags, "tests/gpu", "--outcomes")
     return Part("tests/gpu", command, read_outcomes, seconds, environment=environment)
 
@@ -376,7 +378,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest entry; the last is left as it is."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] if rows else []
     return ["  ".join([*(f"{x:<{w}}" for x, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

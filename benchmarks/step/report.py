@@ -12,8 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, variants
-from benchmarks.results import Report, Row, gigabytes_per_second
+from benchmarks.common import machine
+from benchmarks.common.results import Report, Row, gigabytes_per_second
+from benchmarks.step import variants
 
 FUSED, OURS, COMPETITOR, YARDSTICK = "#0b6e4f", "#7fb69f", "#9db4c0", "#d8d8d8"
 ADAMW = "AdamW (fused)"

@@ -14,7 +14,8 @@ from test_backends import STORAGES, id_of
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks import memory, timing
+from benchmarks import memory
+from benchmarks.common import timing
 from pats_kernels import PATS, PATSAdamW, release_gradients
 
 CPU = torch.device("cpu")

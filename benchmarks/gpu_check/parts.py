@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_check` runs beside tests and benchmarks: `python -m benchmarks.gpu_parts NAME FILE`.
+"""What `gpu_check` runs beside tests and benchmarks: `python -m benchmarks.gpu_check.parts NAME FILE`.
 
 `build` compiles the extension in place and asks which backends there are. `short` takes a few small steps of
 every kind, for compute-sanitizer. `profile` takes one big step of each, for ncu, with a kernel that only
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import shapes, timing, variants
+from benchmarks.common import shapes, timing
+from benchmarks.step import variants
+from benchmarks.step.variants import Task, Tensors
 from benchmarks.suite import OURS, fused_backends, label
-from benchmarks.variants import Task, Tensors
 from pats_kernels import PATSAdamW, available_backends, pats_step_, reference
 from pats_kernels.hyperparameters import AdamWHyperparameters
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHORT_SIZES = [5000, 3, 4096, 1]
 STEPS = 3
 NOISE_SCALE = 1e-2
@@ -45,7 +46,7 @@ METRICS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_parts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.parts", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--model", default="bert-base-uncased", choices=shapes.SHAPES, help="of the profile")

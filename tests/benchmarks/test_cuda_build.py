@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from expressions import expressions, unfused
 
-from benchmarks import codegen, nvcc
-from benchmarks.codegen import Sass
+from benchmarks.codegen import compiled as codegen
+from benchmarks.codegen import nvcc
+from benchmarks.codegen.machine_code import Sass
 from pats_kernels.backends import triton
 
 pytestmark = [

@@ -26,10 +26,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import models, scaling, scaling_host
-from benchmarks import scaling_counts as counts
-from benchmarks.scaling_counts import H200, LAYOUTS, MODELS, Llama, Model, Weight
-from benchmarks.variants import NoOptimizer
+from benchmarks.common import models
+from benchmarks.scaling import __main__ as scaling
+from benchmarks.scaling import counts
+from benchmarks.scaling import host as scaling_host
+from benchmarks.scaling.counts import H200, LAYOUTS, MODELS, Llama, Model, Weight
+from benchmarks.step.variants import NoOptimizer
 from pats_kernels import PATSAdamW
 from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.backends.triton import chunk_of

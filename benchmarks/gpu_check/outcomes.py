@@ -1,4 +1,4 @@
-"""A plugin for pytest, `-p benchmarks.outcomes --outcomes FILE`: a line of JSON for each test as it ends.
+"""A plugin for pytest, `-p benchmarks.gpu_check.outcomes --outcomes FILE`: a line of JSON for each test.
 
 What a run that is killed has proved until then is kept.
 """

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.codegen import Report, Sass, cuobjdump, instructions_of
+from benchmarks.codegen.machine_code import Report, Sass, cuobjdump, instructions_of
 from pats_kernels.backends.cuda import CHUNK
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda_kernel.cu"
+SOURCE = Path(__file__).parents[2] / "csrc" / "cuda_kernel.cu"
 PARAMETERS = {"float32": "float", "bfloat16": "Bfloat16", "float16": "Float16", "float64": "double"}
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr"]  # setup.py's
 STRICT = ["-Werror", "all-warnings"]

@@ -1,6 +1,6 @@
 """The contestants: the same step as a first draft, a careful rewrite, a compiled one, and this package's.
 
-The first three are `benchmarks.formulas`. Where AdamW follows, each takes the AdamW that goes with it, and
+The first three are `formulas.py`. Where AdamW follows, each takes the AdamW that goes with it, and
 this package takes part three times: attached to torch's AdamW, in one pass, and without any state of its own.
 All work on the same parameters and gradients, with state of the same size and dtype.
 """
@@ -19,9 +19,9 @@ import torch._dynamo
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.formulas import bias_corrections, foreach_update_, update_
-from benchmarks.shapes import Gradients
-from benchmarks.timing import Step, milliseconds
+from benchmarks.common.shapes import Gradients
+from benchmarks.common.timing import Step, milliseconds
+from benchmarks.step.formulas import bias_corrections, foreach_update_, update_
 from pats_kernels import PATS, PATSAdamW, backends
 from pats_kernels.hyperparameters import AdamWHyperparameters, Hyperparameters, Sensitivity, defaults_of
 from pats_kernels.state import keys_of

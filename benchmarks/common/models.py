@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import pats_kernels
-from benchmarks.shapes import Gradients
+from benchmarks.common.shapes import Gradients
 
 SEED = 0
 SEQUENCE = 128  # tokens

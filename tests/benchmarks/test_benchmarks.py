@@ -16,16 +16,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import formulas, machine, models, progress, timing, variants
 from benchmarks.__main__ import parse
-from benchmarks.models import Gradients
-from benchmarks.recheck import Wrong, recheck
-from benchmarks.results import adamw_bytes, bytes_per_param
-from benchmarks.variants import Contestant, Task, Tensors
+from benchmarks.common import machine, models, progress, timing
+from benchmarks.common.models import Gradients
+from benchmarks.common.results import adamw_bytes, bytes_per_param
+from benchmarks.step import formulas, variants
+from benchmarks.step.recheck import Wrong, recheck
+from benchmarks.step.variants import Contestant, Task, Tensors
 from pats_kernels import reference
 from pats_kernels.hyperparameters import AdamWHyperparameters
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TOP_KEYS = {"device", "torch", "triton", "model", "params", "copy_gbps", "adamw_fused_ms", "results"}
 ROW_KEYS = {

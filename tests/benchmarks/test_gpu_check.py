@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_parts, gpu_report, models, outcomes, shapes, suite, targets
-from benchmarks.gpu_check import Part
+from benchmarks import suite
+from benchmarks.common import models, shapes
+from benchmarks.gpu_check import check as gpu_check
+from benchmarks.gpu_check import outcomes, targets
+from benchmarks.gpu_check import parts as gpu_parts
+from benchmarks.gpu_check import report as gpu_report
+from benchmarks.gpu_check.check import Part
 from pats_kernels import available_backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -281,7 +286,16 @@ def test_outcomes_are_kept_of_a_run_that_dies(tmp_path: Path) -> None:
         "def test_never(): pass\n"
     )
     file = tmp_path / "outcomes"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.gpu_check.outcomes",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-c", str(tmp_path / "none.ini"), str(tmp_path), "--outcomes", str(file)]
     (tmp_path / "none.ini").write_text("[pytest]\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import codegen
+from benchmarks.codegen import compiled as codegen
+from benchmarks.codegen.machine_code import Sass
 from pats_kernels.backends import triton as backend
 from pats_kernels.hyperparameters import Form
 from pats_kernels.plan import LaunchKey
@@ -65,7 +66,7 @@ PIPES = {
 PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 
-def executed(sass: codegen.Sass, blocks: int, elements: float) -> dict[str, float]:
+def executed(sass: Sass, blocks: int, elements: float) -> dict[str, float]:
     """Instructions an element, by pipe; of two operations in one instruction (FFMA2) both are counted there,
     one is issued: "issued" has what the schedulers see. `elements`: a thread's in all of its blocks.
 

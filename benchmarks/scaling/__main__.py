@@ -20,10 +20,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, report
-from benchmarks.progress import progress
-from benchmarks.scaling_counts import GPUS, H200, MODELS, Assumptions, Row, rows
-from benchmarks.scaling_host import Host, measure, models_of
+from benchmarks.common import machine
+from benchmarks.common.progress import progress
+from benchmarks.scaling.counts import GPUS, H200, MODELS, Assumptions, Row, rows
+from benchmarks.scaling.host import Host, measure, models_of
+from benchmarks.step import report
 
 EXPERTS = (1000, 10_000, 100_000)
 REAL = (100, 1000, 10_000)  # tensors of the real steps

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import machine, models, timing, variants
-from benchmarks.recheck import recheck
-from benchmarks.results import Report, adamw_bytes, gigabytes_per_second, row
-from benchmarks.variants import Contestant, Task, Tensors
+from benchmarks.common import machine, models, timing
+from benchmarks.common.results import Report, adamw_bytes, gigabytes_per_second, row
+from benchmarks.step import variants
+from benchmarks.step.recheck import recheck
+from benchmarks.step.variants import Contestant, Task, Tensors
 from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization
 
 LEARNING_RATE = 1e-6  # small: the parameters shall stay those of the model through hundreds of steps

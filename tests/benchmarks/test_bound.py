@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import bound, codegen
+from benchmarks.codegen import bound
+from benchmarks.codegen import compiled as codegen
 
 H200 = next(gpu for gpu in bound.GPUS if gpu.name == "H200")
 B200 = next(gpu for gpu in bound.GPUS if gpu.name == "B200")

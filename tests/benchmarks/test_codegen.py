@@ -14,8 +14,9 @@ import torch
 import triton
 from expressions import expressions, unfused
 
-from benchmarks import codegen
-from benchmarks.amdgcn import Amdgcn
+from benchmarks.codegen import __main__ as command
+from benchmarks.codegen import compiled as codegen
+from benchmarks.codegen.amdgcn import Amdgcn
 from pats_kernels.backends import triton as backend
 from pats_kernels.backends import triton_kernel as kernels
 from pats_kernels.backends.triton import Tuning
@@ -256,7 +257,7 @@ def test_amd(arch: str, form: Form) -> None:
 def test_every_kernel_compiles_for_amd(arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All forms, phases and dtypes, down to a linked code object; no 16 bits are accessed by themselves."""
     file = tmp_path / "codegen.json"
-    codegen.main(["--arch", arch, "--json", str(file)])
+    command.main(["--arch", arch, "--json", str(file)])
     found = json.loads(file.read_text())["kernels"]
     assert len(found) == 3 * 3 + 2 + 5 + 2 + 1
     assert all(kernel["registers"] > 0 and kernel["scalar_registers"] > 0 for kernel in found)
@@ -296,7 +297,7 @@ def test_statistics_kernel(arch: str) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every combination that is to be reported, on the screen and in the file."""
     file = tmp_path / "codegen.json"
-    codegen.main(["--arch", "sm_90", "--json", str(file)])
+    command.main(["--arch", "sm_90", "--json", str(file)])
     content = json.loads(file.read_text())
     names = ("kernel", "form", "param_dtype", "state_dtype", "uncertainty")
     found = {tuple(kernel[name] for name in names) for kernel in content["kernels"]}

@@ -4,8 +4,8 @@ from typing import TypedDict
 
 import torch
 
-from benchmarks.machine import Machine
-from benchmarks.timing import Times
+from benchmarks.common.machine import Machine
+from benchmarks.common.timing import Times
 
 
 class Row(TypedDict):

@@ -1,0 +1,1 @@
+"""What compilers make of the GPU kernels, read on any machine."""

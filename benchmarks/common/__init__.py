@@ -1,0 +1,1 @@
+"""What every benchmark uses: clocks, machines, models, the results' shape."""
