@@ -204,7 +204,7 @@ static PATS_INLINE int32_t update(const Constants<T>& constants, const AdamW<T>&
     const T noise = kDoes.noise ? drawn.z[i] : T(0);
     if (kPart == Part::kNoise) {
       const T q = drawn.importance[i];
-      w = noised(c, !is_negative(q), q, drawn.z[i], w);
+      give_noise(c, !is_negative(q), q, drawn.z[i], w);
     }
     const bool finite = step(kDoes, kUncertainty, c, adam, state, random >> 16, noise, g, w, s, u, m, v);
     if (kPart == Part::kAverages) drawn.importance[i] = finite ? importance(kUncertainty, c, s, u) : T(-1);

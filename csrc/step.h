@@ -27,13 +27,13 @@ PATS_INLINE constexpr Does does(Form form, Phase phase) {
 // Rows 5 and 6; `noise` is noise_scale z. Chosen, not added: an infinite noise times 0 is NaN. Which form takes less
 // time was measured (docs/performance.md).
 template <class T>
-PATS_INLINE T noised(const Constants<T>& c, bool finite, T q, T noise, T w) {
+PATS_INLINE void give_noise(const Constants<T>& c, bool finite, T q, T noise, T& w) {
 #if defined(__AVX512F__)
   const T a = finite ? open_gate(c.k, c.gamma, q) : T(0), sum = multiply_add(a, noise, w);
-  return a > 0 ? sum : w;
+  w = a > 0 ? sum : w;
 #else
   const T a = open_gate(c.k, c.gamma, q), sum = multiply_add(a, noise, w);
-  return finite && a > 0 ? sum : w;
+  w = finite && a > 0 ? sum : w;
 #endif
 }
 
@@ -57,7 +57,7 @@ PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<
   } else if (does.from_moments) {
     finite = moments_sensitivity(uncertainty, adam, w, m, v, S, U);
   }
-  if (does.noise) w = noised(c, finite, importance(uncertainty, c, S, U), noise, w);
+  if (does.noise) give_noise(c, finite, importance(uncertainty, c, S, U), noise, w);
   if (does.adamw) w = adamw(adam, w, m, v);
   return finite;
 }
