@@ -56,11 +56,14 @@ SIMD_FLAGS = [
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
-        "avx2": ["-mavx2", "-mfma"],
+        # Scheduled before registers are allocated; and with AVX-512 selects instead of threaded jumps, of
+        # which both sides would be computed: docs/performance.md.
+        "avx2": ["-mavx2", "-mfma", "-fschedule-insns", "-fsched-pressure"],
         "avx512": [
             *(f"-mavx512{part}" for part in ("f", "dq", "bw", "vl")),
             "-mfma",
             "-mprefer-vector-width=512",
+            "-fno-thread-jumps",
         ],
     }
 

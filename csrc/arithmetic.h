@@ -106,13 +106,19 @@ PATS_INLINE float square_root(float x) { return sqrtf(x); }
 #endif
 #endif
 
-// U(x) = (x + 1/2) 2^-32, and the same less one where x is in the upper half, in parts of a full turn: the
-// angle, from a signed conversion.
+// U(x) = (x + 1/2) 2^-32. AVX2 converts signed numbers only: of the upper half it is the distance from 1 that is
+// converted.
 template <class T>
 PATS_INLINE T unit(uint32_t x) {
+#if defined(__CUDA_ARCH__)
   return multiply_add(static_cast<T>(x), T(0x1p-32), T(0x1p-33));
+#else
+  const int32_t distance = static_cast<int32_t>(x);
+  return multiply_add(static_cast<T>(distance), T(0x1p-32), distance < 0 ? T(1 + 0x1p-33) : T(0x1p-33));
+#endif
 }
 
+// The same less one where x is in the upper half, in parts of a full turn: the angle.
 template <class T>
 PATS_INLINE T turn(uint32_t x, T full) {
   return multiply_add(static_cast<T>(static_cast<int32_t>(x)), full * T(0x1p-32), full * T(0x1p-33));
@@ -128,16 +134,16 @@ PATS_INLINE float minus_two_log(float u) {
 #else
   // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f P(f), minimax, 7e-6 relative, so
   // that the radius keeps its precision where u nears 1.
-  const uint32_t bits = bits_of(u) - 0x3F3504F3u;
-  const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
-  const float f = float_of((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  const uint32_t exponent = (bits_of(u) - 0x3F3504F3u) & 0xFF800000u;
+  const float e = static_cast<float>(static_cast<int32_t>(exponent));  // times 2^23
+  const float f = float_of(bits_of(u) - exponent) - 1.0f;
   float p = 0.285841542f;
   p = multiply_add(p, f, -0.441118752f);
   p = multiply_add(p, f, 0.508065378f);
   p = multiply_add(p, f, -0.665160468f);
   p = multiply_add(p, f, 0.999804352f);
   p = multiply_add(p, f, -2.00000912f);
-  return multiply_add(p, f, -1.38629436f * e);
+  return multiply_add(p, f, -1.38629436f * 0x1p-23f * e);
 #endif
 }
 
@@ -193,17 +199,13 @@ PATS_INLINE float open_gate(float k, float gamma, float q) {
 #if defined(__CUDA_ARCH__)
   return tanh_of(multiply_add(k, reciprocal(q), -gamma));
 #else
-  float n = multiply_add(-gamma, q, k);
-  // tanh(x) = x N(x^2) / D(x^2), cut off at 1: 6e-5 absolute on [0, 8]. With x = n / q both divisions
-  // become one. The bounds on q keep its fifth power a float, those on n / q keep x in [0, 8].
-  q = smaller(larger(q, 1e-6f), 1e6f);
-  n = smaller(larger(n, 0.0f), 8.0f * q);
-  const float n2 = n * n, q2 = q * q;
-  const float above = multiply_add(0.000632542592f, n2, 0.100938031f * q2);
-  const float below = multiply_add(0.0124085007f, n2, 0.433590743f * q2);
-  const float numerator = n * multiply_add(above, n2, 0.999758623f * q2 * q2);
-  const float denominator = q * multiply_add(below, n2, q2 * q2);
-  return smaller(numerator / denominator, 1.0f);
+  // tanh(x) = x N(x^2) / D(x^2), 6e-5 absolute: below 1 up to where x is cut off, and there, with fused
+  // multiply-adds, 1. The bound on q makes 0 / 0 a 0. Two divisions take less time than what avoids one of them.
+  const float n = larger(multiply_add(-gamma, q, k), 0.0f);
+  const float x = smaller(n / larger(q, 0x1p-100f), 5.2406311f), x2 = x * x;
+  const float above = multiply_add(multiply_add(0.000632542592f, x2, 0.100938031f), x2, 0.999758623f);
+  const float below = multiply_add(multiply_add(0.0124085007f, x2, 0.433590743f), x2, 1.0f);
+  return x * above / below;
 #endif
 }
 
@@ -238,22 +240,12 @@ PATS_INLINE uint16_t half_of_float(float x) {
 #endif
 }
 
-// How a float is rounded to what its storage keeps: stochastically to bfloat16 (16 random bits are added,
-// then it is truncated), to the nearest bfloat16 (ties to even), or not at all. Numbers instead of branches,
-// so that one vectorized loop serves all.
-struct Rounding {
-  uint32_t random_mask, offset, odd_mask, kept;
-
-  PATS_INLINE static Rounding none() { return {0, 0, 0, 0xFFFFFFFFu}; }
-  PATS_INLINE static Rounding to_bfloat16(bool stochastic) {
-    return stochastic ? Rounding{0xFFFFu, 0, 0, 0xFFFF0000u} : Rounding{0, 0x7FFFu, 1, 0xFFFF0000u};
-  }
-
-  PATS_INLINE float operator()(float x, uint32_t random) const {
-    const uint32_t bits = bits_of(x);
-    const uint32_t increment = (random & random_mask) + offset + (bits >> 16 & odd_mask);
-    return is_nan(x) ? x : float_of((bits + increment) & kept);
-  }
-};
+// To bfloat16: 16 random bits are added, or what rounds to the nearest, ties to even; then the lower half is cut
+// off. A NaN with bits in its lower half could overflow.
+template <bool kStochastic, bool kAnyNan>
+PATS_INLINE float rounded(float x, uint32_t random) {
+  const uint32_t bits = bits_of(x), sum = bits + (kStochastic ? random : 0x7FFFu + (bits >> 16 & 1u));
+  return float_of((kAnyNan && is_nan(x) ? bits | 0x00400000u : sum) & 0xFFFF0000u);
+}
 
 }  // namespace pats

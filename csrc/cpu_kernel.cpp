@@ -1,82 +1,79 @@
 // The CPU kernel: one source for every instruction set. setup.py compiles it with -mavx512..., with -mavx2
 // and plainly; PATS_CHUNK names the function that each of the objects exports, and cpu.cpp picks one.
 //
-// The path of the data: a chunk is cut into blocks of kBlock elements. A block is loaded (float32 storage
-// is used where it lies), its noise is drawn into the L1 cache, it is updated by one loop that the
-// compiler vectorizes, and it is stored. Tails and strided tensors are gathered into the same blocks.
+// The path of the data: a chunk is cut into blocks of kBlock elements. A block's random words are drawn into the L1
+// cache, its normals are made of them, and it is updated where it lies, each by a loop of its own that the compiler
+// vectorizes: a processor that sees a hundred or two of instructions ahead overlaps more iterations of short loops.
+// Tails and strided tensors are copied into blocks of their own and back.
 //
 // Nothing here may come from a header as an ordinary inline function: the linker keeps one copy of those,
 // and it might be one with instructions that the machine does not have.
 #include "cpu_kernel.h"
 
+#include "groups.h"
 #include "step.h"
 #include "storage.h"
 
 namespace pats {
 namespace {
 
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
 constexpr int kBlock = 256;
 constexpr int kGroups = kBlock / 4;
 
-struct Draw {  // what, with an element's index, its random words depend on
+struct Draw {  // what, with an element's number, its random words depend on
   uint64_t seed;
-  uint32_t tensor_id, step;
-};
+  uint32_t tensor_id, step, high;
+  Groups noise, rounding;  // of groups whose high word is `high`
 
-using BlockWords = uint32_t[4][kGroups];
+  Draw(const Row& row, uint32_t step, uint32_t high)
+      : seed(row.seed), tensor_id(static_cast<uint32_t>(row.tensor_id)), step(step), high(high),
+        noise(high, tensor_id, step, seed), rounding(high | kRoundingBit, tensor_id, step, seed) {}
+};
 
 // ---- random words and normals of a block
 
-static inline void draw(const Draw& d, uint64_t group, uint32_t top_bit, BlockWords& x) {
-#if defined(__AVX2__)
-  const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32) | top_bit;
-  for (int k = 0; k < kGroups; k += kGroupsAtOnce) {
-    const auto words = philox4x32_at_once(low + k, high, d.tensor_id, d.step, d.seed);
-    memcpy(&x[0][k], &words.x0, sizeof words.x0);
-    memcpy(&x[1][k], &words.x1, sizeof words.x1);
-    memcpy(&x[2][k], &words.x2, sizeof words.x2);
-    memcpy(&x[3][k], &words.x3, sizeof words.x3);
-  }
-#else
-  const Lane low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32) | top_bit;
-#pragma omp simd
-  for (int k = 0; k < kGroups; ++k) {
-    const Words words = philox4x32(low + k, high, d.tensor_id, d.step, d.seed);
-    x[0][k] = words.x0;
-    x[1][k] = words.x1;
-    x[2][k] = words.x2;
-    x[3][k] = words.x3;
-  }
-#endif
+// Rows of words that their loops draw at once, one after another in memory.
+using BlockWords = uint32_t[kGroups / kLanes][4][kLanes];
+static_assert(kGroups % (kVectors * kLanes) == 0);
+
+static inline void draw(const Groups& words, uint32_t low, BlockWords& x) {
+  for (int k = 0; k < kGroups / kLanes; k += kVectors) words(low + k * kLanes, x + k);
 }
 
 template <class T>
-static inline void normals(const Draw& d, uint64_t group, const Circle<T>& circle, T* z) {
+static inline void normals(const Groups& words, uint32_t low, const Circle<T>& of_chunk, T* z) {
+  const Circle<T> circle = of_chunk;
   alignas(64) BlockWords x;
-  draw(d, group, 0, x);
+  draw(words, low, x);
+  for (int k = 0; k < kGroups / kLanes; ++k) {
+    alignas(64) T of[4][kLanes];
 #pragma omp simd
-  for (int k = 0; k < kGroups; ++k) {
-    const T r0 = square_root(minus_two_log(unit<T>(x[0][k])));
-    const T r1 = square_root(minus_two_log(unit<T>(x[2][k])));
-    T cos0, sin0, cos1, sin1;
-    circle(turn<T>(x[1][k], Circle<T>::kTurn), cos0, sin0);
-    circle(turn<T>(x[3][k], Circle<T>::kTurn), cos1, sin1);
-    z[4 * k] = r0 * cos0;
-    z[4 * k + 1] = r0 * sin0;
-    z[4 * k + 2] = r1 * cos1;
-    z[4 * k + 3] = r1 * sin1;
+    for (int i = 0; i < kLanes; ++i) {
+      const T r0 = square_root(minus_two_log(unit<T>(x[k][0][i])));
+      const T r1 = square_root(minus_two_log(unit<T>(x[k][2][i])));
+      T cos0, sin0, cos1, sin1;
+      circle(turn<T>(x[k][1][i], Circle<T>::kTurn), cos0, sin0);
+      circle(turn<T>(x[k][3][i], Circle<T>::kTurn), cos1, sin1);
+      of[0][i] = r0 * cos0;
+      of[1][i] = r0 * sin0;
+      of[2][i] = r1 * cos1;
+      of[3][i] = r1 * sin1;
+    }
+    in_order(of, z + 4 * kLanes * k);
   }
 }
 
-static inline void rounding_bits(const Draw& d, uint64_t group, uint32_t* bits) {
-  alignas(64) BlockWords x;
-  draw(d, group, kRoundingBit, x);
-#pragma omp simd
-  for (int k = 0; k < kGroups; ++k) {
-    bits[4 * k] = x[0][k];
-    bits[4 * k + 1] = x[1][k];
-    bits[4 * k + 2] = x[2][k];
-    bits[4 * k + 3] = x[3][k];
+static inline void rounding_bits(const Groups& words, uint32_t low, uint32_t* bits) {
+  alignas(64) uint32_t x[kVectors][4][kLanes];
+  for (int k = 0; k < kGroups; k += kVectors * kLanes) {
+    words(low + k, x);
+    PATS_UNROLL
+    for (int v = 0; v < kVectors; ++v) in_order(x[v], bits + 4 * (k + v * kLanes));
   }
 }
 
@@ -111,101 +108,158 @@ __attribute__((noinline)) static void rounding_bits(const Draw& d, const int64_t
 
 // ---- the update of a block
 
-struct Roundings {
-  Rounding param, state;
-  bool draws;  // whether they ask for random bits
-};
-
-template <class T>
+template <class P, class S>
 struct Block {
-  T *w, *S, *U, *m, *v;
-  const T* g;
+  P* w;
+  const P* g;
+  S *sens, *unc, *m, *v;
   uint64_t group;          // of its first element: its number / 4
   const int64_t* numbers;  // of all its elements; null: they follow one another
 };
 
-// Of a block, by halves: in an order that no vector's width decides. kMarked: signs are marks.
+// As `Storage` will keep it.
+template <class Storage, bool kStochastic, bool kAnyNan, class T>
+static PATS_INLINE T stored(T x, uint32_t random) {
+  if constexpr (same<Storage, Bfloat16>) return T(rounded<kStochastic, kAnyNan>(static_cast<float>(x), random));
+  if constexpr (same<Storage, float>) return T(static_cast<float>(x));
+  return x;
+}
+
+// Of a block, by places within kPlaces: in an order that no vector's width decides. kMarked: signs are marks.
 template <bool kMarked, class T>
 static inline T sum_of(const T* x) {
-  constexpr int kHalf = kBlock / 2;
-  alignas(64) T sums[kHalf];
+  constexpr int kPlaces = 32;
+  alignas(64) T sums[kPlaces];
 #pragma omp simd
-  for (int i = 0; i < kHalf; ++i) {
-    sums[i] = kMarked ? magnitude(x[i]) + magnitude(x[i + kHalf]) : x[i] + x[i + kHalf];
+  for (int i = 0; i < kPlaces; ++i) {
+    T sum = kMarked ? magnitude(x[i]) : x[i];
+    PATS_UNROLL
+    for (int row = kPlaces; row < kBlock; row += kPlaces) sum += kMarked ? magnitude(x[row + i]) : x[row + i];
+    sums[i] = sum;
   }
   PATS_UNROLL
-  for (int width = kHalf / 2; width > 0; width /= 2) {
+  for (int width = kPlaces / 2; width > 0; width /= 2) {
 #pragma omp simd
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
   }
   return sums[0];
 }
 
-template <class T, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kRounds>
-__attribute__((noinline)) void update_block(const Constants<T>& constants, const AdamW<T>& adamw_constants,
-                                            const Circle<T>& circle, const Draw& d, const Roundings& roundings,
-                                            const Block<T>& block, Partial& partial) {
-  constexpr Does kDoes = does(kForm, kPhase);
-  constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
-  alignas(64) T z[kBlock];
-  alignas(64) uint32_t bits[kBlock] = {};
-  if (block.numbers) {
-    if (kDoes.noise) normals(d, block.numbers, circle, z);
-    if (kRounds && roundings.draws) rounding_bits(d, block.numbers, bits);
-  } else {
-    if (kDoes.noise) normals(d, block.group, circle, z);
-    if (kRounds && roundings.draws) rounding_bits(d, block.group, bits);
-  }
+// What of a block is no operand.
+template <class T>
+struct Drawn {
+  alignas(64) T z[kBlock];  // the noise
+  alignas(64) uint32_t bits[kBlock];
+  alignas(64) T sens[kBlock], unc[kBlock];  // to be summed, where they are not stored as they are
+  alignas(64) T importance[kBlock];         // from a step's first half to its second; negative: not finite
+};
 
+// One pass over memory may be two loops over a block: their iterations are shorter, so that a processor sees more of
+// them ahead. With AVX2 it does not gain what the second loop costs.
+#if defined(__AVX512F__)
+constexpr bool kTwoLoops = true;
+#else
+constexpr bool kTwoLoops = false;
+#endif
+
+enum class Part { kWhole, kAverages, kNoise };
+
+PATS_INLINE constexpr Does does(Form form, Phase phase, Part part) {
+  Does all = does(form, phase);
+  if (part == Part::kAverages) all.moments = all.noise = all.adamw = false;
+  if (part == Part::kNoise) all.reads_averages = all.averages = all.noise = all.sums = false;
+  return all;
+}
+
+template <class S, class T>
+constexpr bool sums_stored(const Does& does) {
+  return does.averages && same<S, T>;
+}
+
+// Returns how many sensitivities are not finite.
+template <class T, class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kStochastic, Part kPart>
+static PATS_INLINE int32_t update(const Constants<T>& constants, const AdamW<T>& adamw_constants,
+                                  const Block<P, S>& block, Drawn<T>& drawn) {
+  constexpr Does kDoes = does(kForm, kPhase, kPart);
+  constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
+  // The lower half of a NaN is zero where all that is read is bfloat16, and so it is of the processor's own.
+  constexpr bool kAnyNan = !same<P, Bfloat16> || !same<S, Bfloat16>;
   const Constants<T> c = constants;
   const AdamW<T> adam = adamw_constants;
-  const Rounding round_param = roundings.param, round_state = roundings.state;
-  // As they are stored: state narrower than double is always a float's, a double parameter a double's.
-  const auto state = [&](T x, uint32_t random) -> T {
-    return kRounds ? T(round_state(static_cast<float>(x), random)) : x;
-  };
-  const auto param = [&](T x, uint32_t random) -> T {
-    return kRounds && sizeof(T) == sizeof(float) ? T(round_param(static_cast<float>(x), random)) : x;
-  };
-  T* __restrict W = block.w;
-  const T* __restrict G = block.g;
-  T* __restrict S = block.S;
-  T* __restrict U = block.U;
-  T* __restrict M = block.m;
-  T* __restrict V = block.v;
-  alignas(64) T own_s[kBlock], own_u[kBlock];  // what is not stored
+  const auto state = [](T x, uint32_t random) { return stored<S, kStochastic, kAnyNan>(x, random); };
+  P* __restrict W = block.w;
+  const P* __restrict G = block.g;
+  S* __restrict SENS = block.sens;
+  S* __restrict UNC = block.unc;
+  S* __restrict M = block.m;
+  S* __restrict V = block.v;
   int32_t nonfinite = 0;
 #pragma omp simd reduction(+ : nonfinite)
   for (int i = 0; i < kBlock; ++i) {
-    T w = W[i], g = 0, m = 0, v = 0, s = 0, u = 0;
-    if (kDoes.averages || kDoes.moments) g = G[i];
-    if (kDoes.moments) m = M[i], v = V[i];
-    if (kDoes.reads_averages) s = S[i], u = kHasUnc ? U[i] : T(0);
-    const uint32_t random = bits[i] >> 16;
-    const T noise = kDoes.noise ? z[i] : T(0);
-    const bool finite = step(kDoes, kUncertainty, c, adam, state, random, noise, g, w, s, u, m, v);
-    if (kDoes.sums && !kDoes.averages) own_s[i] = s, own_u[i] = u;
-    nonfinite += !finite;
-    if (kDoes.averages) S[i] = kPhase == Phase::kAverages && !finite ? negative(s) : s;
-    if (kDoes.averages && kHasUnc) U[i] = u;
-    if (kDoes.adamw) {
-      M[i] = state(m, random);
-      V[i] = state(v, random);
+    T w = widen(W[i]), g = 0, m = 0, v = 0, s = 0, u = 0;
+    if (kDoes.averages || kDoes.moments) g = widen(G[i]);
+    if (kDoes.moments) m = widen(M[i]), v = widen(V[i]);
+    if (kDoes.reads_averages) s = widen(SENS[i]), u = kHasUnc ? widen(UNC[i]) : T(0);
+    const uint32_t random = kStochastic ? drawn.bits[i] : 0;
+    const T noise = kDoes.noise ? drawn.z[i] : T(0);
+    if (kPart == Part::kNoise) {
+      const T q = drawn.importance[i];
+      give_noise(c, !is_negative(q), q, drawn.z[i], w);
     }
-    if (kDoes.noise || kDoes.adamw) W[i] = param(w, bits[i]);
+    const bool finite = step(kDoes, kUncertainty, c, adam, state, random >> 16, noise, g, w, s, u, m, v);
+    if (kPart == Part::kAverages) drawn.importance[i] = finite ? importance(kUncertainty, c, s, u) : T(-1);
+    if (kDoes.sums && !sums_stored<S, T>(kDoes)) drawn.sens[i] = s, drawn.unc[i] = u;
+    nonfinite += !finite;
+    if (kDoes.averages) narrow(kPhase == Phase::kAverages && !finite ? negative(s) : s, SENS[i]);
+    if (kDoes.averages && kHasUnc) narrow(u, UNC[i]);
+    if (kDoes.adamw) {
+      narrow(state(m, random >> 16), M[i]);
+      narrow(state(v, random >> 16), V[i]);
+    }
+    if (kDoes.noise || kDoes.adamw || kPart == Part::kNoise) {
+      narrow(stored<P, kStochastic, kAnyNan>(w, random & 0xFFFFu), W[i]);
+    }
   }
-  if (kDoes.reads_averages && kPhase == Phase::kNoise && nonfinite > 0) {
+  return nonfinite;
+}
+
+template <class T, class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kStochastic>
+__attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T>& adam, const Circle<T>& circle,
+                                            const Draw& d, const Block<P, S>& block, Partial& partial) {
+  constexpr Does kDoes = does(kForm, kPhase);
+  constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
+  Drawn<T> drawn;
+  const uint32_t low = static_cast<uint32_t>(block.group);
+  if (kDoes.noise && block.numbers) normals(d, block.numbers, circle, drawn.z);
+  if (kDoes.noise && !block.numbers) normals(d.noise, low, circle, drawn.z);
+  if (kStochastic && block.numbers) rounding_bits(d, block.numbers, drawn.bits);
+  if (kStochastic && !block.numbers) rounding_bits(d.rounding, low, drawn.bits);
+
+  int32_t nonfinite;
+  // AdamW's six operands in float32 come from memory sooner in one loop.
+  if constexpr (kTwoLoops && kDoes.averages && kDoes.noise && (!kDoes.adamw || sizeof(P) < 4)) {
+    nonfinite = update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kAverages>(c, adam, block, drawn);
+    update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kNoise>(c, adam, block, drawn);
+  } else {
+    nonfinite = update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kWhole>(c, adam, block, drawn);
+  }
+  if constexpr (kDoes.reads_averages && kPhase == Phase::kNoise) {
+    if (nonfinite > 0) {
 #pragma omp simd
-    for (int i = 0; i < kBlock; ++i) S[i] = magnitude(S[i]);
+      for (int i = 0; i < kBlock; ++i) narrow(magnitude(widen(block.sens[i])), block.sens[i]);
+    }
   }
-  if (kDoes.sums) {
-    partial.sens += sum_of<kPhase == Phase::kAverages>(kDoes.averages ? S : own_s);
-    if (kUncertainty != Uncertainty::kNone) partial.unc += sum_of<false>(kDoes.averages ? U : own_u);
+  if constexpr (sums_stored<S, T>(kDoes)) {
+    partial.sens += sum_of<kPhase == Phase::kAverages>(block.sens);
+    if (kHasUnc) partial.unc += sum_of<false>(block.unc);
+  } else if (kDoes.sums) {
+    partial.sens += sum_of<false>(drawn.sens);
+    if (kHasUnc) partial.unc += sum_of<false>(drawn.unc);
   }
   partial.nonfinite += nonfinite;
 }
 
-// ---- storage: a block of it in the arithmetic's type, where it lies or in a buffer
+// ---- storage: a block of it, where it lies or in a buffer
 
 // Where each of a block's elements lies in an operand that is not contiguous, or what its number is.
 using Offsets = int64_t[kBlock];
@@ -234,95 +288,77 @@ static bool walk(const Row& row, const Dimension* dimensions, int64_t Dimension:
   return false;
 }
 
-template <class T, class Storage>
+template <class Storage>
 struct Operand {
   Storage* const data;
   int64_t Dimension::*const stride;
   bool scattered = false;
   int64_t from = 0;  // where they are not, the block's first element
   Offsets offsets;
-  alignas(64) T buffer[kBlock];
+  alignas(64) Storage buffer[kBlock];
 
   Operand(void* data, int64_t Dimension::*stride) : data(static_cast<Storage*>(data)), stride(stride) {}
 
   // Elements [begin, begin + n), followed by zeros up to a full block, which change no statistic.
-  T* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
+  Storage* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
     scattered = row.ndim > 0 && !walk(row, dimensions, stride, 0, begin, n, offsets);
     from = row.ndim > 0 ? offsets[0] : begin;
-    if (scattered) {
-      for (int i = 0; i < n; ++i) buffer[i] = widen(data[offsets[i]]);
-    } else if (sizeof(T) == sizeof(Storage) && n == kBlock) {
-      return reinterpret_cast<T*>(data) + from;
-    } else {
-      const Storage* p = data + from;
-#pragma omp simd
-      for (int i = 0; i < n; ++i) buffer[i] = widen(p[i]);
-    }
-    for (int i = n; i < kBlock; ++i) buffer[i] = 0;
+    if (!scattered && n == kBlock) return data + from;
+    for (int i = 0; i < n; ++i) buffer[i] = data[scattered ? offsets[i] : from + i];
+    for (int i = n; i < kBlock; ++i) buffer[i] = {};
     return buffer;
   }
 
-  void store(const T* block, int n) {
+  void store(const Storage* block, int n) {
     if (block != buffer) return;
-    if (scattered) {
-      for (int i = 0; i < n; ++i) narrow(buffer[i], data[offsets[i]]);
-    } else {
-      Storage* p = data + from;
-#pragma omp simd
-      for (int i = 0; i < n; ++i) narrow(buffer[i], p[i]);
-    }
+    for (int i = 0; i < n; ++i) data[scattered ? offsets[i] : from + i] = buffer[i];
   }
 };
 
 // ---- a chunk
 
-template <class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase>
+template <class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kStochastic>
 Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimensions, const float* stats,
               uint32_t step, int64_t begin, int64_t end) {
   using T = decltype(widen(P{}));
   constexpr Does kDoes = does(kForm, kPhase);
   constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
-  constexpr bool kRounds = sizeof(T) != sizeof(S) || sizeof(T) != sizeof(P);
   const T grad_scale = static_cast<T>(kForm == Form::kPats ? args.grad_scale : args.grad_scale * row.grad_sign);
   const Constants<T> c = constants<T>(kUncertainty, row, stats, grad_scale);
   const AdamW<T> adam = kForm == Form::kPats ? AdamW<T>{} : adamw_constants<T>(row, step);
   const Circle<T> circle(c.noise_scale);
-  const Draw d{row.seed, static_cast<uint32_t>(row.tensor_id), step};
-  const auto rounding = [&](Storage storage) {
-    return storage == Storage::kBfloat16 ? Rounding::to_bfloat16(args.stochastic_rounding) : Rounding::none();
-  };
-  const Roundings roundings{rounding(args.param), rounding(args.state), args.stochastic_rounding};
-  Operand<T, P> w(row.param, &Dimension::param), g(const_cast<void*>(row.grad), &Dimension::grad);
-  Operand<T, S> s(row.sens, &Dimension::sens), u(row.unc, &Dimension::unc);
-  Operand<T, S> m(row.exp_avg, &Dimension::exp_avg), v(row.exp_avg_sq, &Dimension::exp_avg_sq);
+  const uint64_t first_group = static_cast<uint64_t>(row.offset + begin) / 4;
+  const Draw d(row, step, static_cast<uint32_t>(first_group >> 32));
+  Operand<P> w(row.param, &Dimension::param), g(const_cast<void*>(row.grad), &Dimension::grad);
+  Operand<S> s(row.sens, &Dimension::sens), u(row.unc, &Dimension::unc);
+  Operand<S> m(row.exp_avg, &Dimension::exp_avg), v(row.exp_avg_sq, &Dimension::exp_avg_sq);
 
   Offsets numbers = {};
 
   Partial total{0, 0, 0};
   for (int64_t i = begin; i < end; i += kBlock) {
     const int n = end - i < kBlock ? static_cast<int>(end - i) : kBlock;
-    Block<T> block{};
+    Block<P, S> block{};
     block.w = w.load(row, dimensions, i, n);
     if (kDoes.averages || kDoes.moments) block.g = g.load(row, dimensions, i, n);
-    if (kDoes.reads_averages) block.S = s.load(row, dimensions, i, n);
-    if (kHasUnc) block.U = u.load(row, dimensions, i, n);
+    if (kDoes.reads_averages) block.sens = s.load(row, dimensions, i, n);
+    if (kHasUnc) block.unc = u.load(row, dimensions, i, n);
     if (kDoes.moments) block.m = m.load(row, dimensions, i, n);
     if (kDoes.moments) block.v = v.load(row, dimensions, i, n);
-    block.group = static_cast<uint64_t>(row.offset + i) / 4;
-    if (row.ndim > 0) {
-      const bool follow = walk(row, dimensions, &Dimension::number, row.offset, i, n, numbers);
-      block.group = static_cast<uint64_t>(numbers[0]) / 4;
-      const bool wraps = static_cast<uint32_t>(block.group) > ~uint32_t{0} - kGroups;  // within the block
-      if (!follow || numbers[0] % 4 != 0 || wraps) block.numbers = numbers;
-      if (follow && block.numbers) {
-        for (int k = 1; k < n; ++k) numbers[k] = numbers[0] + k;
-      }
+    bool follow = true;
+    numbers[0] = row.offset + i;
+    if (row.ndim > 0) follow = walk(row, dimensions, &Dimension::number, row.offset, i, n, numbers);
+    block.group = static_cast<uint64_t>(numbers[0]) / 4;
+    const bool same_high = block.group >> 32 == d.high && (block.group + kGroups - 1) >> 32 == d.high;
+    if (!follow || numbers[0] % 4 != 0 || !same_high) block.numbers = numbers;
+    if (follow && block.numbers) {
+      for (int k = 1; k < n; ++k) numbers[k] = numbers[0] + k;
     }
     Partial partial{0, 0, 0};
-    update_block<T, kForm, kUncertainty, kPhase, kRounds>(c, adam, circle, d, roundings, block, partial);
+    update_block<T, P, S, kForm, kUncertainty, kPhase, kStochastic>(c, adam, circle, d, block, partial);
     const bool unmarks = kDoes.reads_averages && kPhase == Phase::kNoise && partial.nonfinite > 0;
-    if (kDoes.averages || unmarks) s.store(block.S, n);
-    if (kDoes.averages && kHasUnc) u.store(block.U, n);
+    if (kDoes.averages || unmarks) s.store(block.sens, n);
+    if (kDoes.averages && kHasUnc) u.store(block.unc, n);
     if (kDoes.adamw) m.store(block.m, n);
     if (kDoes.adamw) v.store(block.v, n);
     if (kDoes.noise || kDoes.adamw) w.store(block.w, n);
@@ -335,29 +371,36 @@ Partial chunk(const LaunchArgs& args, const Row& row, const Dimension* dimension
 
 // ---- from run-time values to templates, one argument at a time
 
+template <class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase>
+ChunkFunction of_rounding(const LaunchArgs& args) {
+  constexpr bool kRounds = same<P, Bfloat16> || same<S, Bfloat16>;
+  if (kRounds && args.stochastic_rounding) return chunk<P, S, kForm, kUncertainty, kPhase, kRounds>;
+  return chunk<P, S, kForm, kUncertainty, kPhase, false>;
+}
+
 template <class P, class S, Form kForm, Uncertainty kUncertainty>
-ChunkFunction of_phase(Phase phase) {
+ChunkFunction of_phase(const LaunchArgs& args) {
   // Without means to be known first, AdamW alone is one pass; and what PATS averages is no matter of AdamW.
   constexpr Form kAveraging = kForm == Form::kPatsAdamW ? Form::kPats : kForm;
-  switch (phase) {
-    case Phase::kOnePass: return chunk<P, S, kForm, kUncertainty, Phase::kOnePass>;
-    case Phase::kAverages: return chunk<P, S, kAveraging, kUncertainty, Phase::kAverages>;
-    default: return chunk<P, S, kForm, kUncertainty, Phase::kNoise>;
+  switch (args.phase) {
+    case Phase::kOnePass: return of_rounding<P, S, kForm, kUncertainty, Phase::kOnePass>(args);
+    case Phase::kAverages: return of_rounding<P, S, kAveraging, kUncertainty, Phase::kAverages>(args);
+    default: return of_rounding<P, S, kForm, kUncertainty, Phase::kNoise>(args);
   }
 }
 
 template <class P, class S, Form kForm>
 ChunkFunction of_uncertainty(const LaunchArgs& args) {
   switch (args.uncertainty) {
-    case Uncertainty::kProduct: return of_phase<P, S, kForm, Uncertainty::kProduct>(args.phase);
-    case Uncertainty::kUcb: return of_phase<P, S, kForm, Uncertainty::kUcb>(args.phase);
-    default: return of_phase<P, S, kForm, Uncertainty::kNone>(args.phase);
+    case Uncertainty::kProduct: return of_phase<P, S, kForm, Uncertainty::kProduct>(args);
+    case Uncertainty::kUcb: return of_phase<P, S, kForm, Uncertainty::kUcb>(args);
+    default: return of_phase<P, S, kForm, Uncertainty::kNone>(args);
   }
 }
 
 template <class P, class S>
 ChunkFunction of_form(const LaunchArgs& args, bool noisy) {
-  if (!noisy) return chunk<P, S, Form::kAdamW, Uncertainty::kNone, Phase::kOnePass>;
+  if (!noisy) return of_rounding<P, S, Form::kAdamW, Uncertainty::kNone, Phase::kOnePass>(args);
   switch (args.form) {
     case Form::kPats: return of_uncertainty<P, S, Form::kPats>(args);
     case Form::kPatsAdamW: return of_uncertainty<P, S, Form::kPatsAdamW>(args);

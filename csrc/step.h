@@ -24,6 +24,19 @@ PATS_INLINE constexpr Does does(Form form, Phase phase) {
           form != Form::kAdamW && !second};
 }
 
+// Rows 5 and 6; `noise` is noise_scale z. Chosen, not added: an infinite noise times 0 is NaN. Which form takes less
+// time was measured (docs/performance.md).
+template <class T>
+PATS_INLINE void give_noise(const Constants<T>& c, bool finite, T q, T noise, T& w) {
+#if defined(__AVX512F__)
+  const T a = finite ? open_gate(c.k, c.gamma, q) : T(0), sum = multiply_add(a, noise, w);
+  w = a > 0 ? sum : w;
+#else
+  const T a = open_gate(c.k, c.gamma, q), sum = multiply_add(a, noise, w);
+  w = finite && a > 0 ? sum : w;
+#endif
+}
+
 // What the form does not have is not looked at. `stored` rounds S and U as their storage will, with `random`;
 // `noise` is noise_scale z. Returns whether the sensitivity is finite. Between the two phases of the exact
 // normalization the sign of S marks the elements where it was not: they get no noise, and the second phase
@@ -44,16 +57,7 @@ PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<
   } else if (does.from_moments) {
     finite = moments_sensitivity(uncertainty, adam, w, m, v, S, U);
   }
-  if (does.noise) {
-    // Chosen, not added: an infinite noise times 0 is NaN. Each compiler makes the most of its own form.
-#if defined(__CUDA_ARCH__)
-    const T a = gate(uncertainty, c, S, U), noised = multiply_add(a, noise, w);
-    w = finite && a > 0 ? noised : w;
-#else
-    const T a = finite ? gate(uncertainty, c, S, U) : T(0), noised = multiply_add(a, noise, w);
-    w = a > 0 ? noised : w;
-#endif
-  }
+  if (does.noise) give_noise(c, finite, importance(uncertainty, c, S, U), noise, w);
   if (does.adamw) w = adamw(adam, w, m, v);
   return finite;
 }

@@ -17,13 +17,11 @@ PATS_INLINE double widen(double x) { return x; }
 PATS_INLINE float widen(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 PATS_INLINE float widen(Float16 x) { return float_of_half(x.bits); }
 
-// A float that goes to bfloat16 has been rounded already: its low half is zero, or it is NaN.
+// A float that goes to bfloat16 has been rounded already: its low half is zero.
 PATS_INLINE void narrow(double x, float& to) { to = static_cast<float>(x); }
 PATS_INLINE void narrow(double x, double& to) { to = x; }
 PATS_INLINE void narrow(float x, float& to) { to = x; }
-PATS_INLINE void narrow(float x, Bfloat16& to) {
-  to.bits = static_cast<uint16_t>((bits_of(x) >> 16) | (is_nan(x) ? 0x40u : 0u));
-}
+PATS_INLINE void narrow(float x, Bfloat16& to) { to.bits = static_cast<uint16_t>(bits_of(x) >> 16); }
 PATS_INLINE void narrow(float x, Float16& to) { to.bits = half_of_float(x); }
 
 }  // namespace pats

@@ -63,13 +63,13 @@ PATS_INLINE bool update_averages(Uncertainty uncertainty, const Constants<T>& c,
   return finite;
 }
 
-// Rows 4 and 5. Not above 0 where the gate is closed.
+// Row 4, times k.
 template <class T>
-PATS_INLINE T gate(Uncertainty uncertainty, const Constants<T>& c, T S, T U) {
+PATS_INLINE T importance(Uncertainty uncertainty, const Constants<T>& c, T S, T U) {
   T q = S * c.sens_factor;
   if (uncertainty == Uncertainty::kProduct) q *= U * c.unc_factor;
   if (uncertainty == Uncertainty::kUcb) q = (S + U) * c.sens_factor;
-  return open_gate(c.k, c.gamma, q);
+  return q;
 }
 
 // torch.optim.AdamW's constants, for moments without their bias corrections:

@@ -141,6 +141,20 @@ def test_what_is_not_a_number(backend: str, store: str) -> None:
     check(store, work_of([x], "without noise"), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_nan_of_ones_stays_one(backend: str, dtype: torch.dtype) -> None:
+    """What is added to the bits of 0x7FFF..., a GPU's NaN in float16, must not carry into the sign: then
+    it would be a zero."""
+    integer, ones = (torch.int32, 2**31 - 1) if dtype == torch.float32 else (torch.int16, 2**15 - 1)
+    param = nn.Parameter(torch.ones(600, dtype=dtype))
+    param.grad = torch.full((600,), ones, dtype=integer).view(dtype)
+    optimizer = PATSAdamW([param], lr=0.1, state_dtype=torch.bfloat16, backend=backend)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert state["exp_avg"].dtype == torch.bfloat16
+    assert all(tensor.isnan().all() for tensor in (param, state["exp_avg"], state["exp_avg_sq"]))
+
+
 @pytest.mark.parametrize("store", ["averages", "weights"])
 def test_float16_and_float32_are_not_touched(backend: str, store: str) -> None:
     """Random bits are for bfloat16 alone: float16 rounds to nearest, float32 not at all."""
