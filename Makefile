@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHES := torch-2.10 torch-2.14
 
-.PHONY: setup bench test test-ptx fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
+.PHONY: setup docs bench test test-ptx fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -84,6 +84,10 @@ statistics: setup
 # AdamW against PATS with the Hugging Face Trainer, offline: a small BERT learns a grammar's sentences.
 finetune: setup
 	$(BIN)/python examples/run_glue.py
+
+# The site, of docs/ and the three pages beside it, in site/: a broken link or a docstring that cannot be read fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: setup
 	$(BIN)/ruff check .

@@ -72,10 +72,17 @@ class PATSAdamW(Optimizer):
             noise_scale, has to be a tensor on the GPU.
         sensitivity: "ema": moving averages of |w * g| and of its uncertainty; "moments": both out of AdamW's
             own moments, in registers, with no state but two numbers a tensor: 28 bytes a parameter.
-        noise_scale, gamma, sens_betas, uncertainty, normalization, stochastic_rounding, seed: see `PATS`.
+        noise_scale: as in `PATS`.
+        gamma: as in `PATS`.
+        sens_betas: as in `PATS`.
+        uncertainty: as in `PATS`.
+        normalization: as in `PATS`.
+        stochastic_rounding: as in `PATS`.
+        seed: as in `PATS`.
         state_dtype: of moments and averages, float32 or bfloat16; None: the parameter's, float32 for float16.
         backend: "auto", "triton", "cuda", "cpp" or "eager"; see `available_backends`.
-        amsgrad, differentiable: not supported.
+        amsgrad: not supported.
+        differentiable: not supported.
         foreach: accepted as `torch.optim.AdamW` has it, and ignored.
         fused: it is always fused. False says that a GradScaler is to unscale, and to skip steps, before
             `step`: for whom that is in the way, as Lightning's gradient clipping under "bf16-mixed" is.

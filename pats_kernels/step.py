@@ -178,7 +178,8 @@ def pats_step_(
 ) -> None:
     """One PATS step over lists of tensors, in place. The formula is `pats_kernels.reference`'s.
 
-    Tensors that are empty, have no gradient (None) or a noise_scale of 0 are skipped.
+    Tensors that are empty, have no gradient (None) or a noise_scale of 0 are skipped. Errors come before any
+    tensor is touched.
 
     Args:
         params: float32, bfloat16, float16 or float64, of any shape and strides, on any devices.
@@ -188,7 +189,13 @@ def pats_step_(
         sens_stats: mean(S) and mean(U), float32 of shape [2]; zeros before the first step.
         step: t = 1, 2, ..., the number of this step; one value, or one per tensor, as all that follow.
         tensor_ids: each tensor's position among all the optimizer's parameters, in [0, 2^32).
-        seed, noise_scale, gamma, sens_betas, uncertainty, normalization, stochastic_rounding: see `PATS`.
+        seed: as in `PATS`.
+        noise_scale: as in `PATS`.
+        gamma: as in `PATS`.
+        sens_betas: as in `PATS`.
+        uncertainty: as in `PATS`.
+        normalization: as in `PATS`.
+        stochastic_rounding: as in `PATS`.
         backend: "auto", "triton", "cuda", "cpp" or "eager".
 
     Raises:
@@ -196,7 +203,6 @@ def pats_step_(
             overlapping memory; lists of different lengths.
         TypeError: sparse, complex or integer tensors.
         RuntimeError: a backend that cannot run here.
-        All of them before any tensor is touched.
     """
     backends.check_name(backend)
     count = len(params)
