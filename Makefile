@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHES := torch-2.10 torch-2.14
 
-.PHONY: setup docs bench test test-ptx fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
+.PHONY: setup docs arm bench test test-ptx fuzz test-clients test-versions $(TORCHES) wheel sanitize statistics finetune lint clean
 
 setup: $(INSTALLED)
 
@@ -76,6 +76,10 @@ wheel: setup
 # The C++ extension under GCC's address, undefined-behaviour and thread sanitizers, and between guard pages.
 sanitize: setup
 	$(BIN)/python tests/native/sanitize.py
+
+# The CPU kernel on 64-bit Arm, cross-compiled and run by qemu: the same bits as AVX2's.
+arm: setup
+	$(BIN)/python tests/native/arm.py
 
 # The noise's randomness: dieharder and TestU01 where they are installed, moments, tails, correlations, avalanche.
 statistics: setup

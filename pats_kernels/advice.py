@@ -1,4 +1,4 @@
-"""What is allowed but can hardly be meant: warnings, each of them once for an optimizer."""
+"""Warnings about settings that are valid but probably mistakes; each is given once per optimizer."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ SMALL = 1 / 32
 
 
 class Advisor:
-    """What an optimizer's user has been told.
+    """Which warnings have been given for an optimizer.
 
     Args:
         names: of the hyperparameters that its param groups may hold.
@@ -141,7 +141,7 @@ class _Judged(NamedTuple):
 
 
 def noise_warning(params: Sequence[tuple[str, Tensor]], values: Sequence[Hyperparameters]) -> str | None:
-    """Why some parameter's noise_scale can hardly be meant: it is above a tenth of the weights' standard
+    """Why a parameter's noise_scale is probably a mistake: it is above a tenth of the weights' standard
     deviation, or so small that rounding to nearest loses it. One text, about the worst, or None.
 
     Waits once for each device, however many parameters there are. Nothing is said of fewer than 16 elements,

@@ -1,4 +1,4 @@
-"""How a model's sensitivity is distributed, and how much of a model PATS's gate leaves to the noise.
+"""How a model's sensitivities are distributed, and how much noise PATS's gate lets through.
 
     before = distribution(sensitivities(model, batches))
     ...  # fine-tune

@@ -1,4 +1,4 @@
-"""To which optimizers PATS can be attached, and why not to the others."""
+"""Which optimizers PATS can be attached to, and why it refuses the others."""
 
 from collections.abc import Sequence
 from itertools import chain, islice

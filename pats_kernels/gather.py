@@ -1,4 +1,4 @@
-"""What a step works on: an optimizer's parameters that have a gradient, with their state, in columns."""
+"""Collects what a step works on: the parameters that have a gradient, with their state, in lists."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import compress

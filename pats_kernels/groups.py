@@ -101,7 +101,7 @@ def _places(model: nn.Module) -> dict[Tensor, list[_Place]]:
 
 
 def _matched(argument: str, patterns: Patterns, places: dict[Tensor, list[_Place]]) -> set[Tensor]:
-    """The parameters that some pattern matches; raises where one that is none of the defaults' has none."""
+    """The parameters that match a pattern. Raises if a pattern given by the user matches none."""
     matched: set[Tensor] = set()
     for entry, matches in _matchers(argument, patterns):
         found = {param for param, those in places.items() if any(map(matches, those))}

@@ -1,4 +1,4 @@
-"""What a param group may say about PATS: names, defaults, ranges, errors."""
+"""The hyperparameters of a param group: names, defaults, ranges, errors."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which noise a tensor draws: the number, `tensor_id`, that stands for it in the generator's counter.
+"""Which noise a tensor draws: its number, `tensor_id`, in the counter of the random generator.
 
 It is the tensor's position among all the optimizer's parameters, or what the param group's own `tensor_id`
 says. Where positions do not tell the tensors of one model apart, bits above them do: from bit 16 up the

@@ -443,7 +443,7 @@ class Lockstep:
         return None
 
     def heal(self) -> None:
-        """What is not finite becomes 0, as a user may do it who goes on after such a gradient."""
+        """Sets weights that are not finite to 0, as a user may do before going on after a bad gradient."""
         for run in self.runs:
             for tensor in run.tensors().values():
                 if tensor.is_floating_point():

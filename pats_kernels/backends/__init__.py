@@ -85,7 +85,7 @@ def _choose(backend: str, device_type: str) -> str:
     reasons = available_backends(device_type)
     usable = [name for name in _BACKENDS if reasons[name] is None]
     if backend == AUTO:
-        # Under the interpreter Triton runs on the CPU, for tests alone: nobody means that by "auto".
+        # Under its interpreter Triton runs on the CPU, for tests only; "auto" must not choose it.
         return next(name for name in usable if (name, device_type) != ("triton", "cpu"))
     if reasons[backend] is not None:
         raise RuntimeError(

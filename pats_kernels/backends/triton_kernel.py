@@ -754,7 +754,7 @@ def pats_kernel(
     REVERSED: tl.constexpr = False,
     ONLY_FULL: tl.constexpr = False,
 ):
-    """One program for each chunk, or PERSISTENT: as many as there are, each of which takes every so manieth.
+    """One program a chunk; with PERSISTENT a fixed number of programs, and each takes every n-th chunk.
 
     Args:
         table, layout: int64, see `pats_kernels.plan.Column` and `Launch`.

@@ -4,6 +4,7 @@
 //
 //   threads         all forms, storages, uncertainties and phases
 //   threads race    two optimizers that share a parameter: proves that a race is seen
+//   threads digest  a line for each combination, with a hash of all bits: another processor's are to be the same
 #include <cstring>
 #include <functional>
 #include <random>
@@ -140,23 +141,51 @@ bool check(const Names& names) {
   return false;
 }
 
-int run() {
+template <class Function>
+void for_each_combination(Function function) {
   constexpr ScalarType kStored[][2] = {
-      {ScalarType::Float, ScalarType::Float},  {ScalarType::Float, ScalarType::BFloat16}, {ScalarType::BFloat16, ScalarType::BFloat16}, {ScalarType::BFloat16, ScalarType::Float},
-      {ScalarType::Half, ScalarType::Float},   {ScalarType::Double, ScalarType::Double}};
-  int checked = 0, wrong = 0;
+      {ScalarType::Float, ScalarType::Float},       {ScalarType::Float, ScalarType::BFloat16},
+      {ScalarType::BFloat16, ScalarType::BFloat16}, {ScalarType::BFloat16, ScalarType::Float},
+      {ScalarType::Half, ScalarType::Float},        {ScalarType::Double, ScalarType::Double}};
   for (const char* form : {"pats", "pats_adamw", "moments_adamw"}) {
     for (const char* uncertainty : {"product", "ucb", "none"}) {
       for (const auto& stored : kStored) {
         for (const bool exact : {false, true}) {
           for (const bool strided : {false, true}) {
-            wrong += !check({form, uncertainty, stored[0], stored[1], exact, strided});
-            ++checked;
+            function(Names{form, uncertainty, stored[0], stored[1], exact, strided});
           }
         }
       }
     }
   }
+}
+
+// Without float64, whose logarithm, sine and cosine are the C library's.
+int digest() {
+  torch::stable::kThreads = 1;
+  for_each_combination([](const Names& names) {
+    if (names.param == ScalarType::Double) return;
+    Optimizer optimizer(names, 1);
+    for (int i = 0; i < kSteps; ++i) optimizer.step();
+    uint64_t hash = 0xCBF29CE484222325;  // FNV-1a
+    const auto add = [&hash](const void* data, size_t size) {
+      for (size_t i = 0; i < size; ++i) hash = (hash ^ static_cast<const unsigned char*>(data)[i]) * 0x100000001B3;
+    };
+    for (const auto& operand : optimizer.memory) add(operand.data(), operand.size());
+    add(optimizer.stats.data(), optimizer.stats.size() * sizeof(float));
+    printf("%s %s %s %s %s %s: %016llx\n", names.form, names.uncertainty, toString(names.param), toString(names.state),
+           names.exact ? "exact" : "delayed", names.strided ? "strided" : "contiguous",
+           static_cast<unsigned long long>(hash));
+  });
+  return 0;
+}
+
+int run() {
+  int checked = 0, wrong = 0;
+  for_each_combination([&](const Names& names) {
+    wrong += !check(names);
+    ++checked;
+  });
   printf("%d combinations, %d optimizers at once, %d threads each: %d wrong\n", checked, kOptimizers, torch::stable::kThreads, wrong);
   return wrong > 0;
 }
@@ -171,4 +200,8 @@ int race() {
 }  // namespace
 }  // namespace pats
 
-int main(int argc, char** argv) { return argc > 1 && !strcmp(argv[1], "race") ? pats::race() : pats::run(); }
+int main(int argc, char** argv) {
+  const char* mode = argc > 1 ? argv[1] : "";
+  if (!strcmp(mode, "race")) return pats::race();
+  return !strcmp(mode, "digest") ? pats::digest() : pats::run();
+}

@@ -1,5 +1,8 @@
-"""How much of the tests of the backends is run on machine code: for one architecture, of each test's
-parameters every so manieth, others for each test. PATS_PTX=80,90,100, or `make test-ptx`, asks for all."""
+"""How many of the backends' tests run on machine code.
+
+By default: on one architecture, and of each test every n-th combination of parameters, from another start
+in each test. `make test-ptx` (PATS_PTX=80,90,100) runs all.
+"""
 
 import os
 from collections import defaultdict
