@@ -6,6 +6,7 @@ meant to run and cannot fails its tests; PATS_KERNELS_NO_EXTENSION=1 says that c
 Of tests/clients those are collected whose client is installed.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -81,6 +82,14 @@ def machine_code() -> Iterator[None]:
 
     with emulated(90):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_gc() -> Iterator[None]:
+    """gc.collect() looks at what this module's tests have made; thousands before them left much."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=BACKENDS, scope="session")

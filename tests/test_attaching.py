@@ -15,6 +15,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.optim import attached_to
 
+pytestmark = pytest.mark.usefixtures("quick_gc")
+
 SETTINGS: dict[str, Any] = {"noise_scale": 1e-2, "gamma": 0.5, "seed": 3}
 
 

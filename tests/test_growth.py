@@ -20,6 +20,8 @@ from torch.optim import AdamW, Optimizer
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.hyperparameters import AdamWHyperparameters, _cached, hyperparameters
 
+pytestmark = pytest.mark.usefixtures("quick_gc")
+
 WARM_UP, STEPS = 700, 10_000 if FUZZ else 1_500
 LAYERS = 5  # so 31 sets of those that are not frozen
 PAGE = 4096

@@ -19,6 +19,8 @@ from pats_kernels import PATS, PATSAdamW
 from pats_kernels.optim import attached_to
 from pats_kernels.state import Counters, counter_of, have_moved, keep_only
 
+pytestmark = pytest.mark.usefixtures("quick_gc")
+
 
 def attached(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     def make(params: Any) -> Optimizer:

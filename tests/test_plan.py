@@ -17,6 +17,8 @@ from torch import Tensor
 from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import BLOCK, Batch, Column, Own, Planner, chunk_table, collapse
 
+pytestmark = pytest.mark.usefixtures("quick_gc")
+
 # collapse()
 
 COLLAPSED = [

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pats_kernels import PATS, PATSAdamW, plan, release_gradients
 
+pytestmark = pytest.mark.usefixtures("quick_gc")
+
 NOISE: dict[str, Any] = {"noise_scale": 1e-2, "seed": 2**63 + 5}
 STEPS = 4
 WIDTH = 6

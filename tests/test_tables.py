@@ -15,6 +15,8 @@ from pats_kernels.backends.tables import DeviceTables
 from pats_kernels.hyperparameters import Hyperparameters
 from pats_kernels.plan import Batch, Column, Launch, Planner
 
+pytestmark = pytest.mark.usefixtures("quick_gc")
+
 CHUNK = 4
 
 

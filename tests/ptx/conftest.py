@@ -13,9 +13,12 @@ ARCHITECTURES = [int(arch) for arch in os.environ.get("PATS_PTX", "90").split(",
 SHARES = (
     {} if "PATS_PTX" in os.environ else {"test_triton.py": 12, "test_cuda.py": 40, "test_tolerances.py": 3}
 )
-LONG = {
-    f"test_{name}_of_rounding" for name in ("averages_do_not_stand_still", "small_noise_adds_up")
-}  # minutes
+LONG = {  # half a minute and more
+    "test_averages_do_not_stand_still_of_rounding",
+    "test_small_noise_adds_up_of_rounding",
+    "test_bfloat16_moments_do_not_stand_still_of_adamw",
+    "test_a_layer_that_is_never_used_of_edges",
+}
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}", scope="module")
