@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from processes import Pool
 
+from benchmarks.common import machine
 from pats_kernels import available_backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,6 +83,14 @@ def machine_code() -> Iterator[None]:
     from ptx.triton_driver import emulated
 
     with emulated(90):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def malloc_gives_back() -> Iterator[None]:
+    """A benchmark tells malloc to keep what is freed. In a test's process that would outlive the test: after
+    two big allocations no fork would be granted its copy of the heap."""
+    with patch.object(machine, "keep_freed_memory", lambda: False):
         yield
 
 
