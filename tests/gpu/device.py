@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from pats_kernels import available_backends
 from pats_kernels.backends import tables, triton
@@ -37,6 +38,13 @@ def at_most(rehearsed: int, size: int) -> int:
 def synchronize() -> None:
     if not REHEARSAL:
         torch.cuda.synchronize()
+
+
+def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+    """To the last bit."""
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 class Graph:

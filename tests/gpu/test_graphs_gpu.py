@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from device import DEVICE, Graph, Stream, at_most, backends, needs_gpu, synchronize
+from device import DEVICE, Graph, Stream, assert_same, at_most, backends, needs_gpu, synchronize
 from torch import Tensor
 
 from pats_kernels import PATS, PATSAdamW
@@ -66,12 +66,6 @@ def everything(run: Run) -> list[Tensor]:
 
 def snapshot(run: Run) -> list[Tensor]:
     return [x.clone() for x in everything(run)]
-
-
-def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @backends

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from device import DEVICE, REHEARSAL, backends, needs_gpu, synchronize
+from device import DEVICE, REHEARSAL, assert_same, backends, needs_gpu, synchronize
 from torch import Tensor, nn
 
 from pats_kernels import PATS, PATSAdamW, release_gradients
@@ -59,12 +59,6 @@ def state_of(model: nn.Module, optimizer: PATSAdamW) -> list[Tensor]:
         for p in model.parameters()
         for x in (p, *(v for _, v in sorted(optimizer.state[p].items())))
     ]
-
-
-def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @pytest.fixture
