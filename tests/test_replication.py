@@ -3,7 +3,10 @@
 import gc
 import io
 import json
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -340,16 +343,80 @@ def test_another_process_makes_the_same_run(
     tmp_path: Path, places: Places, made: dict[str, dict[str, Any]]
 ) -> None:
     """One run alone: a process takes seconds to import all it needs."""
-    driver.Runner(places, tmp_path, 2, 1).make(Study("pats", SETTING, {"pats": (METHODS["pats"],)}, (), (1,)))
+    driver.Runner(places, tmp_path, 2, 1).make(
+        [Study("pats", SETTING, {"pats": (METHODS["pats"],)}, (), (1,))]
+    )
     (line,) = lines.read(tmp_path).values()
     for key in ("id", "order", "train_loss", "metrics", "sensitivity", "noise"):
         assert line[key] == made["pats"][key]
 
 
+def test_some_studies_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = [replace(STUDY, name=name) for name in ("tiny-cola", "l6-cola", "l6-mrpc")]
+    monkeypatch.setitem(driver.STUDIES, "every", every)
+    driver.main(["every", "--out", str(tmp_path), "--plan", "--only", "^l6|mrpc$"])
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == [
+        "l6-cola",
+        "l6-mrpc",
+        "all",
+    ]
+    with pytest.raises(SystemExit):
+        driver.main(["every", "--out", str(tmp_path), "--plan", "--only", "bert"])
+    assert "no study's name matches 'bert'" in capsys.readouterr().err
+
+
 def test_no_run_begins_after_the_time_is_over(tmp_path: Path, places: Places) -> None:
     runner = driver.Runner(places, tmp_path, 1, 1, deadline=0.0)
-    runner.make(STUDY)
+    runner.make([STUDY])
     assert lines.read(tmp_path) == {}
+
+
+def test_nobody_waits_for_another_study(
+    tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first study's last trial takes as long as the whole second study, which begins meanwhile.
+
+    One of the second's runs fails: the others are made, and the driver says so at its end.
+    """
+    trials: dict[str, tuple[Trial, ...]] = {
+        "pats": ({"method": "pats", "noise_scale": 1e-3}, {"method": "pats", "noise_scale": 1e-2})
+    }
+    first = Study("first", SETTING, trials, trial_seeds=(7,), seeds=(1,))
+    second = Study("second", SETTING, {"adamw": ({"method": "adamw"},)}, (), (1, 2, 3, 4))
+    last = identity(list(first.trials())[-1])
+    others = threading.Semaphore(0)
+    order: list[str] = []
+
+    def finetune(run: dict[str, Any], *_: Any) -> dict[str, Any]:
+        name = identity(run)
+        if name == last:
+            assert all(others.acquire(timeout=60) for _ in second.seeds)
+        if run["method"] == "adamw":
+            others.release()
+        if run["seed"] == 3:
+            raise OverflowError("seed 3")
+        order.append(name)
+        score = {"matthews": run.get("noise_scale", 0.0)}
+        return {
+            "id": name,
+            "run": run,
+            "metrics": {"select": score, "report": score},
+            "seconds": {"all": 1.0},
+        }
+
+    monkeypatch.setattr(driver, "finetune", finetune)
+    monkeypatch.setattr(driver, "ProcessPoolExecutor", lambda processes, _: ThreadPoolExecutor(processes))
+    with pytest.raises(RuntimeError, match="1 runs failed") as raised:
+        driver.Runner(places, tmp_path, 2, 1).make([first, second])
+    assert isinstance(raised.value.__cause__, OverflowError)
+    assert "OverflowError('seed 3')" in capsys.readouterr().out
+    runs = [*first.trials(), *(run for run in second.finals(second.choose({})) if run["seed"] != 3)]
+    (chosen,) = first.finals({"pats": trials["pats"][1]})
+    expected = [identity(run) for run in (*runs[:1], *runs[2:], runs[1], chosen)]
+    assert order == expected
+    assert list(lines.read(tmp_path)) == [*expected[:1], *expected[-2:], *expected[1:-2]]  # file by file
 
 
 # Models

@@ -40,6 +40,7 @@ def line(run: dict[str, Any], score: float, gini: float = 0.8, order: str | None
         "order": order or f"order {run['seed']}",
         "sensitivity": sensitivity,
         "seconds": {"all": 1.0},
+        "machine": {"device": "cpu"},
     }
 
 
@@ -187,6 +188,17 @@ def test_runs_with_other_data_are_no_pair() -> None:
     one = reported(found, "pats", 2)
     one["order"] = "another"
     with pytest.raises(ValueError, match="small, pats, seed 2: data in another order"):
+        report.cells(STUDY, found)
+
+
+def test_runs_of_a_cpu_and_a_gpu_are_no_pair() -> None:
+    found = lines(SCORES)
+    for seed in STUDY.seeds:
+        for method in SCORES:
+            reported(found, method, seed)["machine"] = {"device": "cuda:0"}
+    assert len(report.cells(STUDY, found)) == len(SCORES)  # all on a GPU
+    reported(found, "pats", 2)["machine"] = {"device": "cpu"}
+    with pytest.raises(ValueError, match="small, pats, seed 2: made on another kind of device"):
         report.cells(STUDY, found)
 
 

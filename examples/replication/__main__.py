@@ -2,11 +2,13 @@
 
 import argparse
 import multiprocessing
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from replication import lines
 from replication.grid import Configuration, Study, identity, is_of
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Fine-tunes over a grid, run by run; a stopped one goes on by the same command.",
     )
     parser.add_argument("study", nargs="+", help=f"one or more of {', '.join(STUDIES)}")
+    parser.add_argument("--only", metavar="REGEX", default="", help="the studies whose names match")
     parser.add_argument("--models", help="the folder with the models' folders: python -m replication.models")
     parser.add_argument("--data_dir", help="GLUE's folder, as in run_glue.py")
     parser.add_argument(
@@ -47,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.study if name not in STUDIES]
     if unknown:
         parser.error(f"no such study: {', '.join(unknown)} (there are {', '.join(STUDIES)})")
-    studies = [study for name in options.study for study in STUDIES[name]]
+    studies = [
+        study for name in options.study for study in STUDIES[name] if re.search(options.only, study.name)
+    ]
+    if not studies:
+        parser.error(f"no study's name matches {options.only!r}")
     if options.plan:
         print(plan(studies, lines.read(options.out), options.processes))
         return
@@ -62,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.threads,
             deadline,
         )
-        for study in studies:
-            runner.make(study)
+        runner.make(studies)
 
 
 class Runner:
@@ -76,43 +82,70 @@ class Runner:
         self.deadline = deadline
         self.lines = lines.read(out)
 
-    def make(self, study: Study) -> None:
-        """The trials first; what they choose, then."""
-        self._all(study, study.trials())
-        self._all(study, study.finals(study.choose(self.lines)))
+    def make(self, studies: Sequence[Study]) -> None:
+        """Study by study: first the trials, then what they choose.
 
-    def _all(self, study: Study, runs: Iterable[Configuration]) -> None:
-        missing = {identity(run): run for run in runs if identity(run) not in self.lines}
-        for line in self._made(list(missing.values())):
-            lines.append(self.out / f"{study.name}.jsonl", line)
-            self.lines[line["id"]] = line
-            print(said(study, line), flush=True)
+        With several processes a study does not wait for the last run of the one before it: whoever is free
+        takes the next run that is known.
 
-    def _made(self, runs: list[Configuration]) -> Iterator[Line]:
-        """As they are finished."""
+        Raises:
+            RuntimeError: runs failed. The others were made.
+        """
         if self.processes == 1:
-            for run in runs:
-                if self._in_time():
-                    yield finetune(run, self.places, self.threads)
-            return
-        with ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn")) as pool:
-            jobs = [pool.submit(finetune, run, self.places, self.threads) for run in runs]
-            try:
-                for job in as_completed(jobs):
-                    if not job.cancelled():
-                        yield job.result()
-                    if not self._in_time():
-                        _cancel(jobs)
-            finally:  # after an error too: what is made from now on would be lost
-                _cancel(jobs)
+            pool: Executor = Inline()
+        else:
+            pool = ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn"))
+        failed: dict[str, Exception] = {}
+        jobs: dict[Future[Line], tuple[Study, Configuration]] = {}
+        with pool:
+            while True:
+                busy = {identity(run) for _, run in jobs.values()}
+                while len(jobs) < self.processes and self._in_time():
+                    if (found := self._next(studies, busy | failed.keys())) is None:
+                        break
+                    jobs[pool.submit(finetune, found[1], self.places, self.threads)] = found
+                    busy.add(identity(found[1]))
+                if not jobs:
+                    break
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                    study, run = jobs.pop(job)
+                    try:
+                        self._keep(study, job.result())
+                    except Exception as error:
+                        failed[identity(run)] = error
+                        print(f"{study.name} {run} failed: {error!r}", flush=True)
+        if failed:
+            name, error = next(iter(failed.items()))
+            raise RuntimeError(f"{len(failed)} runs failed, the first of them {name}") from error
+
+    def _next(self, studies: Sequence[Study], besides: Container[str]) -> tuple[Study, Configuration] | None:
+        """The first run that has no line and is not among `besides`: trials first, then what they chose."""
+        for study in studies:
+            for run in (*study.trials(), *study.finals(study.choose(self.lines))):
+                name = identity(run)
+                if name not in self.lines and name not in besides:
+                    return study, run
+        return None
+
+    def _keep(self, study: Study, line: Line) -> None:
+        lines.append(self.out / f"{study.name}.jsonl", line)
+        self.lines[line["id"]] = line
+        print(said(study, line), flush=True)
 
     def _in_time(self) -> bool:
         return self.deadline is None or time.monotonic() < self.deadline
 
 
-def _cancel(jobs: Iterable[Future[Line]]) -> None:
-    for job in jobs:
-        job.cancel()
+class Inline(Executor):
+    """One run at a time, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def said(study: Study, line: Line) -> str:

@@ -55,11 +55,13 @@ def cells(study: Study, found: Mapping[str, Line]) -> list[Cell]:
     """One a method, in the study's order, whether or not there are runs.
 
     Raises:
-        ValueError: two runs of a seed had their data in different orders, so they are no pair.
+        ValueError: two runs of a seed had their data in different orders, or one run was made on a CPU and
+            another on a GPU, where dropout's random numbers are others: they are no pair.
     """
     chosen = study.choose(found)
     made: list[Cell] = []
     orders: dict[int, str] = {}
+    devices: set[str] = set()
     for label in study.methods:
         trial, runs = chosen.get(label), {}
         for seed in study.seeds:
@@ -68,6 +70,9 @@ def cells(study: Study, found: Mapping[str, Line]) -> list[Cell]:
                 runs[seed] = line
                 if orders.setdefault(seed, line["order"]) != line["order"]:
                     raise ValueError(f"{study.name}, {label}, seed {seed}: data in another order")
+                devices.add(line["machine"]["device"].partition(":")[0])
+                if len(devices) > 1:
+                    raise ValueError(f"{study.name}, {label}, seed {seed}: made on another kind of device")
         made.append(Cell(study, label, trial, runs))
     return made
 
