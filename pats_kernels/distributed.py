@@ -50,7 +50,7 @@ def layout_of(name: str, param: DTensor) -> Layout:
     for placement in param.placements:
         if not (placement.is_replicate() or isinstance(placement, Sharded) or _is_strided(placement)):
             raise ValueError(
-                f"{name}: PATS updates what is replicated or sharded, but a placement is {placement!r}"
+                f"{name}: PATS supports replicated and sharded parameters, but a placement is {placement!r}"
             )
     if coordinate is None:
         raise ValueError(f"{name}: this process is not in the parameter's {mesh}")

@@ -70,8 +70,9 @@ class PATSCallback(TrainerCallback):
         elif not self._is_settled:
             self._is_settled = True
             warnings.warn(
-                "PATSCallback: this transformers keeps its callbacks elsewhere, so reporters may not see the "
-                "keys of PATS; PATSCallback().add_to(trainer) puts it before them",
+                "PATSCallback: cannot find the Trainer's list of callbacks in this version of "
+                "transformers, so reporters may not see the keys of PATS: call "
+                "PATSCallback().add_to(trainer) before training",
                 stacklevel=2,
             )
 

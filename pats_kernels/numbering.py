@@ -51,7 +51,7 @@ def ids_of(group: Mapping[str, Any], position: int) -> Sequence[int]:
     if not numbers or len(ids) != count or not all(0 <= i < 2**BITS for i in ids):
         raise ValueError(
             f"Invalid tensor_id: {own!r} (must be the number in [0, 2^32) of the group's first parameter, "
-            f"or a list of {count})"
+            f"or a list of {count} such numbers, one for each parameter)"
         )
     return ids
 
@@ -198,7 +198,9 @@ class Numbering:
                 self._added[param] ^= count << POSITION_BITS
                 self._take(own, param)
                 return own
-        raise ValueError(f"tensor_id {number}: too many optimizers have it: give their groups a tensor_id")
+        raise ValueError(
+            f"tensor_id {number} is taken by too many optimizers: give their param groups a 'tensor_id'"
+        )
 
     def _warn(self, kind: str, message: str, owner: "Numbering | None" = None) -> None:
         """Once of each kind for an optimizer, and for all that share their numbers."""
@@ -222,27 +224,27 @@ def check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
             if (group.get("seed"), tensor_id) in taken:
                 raise ValueError(
                     f"Invalid tensor_id: param_groups[{number}]['params'][{i}] has {tensor_id}, as another "
-                    "parameter with the same seed has: they would get the same noise"
+                    "parameter with the same seed has: both would get the same noise"
                 )
             taken.add((group.get("seed"), tensor_id))
 
 
 SHARED = (
     "{name}: another optimizer draws its noise with seed {seed} and tensor_id {number} too, so tensors of "
-    "both get the same noise. Where they belong to one model, give one of them another seed, or its param "
-    "groups a 'tensor_id'"
+    "both get the same noise. If they train one model, give one of them another seed, or set 'tensor_id' in "
+    "its param groups"
 )
 IN_BACKWARD = (
     "{name}: another optimizer that steps within a backward pass has seed {seed} and tensor_id {number} too, "
-    "as each counts its tensors from 0. Each now gets numbers of its own, in the order of their first steps: "
-    "a run is repeated only where that order is. Give each param group its 'tensor_id', or use one optimizer "
-    "and release_gradients"
+    "because each counts its tensors from 0. Each now gets numbers of its own, in the order of their first "
+    "steps, so a run is reproducible only if that order is the same. Set 'tensor_id' in each param group, or "
+    "use one optimizer with release_gradients"
 )
 IN_TURN = (
-    "{name}: the optimizer is given a few of its tensors at a time, as DeepSpeed's ZeRO does it, so their "
+    "{name}: the optimizer is given a few of its tensors at a time, as DeepSpeed's ZeRO does, so their "
     "positions do not tell them apart. Each gets a number of its own, in the order of their first steps"
 )
 AGAIN = (
-    "{name}: another optimizer has drawn this parameter's noise with seed {seed} from t = 1 on before. This "
-    "one draws the same again, and the same noise twice adds up. Give each stage of training its own seed"
+    "{name}: another optimizer has already drawn this parameter's noise with seed {seed} from t = 1 on. This "
+    "one draws the same noise again, so the two add up. Give each stage of training its own seed"
 )

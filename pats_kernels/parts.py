@@ -150,12 +150,13 @@ def streams(params: Sequence[Tensor | None]) -> tuple[list[int], bool]:
 
 
 APART = (
-    "the processes of this run hold different tensors at the same place of their optimizers: parts of a "
-    "model (ZeRO, flat buffers, plain tensors under tensor or pipeline parallelism), or models of their own. "
-    "Where a part lies in its whole cannot be known, so each process draws noise of its own for what only it "
-    "holds, and each part has means of its own. Lost by that: the noise is not that of one process, and a "
-    "run resumed on another number of processes draws other noise. FSDP2 (fully_shard) loses nothing, and a "
-    "param group's 'tensor_id' says which tensors they are"
+    "the processes of this run hold different tensors at the same place of their optimizers: parts of one "
+    "model (ZeRO, flat buffers, plain tensors under tensor or pipeline parallelism), or different models. "
+    "PATS cannot know where a part lies in its whole tensor. So each process draws noise of its own for what "
+    "only it holds, and each part is normalized by its own means. As a result, the noise differs from that "
+    "of a run in one process, and a run resumed on another number of processes draws other noise. To avoid "
+    "this, shard with FSDP2 (fully_shard), or set 'tensor_id' in the param groups to say which tensors they "
+    "are"
 )
 
 
@@ -206,9 +207,10 @@ def _exchange() -> _Exchange | None:
     default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     if default_store is None:
         warnings.warn(
-            f"PATS: torch {torch.__version__} does not keep a process group's store where it was known, "
-            "so whether processes hold the same cannot be compared: plain tensors that are other parts of a "
-            "model on each draw the same noise. A param group's 'tensor_id' says which tensors they are",
+            f"PATS: torch {torch.__version__} does not keep a process group's store where PATS looks for "
+            "it, so PATS cannot compare what the processes hold: plain tensors that are other parts of a "
+            "model on each process draw the same noise. If there are such, set 'tensor_id' in their param "
+            "groups",
             stacklevel=2,
         )
         return None
@@ -282,5 +284,5 @@ def flattened(name: str, known: bool) -> str:
     return (
         f"{name} and others are parts that FullyShardedDataParallel (FSDP1) made. Their sensitivities are "
         f"normalized by the means of each part, not of each tensor, and {lost}. "
-        "FSDP2 (fully_shard) loses nothing"
+        "FSDP2 (fully_shard) avoids this"
     )

@@ -507,7 +507,8 @@ def _check_disjoint(batch: Batch) -> None:
     for (_, end, i, key), (start, _, j, other) in pairwise(extents):
         if start < end and not (key == other == "grads"):
             raise ValueError(
-                f"{batch.name(j)}: overlapping memory: its {other} shares some with {key} of {batch.name(i)}"
+                f"{batch.name(j)}: overlapping memory: its {other} shares some with the {key} of "
+                f"{batch.name(i)}"
             )
 
 
@@ -523,9 +524,9 @@ def check_param(name: str, param: Tensor) -> None:
     _check_kind(name, "parameter", param)
     _check_sign(name, "parameter", param)
     if param.dtype not in PARAM_DTYPES:
-        raise TypeError(f"{name}: PATS updates {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
+        raise TypeError(f"{name}: PATS supports {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
     if _overlaps_itself(param):
-        raise ValueError(f"{name}: overlapping memory: the parameter has strides {param.stride()}")
+        raise ValueError(f"{name}: overlapping memory: the parameter has strides {param.stride()}; clone it")
 
 
 def _check_kind(name: str, what: str, tensor: Tensor, floating: bool = True) -> None:
@@ -536,7 +537,7 @@ def _check_kind(name: str, what: str, tensor: Tensor, floating: bool = True) -> 
             f"{remedy if what == 'gradient' else ''}"
         )
     if floating and not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: PATS needs real floating point, but the {what} is {tensor.dtype}")
+        raise TypeError(f"{name}: PATS needs real floating-point tensors, but the {what} is {tensor.dtype}")
     try:
         tensor.data_ptr()
     except RuntimeError as error:  # of a transformed function, say
@@ -547,7 +548,7 @@ def _check_sign(name: str, what: str, tensor: Tensor) -> None:
     if tensor.is_neg():
         raise ValueError(
             f"{name}: the {what} has torch's negative bit set (Tensor.is_neg): its memory, which the step "
-            "writes to, holds the opposite of what it says. Tensor.resolve_neg gives one without"
+            "writes to, holds the negated values. Use its resolve_neg() instead"
         )
 
 
@@ -574,7 +575,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
     _require_same(name, "dtype", param.dtype, "gradient", grad.dtype)
     _require_same(name, "device", param.device, "gradient", grad.device)
     if _overlaps_itself(grad):
-        raise ValueError(f"{name}: overlapping memory: the gradient has strides {grad.stride()}")
+        raise ValueError(f"{name}: overlapping memory: the gradient has strides {grad.stride()}; clone it")
 
 
 def _check_state(name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -586,11 +587,11 @@ def _check_state(name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequ
     _require_same(name, "device", param.device, key, state.device)
     if state.dtype not in dtypes or (state.dtype == torch.float64 and param.dtype != torch.float64):
         raise ValueError(
-            f"{name}: dtype mismatch: {key} is {state.dtype}, "
+            f"{name}: dtype mismatch: {key} is {state.dtype}, but "
             f"for a {param.dtype} parameter it must be one of {_names(dtypes)}"
         )
     if _overlaps_itself(state):
-        raise ValueError(f"{name}: overlapping memory: {key} has strides {state.stride()}")
+        raise ValueError(f"{name}: overlapping memory: {key} has strides {state.stride()}; clone it")
 
 
 def _require_same(name: str, what: str, expected: object, key: str, actual: object) -> None:
@@ -746,7 +747,9 @@ def _check_on_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"device mismatch: {name} is on {tensor.device}, its parameters on {device}")
     if tensor.dtype != torch.float32 or tensor.numel() != 1 or tensor.is_neg() or tensor.data_ptr() == 0:
-        raise ValueError(f"Invalid {name}: {tensor!r} (must have one element, and be float32 on a GPU)")
+        raise ValueError(
+            f"Invalid {name}: {tensor!r} (a tensor must have one element, and be float32 on a GPU)"
+        )
 
 
 def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> None:

@@ -42,7 +42,8 @@ def has_hooks(optimizer: Optimizer) -> bool:
         if unknown := [name for name in missing if not hasattr(initialized, name)]:
             raise RuntimeError(
                 f"torch {torch.__version__} does not keep an optimizer's hooks in {', '.join(unknown)}, "
-                "where PATS puts its own: it cannot be attached. Use PATSAdamW, or PATS with an older torch"
+                "where PATS puts its own, so it cannot be attached. Use PATSAdamW, or PATS with an older "
+                "torch"
             )
     return STEP_HOOKS not in missing
 

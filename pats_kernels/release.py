@@ -72,11 +72,14 @@ class GradientRelease:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
-                f"{type(optimizer).__name__} needs a closure, which evaluates the model within its step"
+                f"{type(optimizer).__name__} needs a closure, which evaluates the model within the step, so "
+                "its gradients cannot be released"
             )
         hooks = getattr(optimizer, STEP_HOOKS, {}).values()
         if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks):
-            raise ValueError(f"the gradients of this {type(optimizer).__name__} are released already")
+            raise ValueError(
+                f"the gradients of this {type(optimizer).__name__} are released already: use that handle"
+            )
         self.optimizer = optimizer
         self._synchronized = synchronized
         self._holding = 0  # how many `accumulate()` deep
@@ -135,7 +138,7 @@ class GradientRelease:
         if getattr(place.param, "_fsdp_flattened", False):
             raise RuntimeError(
                 f"{place.name}: FSDP1 (FullyShardedDataParallel) has flattened it, and completes gradients "
-                "later; FSDP2 (fully_shard) works"
+                "too late for this: use FSDP2 (fully_shard)"
             )
         self._require_complete(place)
         hooks = getattr(place.param, "_post_accumulate_grad_hooks", None) or {}
@@ -149,16 +152,18 @@ class GradientRelease:
         if (size := dist.get_world_size()) > 1:
             raise RuntimeError(
                 f"{place.name}: a plain parameter in one of {size} processes: DistributedDataParallel "
-                "averages gradients after backward has accumulated them, and keeps all in its buckets. "
-                "Shard with FSDP2 (fully_shard), or say synchronized=True if they are complete by then"
+                "averages gradients after backward has accumulated them, and keeps all of them in its "
+                "buckets. Shard with FSDP2 (fully_shard), or pass synchronized=True if gradients are "
+                "complete by then"
             )
 
     def _refuse_scaler(self) -> None:
         for name in SCALER:
             if getattr(self.optimizer, name, None) is not None:
                 raise RuntimeError(
-                    f"the optimizer carries {name} of a GradScaler, which decides to skip a step once it has "
-                    "seen all gradients, when released ones are gone; bfloat16 needs no scaler"
+                    f"the optimizer carries {name} of a GradScaler, which decides whether to skip a step "
+                    "after it has seen all gradients; released ones are gone by then. Use bfloat16 without "
+                    "a scaler"
                 )
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -174,14 +179,14 @@ class GradientRelease:
                 continue
             if place.param.grad is not None:
                 raise RuntimeError(
-                    f"{place.name}: has a gradient again after it was stepped in backward: something fills "
-                    "it later, as DistributedDataParallel does, and the step was taken without it"
+                    f"{place.name}: has a gradient again after it was stepped in backward: something writes "
+                    "it later, as DistributedDataParallel does, so the step was taken with an incomplete one"
                 )
             if count > 1:
                 raise RuntimeError(
-                    f"{place.name}: was stepped {count} times in backward for one optimizer.step(). Of "
-                    "several backward passes all but the last belong in accumulate(); a weight that is used "
-                    "several times may not be in parts checkpointed with use_reentrant=True"
+                    f"{place.name}: was stepped {count} times in backward for one optimizer.step(). Put all "
+                    "backward passes but the last in accumulate(). If there was one only: a weight that is "
+                    "used several times must not be in a part checkpointed with use_reentrant=True"
                 )
         self._attach()
 
@@ -233,8 +238,8 @@ class GradientRelease:
         for name in changed:
             if (place.group, name) in self._changed:
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} changes {name!r} of a param group at every step: what it "
-                    "keeps for all of a group's parameters cannot be stepped for each of them"
+                    f"{type(optimizer).__name__} changes {name!r} of a param group at every step, for all "
+                    "of its parameters together: they cannot be stepped one by one, so do not release them"
                 )
             self._changed.add((place.group, name))
 

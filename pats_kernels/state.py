@@ -156,7 +156,7 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
     check_param(name, local(name, param))
     if capturing(param.device):
         raise RuntimeError(
-            f"{name}: a CUDA graph is being captured before it has its state: take a step first"
+            f"{name}: a CUDA graph is being captured before it has its state: take a step before the capture"
         )
     present = [state[key] for key in ("exp_avg", "exp_avg_sens") if key in state]
     default = torch.float32 if param.dtype == torch.float16 else param.dtype
@@ -223,11 +223,11 @@ def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, A
         strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         if not strings or ("param_names" in group and len(names) != count):
             raise ValueError(
-                f"the state_dict's param_groups[{number}]['param_names'] is no list of {count} names"
+                f"the state_dict's param_groups[{number}]['param_names'] is not a list of {count} names"
             )
     keys = [key for group in saved for key in group["params"]]
     if not all(isinstance(key, Hashable) for key in keys):
-        raise ValueError("the state_dict's param_groups hold a parameter that is no key")
+        raise ValueError("the state_dict's param_groups hold a parameter that cannot be a dictionary key")
     if [len(g["params"]) for g in saved] == [len(g["params"]) for g in own] and len({*keys}) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the state_dict's param_groups hold parameter {twice!r} twice")
@@ -237,7 +237,10 @@ def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, A
     known = set(own_names)
     for position, (theirs, ours) in enumerate(zip(saved_names, own_names, strict=False)):
         if theirs != ours and theirs in known:
-            raise ValueError(f"{ours}: another order: parameter {position} of the state_dict is {theirs}")
+            raise ValueError(
+                f"{ours}: another order: parameter {position} of the state_dict is {theirs}. Give the "
+                "optimizer its parameters in the saved order"
+            )
 
 
 def check_position(name: str, position: int, saved: Any) -> None:
@@ -249,7 +252,8 @@ def check_position(name: str, position: int, saved: Any) -> None:
         raise ValueError(f"{name}: {TENSOR_ID} is {_shown(saved)} in the state_dict, not a number")
     if number != position:
         raise ValueError(
-            f"{name}: another order: parameter {number} of the state_dict is the optimizer's {position}"
+            f"{name}: another order: it was parameter {number} in the state_dict, but is the optimizer's "
+            f"{position}. Give the optimizer its parameters in the saved order"
         )
 
 
@@ -341,7 +345,7 @@ def checked_entry(
         if copied[key].dtype != copied[averages[0]].dtype:
             raise ValueError(
                 f"{name}: dtype mismatch: {averages[0]} is {copied[averages[0]].dtype} in the state_dict, "
-                f"{key} {copied[key].dtype}: all of a parameter's have one"
+                f"{key} {copied[key].dtype}: a parameter's averages must have one dtype"
             )
     for key in copied.keys() - {"step", "exp_avg"}:
         held = local(name, copied[key])
@@ -365,10 +369,12 @@ def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limit
     shape = {"step": (), "sens_stats": (2,)}.get(key, tuple(param.shape))
     if tuple(value.shape) != shape and (key != "step" or value.numel() != 1):
         raise ValueError(
-            f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, {shape} is expected"
+            f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, but must be {shape}"
         )
     if not value.dtype.is_floating_point and (key != "step" or value.dtype in (torch.bool, *COMPLEX)):
-        raise ValueError(f"{name}: {key} is {value.dtype} in the state_dict, which is not a float")
+        raise ValueError(
+            f"{name}: {key} is {value.dtype} in the state_dict, which is not a floating-point dtype"
+        )
     if value.is_meta and not param.is_meta:
         raise ValueError(f"{name}: {key} is on the meta device in the state_dict, where it has no values")
     if key.startswith("exp_avg"):

@@ -65,7 +65,7 @@ class Launcher:
                 backends.warn_of_eager(params)
             check(batch)  # of shapes that make no difference to a kernel: its operations would stop halfway
         if chosen != {"eager"} and plan.without_memory is not None:
-            raise TypeError(f"{plan.without_memory}, where kernels could find it; backend='eager' can")
+            raise TypeError(f"{plan.without_memory}, so no kernel can find it; backend='eager' can")
         work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
         with _Uninterrupted():
             self._run(batch, work, grad_scale, found_inf, overlap)

@@ -72,7 +72,7 @@ def warn_of_eager(params: Sequence[Tensor]) -> None:
         _said = True
         warnings.warn(
             "PATS: backend='auto' takes 'eager' on the CPU, some ten times slower than 'cpp': "
-            f"{native.MISSING}. backend='eager' says that this is meant",
+            f"{native.MISSING}. To keep 'eager' without this warning, set backend='eager'",
             stacklevel=2,
         )
 
