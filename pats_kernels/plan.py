@@ -59,9 +59,7 @@ class Column(IntEnum):
     LR_TENSOR = 10  # a learning rate on the device, or 0
     NOISE_SCALE_TENSOR = 11  # a noise_scale on the device, or 0
     NUMEL = 12
-    WHOLE = (
-        13  # elements of the unsharded tensor, which the sums are divided by; 0: a share that does not count
-    )
+    WHOLE = 13  # elements of the unsharded tensor, the sums' divisor; 0: a share that does not count
     OFFSET = 14  # the first element's row-major number in the unsharded tensor
     NDIM = 15  # number of layout rows; 0: contiguous in every operand, numbered in order from a multiple of 4
     LAYOUT = 16  # the first layout row
