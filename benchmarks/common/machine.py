@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, and what keeps it from misleading."""
+"""The machine that a benchmark runs on: its description, and settings that keep results from misleading."""
 
 import argparse
 import ctypes
@@ -111,7 +111,7 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa",
         choices=ISAS,
-        help="instruction set of this package's CPU kernel; default: the best here. torch keeps its own",
+        help="instruction set of this package's CPU kernel; default: the best here. torch chooses its own",
     )
 
 

@@ -1,4 +1,4 @@
-"""Real parameters with real gradients, and no network: models by name, one backward pass on text."""
+"""Real parameters with real gradients, without a network: models by name, one backward pass on text."""
 
 import re
 import zlib

@@ -1,4 +1,4 @@
-"""What a benchmark is doing, while it does it: it would else be silent for minutes."""
+"""Prints what a benchmark is doing meanwhile; otherwise it would be silent for minutes."""
 
 import time
 from collections.abc import Callable, Iterator

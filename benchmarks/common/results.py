@@ -1,4 +1,4 @@
-"""What a benchmark reports: the JSON's shape, and the figures that follow from the measured ones."""
+"""What a benchmark reports: the format of the JSON, and the figures computed from the measured ones."""
 
 from typing import TypedDict
 

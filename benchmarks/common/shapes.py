@@ -1,4 +1,4 @@
-"""Tensors of models' shapes with random numbers in them: no network, no backward pass, no transformers."""
+"""Tensors with models' shapes and random values: needs no network, no backward pass, no transformers."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

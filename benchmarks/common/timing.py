@@ -1,7 +1,7 @@
-"""Times and memory of steps, taken so that the contestants of one run can be compared.
+"""Measures time and memory of steps, so that the contestants of one run can be compared.
 
-Interleaved: each round runs every contestant once, so that a machine that slows down slows all of them.
-Cold: before each step a buffer larger than any cache is written, so that nothing is left from the last one.
+Interleaved: each round runs every contestant once, so a machine that slows down slows all of them.
+Cold: before each step a buffer larger than any cache is written, so nothing of the last step is left in one.
 """
 
 import json

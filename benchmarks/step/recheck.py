@@ -1,4 +1,4 @@
-"""Whether what was timed still is the step: one more of it, beside eager PyTorch's from the same tensors."""
+"""Checks that the timed code still is the right step: compares one more step with eager PyTorch's."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""The contestants: the same step as a first draft, a careful rewrite, a compiled one, and this package's.
+"""The contestants: the same step as a first draft, carefully rewritten, compiled, and from this package.
 
-The first three are `formulas.py`. Where AdamW follows, each takes the AdamW that goes with it, and
-this package takes part three times: attached to torch's AdamW, in one pass, and without any state of its own.
-All work on the same parameters and gradients, with state of the same size and dtype.
+The first three are in `formulas.py`. If AdamW follows, each uses the matching AdamW, and this package has
+three contestants: attached to torch's AdamW, in one pass, and without any state of its own. All work on the
+same parameters and gradients, with state of the same size and dtype.
 """
 
 import signal
