@@ -1,4 +1,4 @@
-# `make bench` and `make test` work on a fresh clone: they make what they need first.
+# `make bench` and `make test` work on a fresh clone: they first install and build what they need.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -18,26 +18,26 @@ $(INSTALLED): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Triton decides at import whether it interprets its kernels, so they have a run of their own. A process a core,
-# of one thread each; tests of threads set their number themselves.
+# Triton decides at import whether it interprets its kernels, so the interpreted kernels have a run of their own. One
+# process per core, each with one thread; tests of threads set their number themselves.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadgroup
 test: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m backend
 
-# The GPU's machine code on the CPU: all tests of a backend, on what Triton and nvcc compile for each architecture.
+# The GPU's machine code on the CPU: all tests of a backend run on the code from Triton and nvcc for each architecture.
 test-ptx: setup
 	PATS_PTX=80,90,100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ptx --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-# What users do in any order, state dictionaries with errors in them and 10,000 steps: other examples in each run,
-# N of each kind, and what they were. 400 take a core about ten minutes.
+# Random sequences of what users do, state dictionaries with errors, and 10,000 steps. Each run has new examples, N of
+# each kind, and prints them. 400 take about ten minutes on a core.
 N ?= 400
 fuzz: setup
 	PATS_FUZZ=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_machine.py tests/test_state_fuzz.py \
 	    tests/test_growth.py --numprocesses 0 --capture no
 
-# The frameworks that PATS is used in, in a virtual environment of their own: docs/integrations.md. DeepSpeed compiles
-# its operators when they are asked for, not as it is installed. The package is the one in this folder.
+# The frameworks that PATS is used in (docs/integrations.md), in a virtual environment of their own. DeepSpeed compiles
+# its operators at first use, not during installation. The package is the one in this folder.
 CLIENTS := .venv-clients
 test-clients: setup $(CLIENTS)/.installed
 	PATS_CLIENTS=1 OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients --numprocesses auto --maxprocesses 8
@@ -49,9 +49,9 @@ $(CLIENTS)/.installed: requirements-dev.txt $(wildcard tests/clients/*.txt)
 	    --requirement tests/clients/requirements-deepspeed.txt
 	touch $@
 
-# The oldest and the newest torch that are supported, with their Triton, each in a virtual environment of its own with
-# the development's other versions: both passes of `make test`, on a copy of this folder, as the extension that lies in
-# here is .venv's. One after the other: `make torch-2.10` or `make torch-2.14` is one of them.
+# Both passes of `make test` with the oldest and the newest supported torch and their Triton, one after the other, each
+# in a virtual environment of its own; other packages are those of the development. They run on a copy of this folder,
+# because the extension in here belongs to .venv. `make torch-2.10` or `make torch-2.14` runs only one of them.
 test-versions:
 	for torch in $(TORCHES); do $(MAKE) $$torch || exit 1; done
 
@@ -69,7 +69,7 @@ $(TORCHES): %: .venv-%/.installed
 	$(@D)/bin/python -m pip install --quiet --requirement tests/versions/torch-$*.txt --requirement $(@D)/others.txt
 	touch $@
 
-# One wheel for every Python and torch in dist/, tagged for its glibc and proved in an environment of its own.
+# One wheel for every Python and torch, in dist/, tagged for its glibc and tested in an environment of its own.
 wheel: setup
 	$(BIN)/python tests/native/wheel.py
 
@@ -81,15 +81,15 @@ sanitize: setup
 arm: setup
 	$(BIN)/python tests/native/arm.py
 
-# The noise's randomness: dieharder and TestU01 where they are installed, moments, tails, correlations, avalanche.
+# The noise's randomness: dieharder and TestU01 if they are installed, moments, tails, correlations, avalanche.
 statistics: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.statistics
 
-# AdamW against PATS with the Hugging Face Trainer, offline: a small BERT learns a grammar's sentences.
+# AdamW and PATS in the Hugging Face Trainer, offline: a small BERT learns the sentences of a grammar.
 finetune: setup
 	$(BIN)/python examples/run_glue.py
 
-# The site, of docs/ and the three pages beside it, in site/: a broken link or a docstring that cannot be read fails.
+# The site, in site/, from docs/ and the three pages beside it. A broken link or an unreadable docstring is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 

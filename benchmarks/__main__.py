@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what fusing the PATS step gains on a real model's parameters and gradients."""
+"""`python -m benchmarks`: how much faster the fused PATS step is, on a real model's tensors and gradients."""
 
 import argparse
 import json
@@ -37,27 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; what this machine or this package does not know ends here, with the reason."""
+    """Parses the command line. Exits with the reason if this machine or this package lacks something."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", default="bert-base-uncased", help="its name on the Hugging Face hub")
+    parser.add_argument("--model", default="bert-base-uncased", help="name on the Hugging Face hub")
     parser.add_argument("--device", choices=REPEATS, default=device)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and state")
     parser.add_argument(
-        "--optimizer", choices=variants.OPTIMIZERS, default="none", help="what follows the PATS step"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the parameters and their state"
     )
     parser.add_argument(
-        "--variants", type=variant_names, metavar="NAMES", help=f"of {','.join(variants.NAMES)}; default: all"
+        "--optimizer", choices=variants.OPTIMIZERS, default="none", help="which step follows the PATS step"
+    )
+    parser.add_argument(
+        "--variants",
+        type=variant_names,
+        metavar="NAMES",
+        help=f"some of {','.join(variants.NAMES)}; default: all",
     )
     parser.add_argument("--normalization", choices=get_args(Normalization), default="delayed")
-    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="of this package's")
-    parser.add_argument("--repeats", type=positive, help="timed steps of each variant")
-    parser.add_argument("--threads", type=positive, help="of torch on the CPU")
+    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="backend of this package")
+    parser.add_argument("--repeats", type=positive, help="number of timed steps of each variant")
+    parser.add_argument("--threads", type=positive, help="number of torch's threads on the CPU")
     machine.add_isa(parser)
-    parser.add_argument("--caches", choices=("cold", "warm"), default="cold", help="before each step")
-    parser.add_argument("--text", type=Path, help="what the gradients are of; default: the project's README")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument(
+        "--caches", choices=("cold", "warm"), default="cold", help="state of the caches before each step"
+    )
+    parser.add_argument("--text", type=Path, help="text to compute gradients from; default: the README")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results into this file")
     options = parser.parse_args(arguments)
     known = variants.names(options.optimizer)
     options.variants = options.variants or known

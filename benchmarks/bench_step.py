@@ -1,7 +1,7 @@
 """Small steps for tuning a kernel or the host's code: `pytest benchmarks/bench_step.py` (pytest-benchmark).
 
-In cache, one thread: what is timed is arithmetic, or, with many tiny tensors, the host. For what users see,
-real models out of cache, there is `python -m benchmarks`.
+All data is in the cache, with one thread, so this times the arithmetic or, with many tiny tensors, the host.
+`python -m benchmarks` times what users see: real models, out of cache.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_report FILE`: tables and a picture of a `gpu_check`."""
+"""`python -m benchmarks.gpu_report FILE`: tables and a picture from a `gpu_check`."""
 
 import sys
 

@@ -1,10 +1,11 @@
-"""Bytes a parameter: what each optimizer keeps, and what its steps hold besides.
+"""Bytes per parameter: what each optimizer keeps, and what its steps need temporarily.
 
     python -m benchmarks.memory [--model NAME] [--device cpu|cuda] [--json FILE]
 
-The tensors are a model's, their numbers random. Measured by torch's own account of its allocations: what
-the first steps leave behind is state, what a step holds for a while is temporary. Then the model is trained,
-forward, backward and step, and with released gradients (`release_gradients`): what it holds at most.
+The tensors have a model's shapes and random values. The figures come from torch's own record of its
+allocations: what remains after the first steps is state, what exists only during a step is temporary. Then
+the model is trained (forward, backward and step), also with released gradients (`release_gradients`), to
+measure the peak.
 """
 
 import argparse
@@ -272,10 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="bert-base-uncased", help="its name on the Hugging Face hub")
+    parser.add_argument("--model", default="bert-base-uncased", help="name on the Hugging Face hub")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     try:
         models.config(options.model)

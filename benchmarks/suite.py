@@ -1,9 +1,9 @@
-"""`python -m benchmarks.suite --model NAME --json FILE`: everyone on the same tensors, in one run.
+"""`python -m benchmarks.suite --model NAME --json FILE`: all contestants on the same tensors, in one run.
 
-`python -m benchmarks` asks one question; here all of them are asked at once, so that each ratio, of PATS and
-AdamW, of exact and delayed, of one pass and two, is one within a run. The tensors have a model's shapes and,
-unless `--gradients real` asks for a backward pass, random numbers in them. On a GPU every contestant is timed
-on the device, on the host, from idle to idle, and once more as the replay of a CUDA graph.
+`python -m benchmarks` answers one question. This suite answers all of them at once, so that both sides of
+each ratio (PATS and AdamW, exact and delayed, one pass and two) come from the same run. The tensors have a
+model's shapes and random values; `--gradients real` runs a backward pass instead. On a GPU every contestant
+is timed on the device, on the host, from idle to idle, and as the replay of a CUDA graph.
 """
 
 import argparse
@@ -60,14 +60,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--model", default="bert-base-uncased", help=f"one of {', '.join(shapes.SHAPES)}")
     parser.add_argument("--device", choices=REPEATS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and state")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the parameters and their state"
+    )
     parser.add_argument("--gradients", choices=("random", "real"), default="random")
     parser.add_argument(
-        "--variants", default="eager,foreach,fused,attached,moments", help="compile takes minutes"
+        "--variants",
+        default="eager,foreach,fused,attached,moments",
+        help="separated by commas; compile takes minutes",
     )
-    parser.add_argument("--backends", help="of this package; default: all fused ones that can run")
+    parser.add_argument(
+        "--backends", help="of this package, separated by commas; default: all fused that can run"
+    )
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each contest, about")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="rough duration of each contest")
     machine.add_isa(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", required=True)
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.tune --json FILE`: how the Triton kernels are best launched on this GPU.
+"""`python -m benchmarks.tune --json FILE`: finds the best way to launch the Triton kernels on this GPU.
 
-Every candidate differs from the default in what its name says, and comes with a prediction that was written
-down before anything was measured (docs/performance.md has the reasons). All of a case run in one interleaved
-contest. `--offline sm_90` compiles instead of running, on any machine: registers, spills and instructions an
+Every candidate differs from the default as its name says, and has a prediction that was written down before
+anything was measured (docs/performance.md has the reasons). All candidates of a case run in one interleaved
+contest. `--offline sm_90` only compiles, on any machine, and reports registers, spills and instructions per
 element. `TRITON_INTERPRET=1 python -m benchmarks.tune --cpu --model tiny` rehearses; its times mean nothing.
 """
 
@@ -118,10 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--model", default="bert-large-uncased", choices=shapes.SHAPES)
     parser.add_argument("--cpu", action="store_true", help="rehearse under Triton's interpreter")
-    parser.add_argument("--offline", metavar="ARCH", help="compile the candidates for it and run nothing")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases in whose name it is found")
-    parser.add_argument("--candidates", default="", metavar="REGEX", help="those in whose name it is found")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each case, about")
+    parser.add_argument("--offline", metavar="ARCH", help="only compile the candidates for this architecture")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only cases whose name matches")
+    parser.add_argument("--candidates", default="", metavar="REGEX", help="only those whose name matches")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="rough duration of each case")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     device = torch.device("cpu" if options.cpu else "cuda")

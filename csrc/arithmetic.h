@@ -1,6 +1,6 @@
-// The transcendental functions of the update. In double they are the library's; in float they are as
-// exact as the noise needs (abs(z - z_exact) <= 2e-3), and no more: every instruction here is paid for by
-// every element of the model.
+// The transcendental functions of the update. In double they are the library's. In float they are only as
+// exact as the noise needs (abs(z - z_exact) <= 2e-3), because each instruction here runs for every element
+// of the model.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,8 +22,8 @@ PATS_INLINE uint32_t bits_of(float x) { return reinterpret<uint32_t>(x); }
 PATS_INLINE uint64_t bits_of(double x) { return reinterpret<uint64_t>(x); }
 PATS_INLINE float float_of(uint32_t bits) { return reinterpret<float>(bits); }
 
-// The kernel is compiled as if no value were infinite or NaN and no zero had a sign, so that minima and
-// maxima are one instruction each. Whether a value really is finite, and its sign, is asked of its bits.
+// The kernel is compiled as if no value were infinite or NaN and no zero had a sign, so that minima and maxima are
+// one instruction each. So tests for finite values and for signs look at a value's bits.
 constexpr uint32_t kInfinity = 0x7F800000u, kSign = 0x80000000u;
 constexpr uint64_t kInfinity64 = 0x7FF0000000000000u, kSign64 = 0x8000000000000000u;
 
@@ -54,9 +54,9 @@ PATS_INLINE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// a b + c, rounded once. Where a multiplication and an addition are one instruction is said here and by those
-// who call it, never by the compiler (-ffp-contract=off, -fmad=false): the same bits on every path and every
-// instruction set that has the instruction. Where there is none (x86-64's baseline) it is two roundings.
+// a b + c, rounded once. Only this function fuses a multiplication and an addition, never the compiler
+// (-ffp-contract=off, -fmad=false). So all paths and all instruction sets that have the instruction give the same
+// bits. Without the instruction (x86-64's baseline) there are two roundings.
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(PATS_ROOT_FLUSHES)
 PATS_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PATS_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -70,7 +70,7 @@ PATS_INLINE double ratio(double a, double b) { return a / b; }
 PATS_INLINE double inverse(double x) { return 1.0 / x; }
 
 #if defined(__CUDA_ARCH__)
-// A GPU's approximations, each one instruction; what is subnormal may be 0 to them.
+// A GPU's approximations, one instruction each; they may take subnormal numbers for 0.
 constexpr bool kRootFlushes = true, kGateScales = false;
 #define PATS_PTX(name, instruction)                 \
   PATS_INLINE float name(float x) {                 \
@@ -106,7 +106,7 @@ PATS_INLINE float square_root(float x) { return sqrtf(x); }
 #endif
 #endif
 
-// U(x) = (x + 1/2) 2^-32. AVX2 converts signed numbers only: of the upper half it is the distance from 1 that is
+// U(x) = (x + 1/2) 2^-32. AVX2 converts signed numbers only, so for the upper half the distance from 1 is
 // converted.
 template <class T>
 PATS_INLINE T unit(uint32_t x) {
@@ -118,7 +118,7 @@ PATS_INLINE T unit(uint32_t x) {
 #endif
 }
 
-// The same less one where x is in the upper half, in parts of a full turn: the angle.
+// The angle: U(x), minus one if x is in the upper half, times a full turn.
 template <class T>
 PATS_INLINE T turn(uint32_t x, T full) {
   return multiply_add(static_cast<T>(static_cast<int32_t>(x)), full * T(0x1p-32), full * T(0x1p-33));
@@ -129,11 +129,11 @@ PATS_INLINE double minus_two_log(double u) { return -2.0 * log(u); }
 
 PATS_INLINE float minus_two_log(float u) {
 #if defined(__CUDA_ARCH__)
-  // By its documented error the logarithm may be above 0 where u nears 1.
+  // Within its documented error the logarithm may be above 0 for u near 1.
   return 1.38629436f * magnitude(log2_of(u));
 #else
-  // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f P(f), minimax, 7e-6 relative, so
-  // that the radius keeps its precision where u nears 1.
+  // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f P(f), minimax, with a relative error of 7e-6,
+  // so that the radius stays precise for u near 1.
   const uint32_t exponent = (bits_of(u) - 0x3F3504F3u) & 0xFF800000u;
   const float e = static_cast<float>(static_cast<int32_t>(exponent));  // times 2^23
   const float f = float_of(bits_of(u) - exponent) - 1.0f;
@@ -147,7 +147,7 @@ PATS_INLINE float minus_two_log(float u) {
 #endif
 }
 
-// scale * (cos, sin) of an angle of half a turn at most, where a full turn is kTurn.
+// scale * (cos, sin) of an angle of at most half a turn; a full turn is kTurn.
 template <class T>
 struct Circle {
   static constexpr T kTurn = T(6.283185307179586476925);
@@ -169,7 +169,7 @@ struct Circle<float> {
     cosine = scale * cosine_of(angle);
     sine = scale * sine_of(angle);
   }
-#else  // minimax polynomials, 8e-7 and 6e-6 absolute, with the scale in the coefficients
+#else  // minimax polynomials, absolute errors 8e-7 and 6e-6, with the scale in the coefficients
   static constexpr float kTurn = 1.0f;
   float c0, c1, c2, c3, c4, c5, s0, s1, s2, s3, s4;
   PATS_INLINE explicit Circle(float scale)
@@ -188,8 +188,8 @@ struct Circle<float> {
 #endif
 };
 
-// tanh(k / q - gamma) for q >= 0, or anything not above 0 where it is not: 1 where q is 0. Times q it is
-// k - gamma q that decides.
+// tanh(k / q - gamma) for q >= 0, and 1 if q is 0. Where that is not above 0, the result is any number not above 0.
+// The sign of k - gamma q decides, which is the argument times q.
 PATS_INLINE double open_gate(double k, double gamma, double q) {
   const double n = multiply_add(-gamma, q, k);
   return n > 0 ? tanh(n / q) : 0.0;
@@ -199,8 +199,8 @@ PATS_INLINE float open_gate(float k, float gamma, float q) {
 #if defined(__CUDA_ARCH__)
   return tanh_of(multiply_add(k, reciprocal(q), -gamma));
 #else
-  // tanh(x) = x N(x^2) / D(x^2), 6e-5 absolute: below 1 up to where x is cut off, and there, with fused
-  // multiply-adds, 1. The bound on q makes 0 / 0 a 0. Two divisions take less time than what avoids one of them.
+  // tanh(x) = x N(x^2) / D(x^2), absolute error 6e-5: below 1 up to the bound on x, and 1 at the bound with fused
+  // multiply-adds. The bound on q makes 0 / 0 a 0. Two divisions are faster than code that avoids one of them.
   const float n = larger(multiply_add(-gamma, q, k), 0.0f);
   const float x = smaller(n / larger(q, 0x1p-100f), 5.2406311f), x2 = x * x;
   const float above = multiply_add(multiply_add(0.000632542592f, x2, 0.100938031f), x2, 0.999758623f);
@@ -209,7 +209,7 @@ PATS_INLINE float open_gate(float k, float gamma, float q) {
 #endif
 }
 
-// IEEE half and float, to nearest even.
+// Converts between IEEE half and float, to nearest even.
 PATS_INLINE float float_of_half(uint16_t half) {
 #if defined(__CUDA_ARCH__)
   float x;
@@ -232,7 +232,7 @@ PATS_INLINE uint16_t half_of_float(float x) {
 #else
   const uint32_t sign = bits_of(x) >> 16 & 0x8000u, magnitude = bits_of(x) & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
-  // Adding 1/2 leaves 2^-24, the spacing of subnormal halves, as the last bit: the sum is rounded to it.
+  // Adding 1/2 makes 2^-24, the spacing of subnormal halves, the last bit, so the sum is rounded to it.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t infinite = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
@@ -240,8 +240,8 @@ PATS_INLINE uint16_t half_of_float(float x) {
 #endif
 }
 
-// To bfloat16: 16 random bits are added, or what rounds to the nearest, ties to even; then the lower half is cut
-// off. A NaN with bits in its lower half could overflow.
+// To bfloat16: adds 16 random bits, or what rounds to nearest with ties to even, then cuts off the lower half.
+// The sum could overflow for a NaN with bits in its lower half.
 template <bool kStochastic, bool kAnyNan>
 PATS_INLINE float rounded(float x, uint32_t random) {
   const uint32_t bits = bits_of(x), sum = bits + (kStochastic ? random : 0x7FFFu + (bits >> 16 & 1u));

@@ -1,6 +1,6 @@
-// The operator torch.ops.pats_kernels.step_ on the CPU: cuts a launch's tensors into fixed chunks, runs them
-// on torch's threads, and reduces their partial sums in order, so that any number of threads gives the
-// same bits. It keeps to torch's stable ABI and Python's limited API, so one binary serves every torch from 2.10 on.
+// The operator torch.ops.pats_kernels.step_ on the CPU. It cuts a launch's tensors into chunks of a fixed size, runs
+// these on torch's threads, and adds their partial sums in order, so any number of threads gives the same bits.
+// It uses only torch's stable ABI and Python's limited API, so one binary works with every torch from 2.10 on.
 #include "module.h"
 
 #include <torch/csrc/stable/library.h>
@@ -37,7 +37,7 @@ ChunkFunction best_for_this_machine() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  // PATS_KERNELS_ISA takes a lesser one, for tests; never one that the machine lacks.
+  // PATS_KERNELS_ISA selects a smaller instruction set, for tests; never one that the machine lacks.
   const char* limit = std::getenv("PATS_KERNELS_ISA");
   const std::string allowed = limit ? limit : "avx512";
   if (avx512 && allowed == "avx512") return chunk_avx512;
@@ -46,11 +46,11 @@ ChunkFunction best_for_this_machine() {
   return chunk_baseline;
 }
 
-// A launch's tables, and where in the list of all chunks each tensor's chunks start.
+// A launch's tables, and where each tensor's chunks start in the list of all chunks.
 struct Work {
   const Row* rows;
   const Dimension* dimensions;
-  std::vector<int64_t> starts;  // and their number at the end
+  std::vector<int64_t> starts;  // the last entry is the number of all chunks
 
   Work(const Tensor& table, const Tensor& layout)
       : rows(static_cast<const Row*>(table.const_data_ptr())),
@@ -68,8 +68,8 @@ uint32_t step_of(const Row& row, Phase phase) {
   return steps_of(*row.step_count) + (phase == Phase::kNoise ? 0 : 1);
 }
 
-// GNU's OpenMP waits in a forked child for the threads that its parent had, for ever. Of a process that has
-// had any a child takes all chunks itself, which gives the same bits; one that had none may start its own.
+// In a forked child, GNU's OpenMP waits for ever for the threads of its parent. So if the parent had threads, the
+// child runs all chunks itself, which gives the same bits. If the parent had none, the child may start its own.
 bool forked_with_threads = false;
 
 #if defined(__linux__)
@@ -152,7 +152,7 @@ void step_cpu(const Tensor& table, const Tensor& layout, ScalarType param_dtype,
                   scale};
 
   const Work work(table, layout);
-  // Kept from step to step: fresh memory would cost a page fault for every few chunks.
+  // Kept from step to step, because new memory would cost a page fault for every few chunks.
   static thread_local std::vector<Partial> partials;
   partials.resize(work.starts.back());
   run_phase(work, args, partials);
@@ -162,9 +162,9 @@ void step_cpu(const Tensor& table, const Tensor& layout, ScalarType param_dtype,
 }  // namespace
 }  // namespace pats
 
-// The tensors that the table's rows name are not among the arguments: a list of a thousand of them would cost
-// more of the host's time than all the rest, and who calls this holds them. The table stands for them as what is
-// written; what would rely on the schema for more, functionalization, is refused (pats_kernels/compiling.py).
+// The tensors in the table's rows are not arguments: a list of a thousand of them would cost more host time than
+// everything else, and the caller keeps them alive. So the schema names only the table as written. Functionalization,
+// which would rely on the schema for more, is refused (pats_kernels/compiling.py).
 STABLE_TORCH_LIBRARY(pats_kernels, library) {
   library.def(
       "step_(Tensor(a!) table, Tensor layout, ScalarType param_dtype, ScalarType state_dtype, str form, "

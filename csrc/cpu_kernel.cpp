@@ -1,13 +1,13 @@
-// The CPU kernel: one source for every instruction set. setup.py compiles it with -mavx512..., with -mavx2
-// and plainly; PATS_CHUNK names the function that each of the objects exports, and cpu.cpp picks one.
+// The CPU kernel: one source for all instruction sets. setup.py compiles it with -mavx512..., with -mavx2, and
+// without either. PATS_CHUNK names the function that each object exports; cpu.cpp picks one of them at run time.
 //
 // The path of the data: a chunk is cut into blocks of kBlock elements. A block's random words are drawn into the L1
-// cache, its normals are made of them, and it is updated where it lies, each by a loop of its own that the compiler
-// vectorizes: a processor that sees a hundred or two of instructions ahead overlaps more iterations of short loops.
-// Tails and strided tensors are copied into blocks of their own and back.
+// cache, its normals are computed from them, and the block is updated in place. Each of these is a separate loop that
+// the compiler vectorizes: a processor looks one or two hundred instructions ahead, so it overlaps more iterations
+// of short loops. Tails and strided tensors are copied into separate blocks and back.
 //
-// Nothing here may come from a header as an ordinary inline function: the linker keeps one copy of those,
-// and it might be one with instructions that the machine does not have.
+// No header may provide an ordinary inline function to this file: the linker keeps only one copy of such functions,
+// and that might be one with instructions that the machine does not have.
 #include "cpu_kernel.h"
 
 #include "groups.h"
@@ -25,10 +25,10 @@ constexpr bool same<A, A> = true;
 constexpr int kBlock = 256;
 constexpr int kGroups = kBlock / 4;
 
-struct Draw {  // what, with an element's number, its random words depend on
+struct Draw {  // what an element's random words depend on, besides its number
   uint64_t seed;
   uint32_t tensor_id, step, high;
-  Groups noise, rounding;  // of groups whose high word is `high`
+  Groups noise, rounding;  // for groups whose high word is `high`
 
   Draw(const Row& row, uint32_t step, uint32_t high)
       : seed(row.seed), tensor_id(static_cast<uint32_t>(row.tensor_id)), step(step), high(high),
@@ -37,7 +37,7 @@ struct Draw {  // what, with an element's number, its random words depend on
 
 // ---- random words and normals of a block
 
-// Rows of words that their loops draw at once, one after another in memory.
+// Words that are drawn in one call, as consecutive rows in memory.
 using BlockWords = uint32_t[kGroups / kLanes][4][kLanes];
 static_assert(kGroups % (kVectors * kLanes) == 0);
 
@@ -77,7 +77,7 @@ static inline void rounding_bits(const Groups& words, uint32_t low, uint32_t* bi
   }
 }
 
-// The same for elements that are not numbered one after another: each draws its own group's words and keeps one.
+// The same for elements that are not numbered one after another. Each draws its group's words and keeps its own.
 
 static inline Words draw_one(const Draw& d, uint64_t number, uint32_t top_bit) {
   const uint64_t group = number / 4;
@@ -113,11 +113,11 @@ struct Block {
   P* w;
   const P* g;
   S *sens, *unc, *m, *v;
-  uint64_t group;          // of its first element: its number / 4
-  const int64_t* numbers;  // of all its elements; null: they follow one another
+  uint64_t group;          // number of its first element / 4
+  const int64_t* numbers;  // numbers of all its elements; null: they are consecutive
 };
 
-// As `Storage` will keep it.
+// The value that `Storage` will hold.
 template <class Storage, bool kStochastic, bool kAnyNan, class T>
 static PATS_INLINE T stored(T x, uint32_t random) {
   if constexpr (same<Storage, Bfloat16>) return T(rounded<kStochastic, kAnyNan>(static_cast<float>(x), random));
@@ -125,7 +125,7 @@ static PATS_INLINE T stored(T x, uint32_t random) {
   return x;
 }
 
-// Of a block, by places within kPlaces: in an order that no vector's width decides. kMarked: signs are marks.
+// A block's sum, by places within kPlaces: the order does not depend on the vectors' width. kMarked: signs are marks.
 template <bool kMarked, class T>
 static inline T sum_of(const T* x) {
   constexpr int kPlaces = 32;
@@ -145,17 +145,17 @@ static inline T sum_of(const T* x) {
   return sums[0];
 }
 
-// What of a block is no operand.
+// The values of a block that are not operands.
 template <class T>
 struct Drawn {
   alignas(64) T z[kBlock];  // the noise
   alignas(64) uint32_t bits[kBlock];
-  alignas(64) T sens[kBlock], unc[kBlock];  // to be summed, where they are not stored as they are
+  alignas(64) T sens[kBlock], unc[kBlock];  // values to sum, if they are stored in another type
   alignas(64) T importance[kBlock];         // from a step's first half to its second; negative: not finite
 };
 
-// One pass over memory may be two loops over a block: their iterations are shorter, so that a processor sees more of
-// them ahead. With AVX2 it does not gain what the second loop costs.
+// One pass over memory may use two loops over a block. Their iterations are shorter, so a processor can overlap more of
+// them. With AVX2 this gains less than the second loop costs.
 #if defined(__AVX512F__)
 constexpr bool kTwoLoops = true;
 #else
@@ -182,7 +182,7 @@ static PATS_INLINE int32_t update(const Constants<T>& constants, const AdamW<T>&
                                   const Block<P, S>& block, Drawn<T>& drawn) {
   constexpr Does kDoes = does(kForm, kPhase, kPart);
   constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
-  // The lower half of a NaN is zero where all that is read is bfloat16, and so it is of the processor's own.
+  // If all operands are bfloat16, the lower half of each NaN is zero; so it is in the NaNs that the processor makes.
   constexpr bool kAnyNan = !same<P, Bfloat16> || !same<S, Bfloat16>;
   const Constants<T> c = constants;
   const AdamW<T> adam = adamw_constants;
@@ -236,7 +236,7 @@ __attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T
   if (kStochastic && !block.numbers) rounding_bits(d.rounding, low, drawn.bits);
 
   int32_t nonfinite;
-  // AdamW's six operands in float32 come from memory sooner in one loop.
+  // One loop reads AdamW's six float32 operands from memory faster.
   if constexpr (kTwoLoops && kDoes.averages && kDoes.noise && (!kDoes.adamw || sizeof(P) < 4)) {
     nonfinite = update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kAverages>(c, adam, block, drawn);
     update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kNoise>(c, adam, block, drawn);
@@ -259,13 +259,13 @@ __attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T
   partial.nonfinite += nonfinite;
 }
 
-// ---- storage: a block of it, where it lies or in a buffer
+// ---- storage: a block of an operand, in place or in a buffer
 
-// Where each of a block's elements lies in an operand that is not contiguous, or what its number is.
+// The offset of each of a block's elements in an operand that is not contiguous, or the element's number.
 using Offsets = int64_t[kBlock];
 
-// True: they follow one another, and only the first is written. Divisions are dear: it goes by runs along the
-// innermost dimension.
+// Writes a block's offsets. Returns true if they are consecutive; then only the first is written. Divisions are slow,
+// so it works in runs along the innermost dimension.
 static bool walk(const Row& row, const Dimension* dimensions, int64_t Dimension::*stride, int64_t first,
                  int64_t begin, int n, Offsets& offsets) {
   const Dimension& innermost = dimensions[row.layout + row.ndim - 1];
@@ -293,13 +293,13 @@ struct Operand {
   Storage* const data;
   int64_t Dimension::*const stride;
   bool scattered = false;
-  int64_t from = 0;  // where they are not, the block's first element
+  int64_t from = 0;  // if not scattered: the block's first element
   Offsets offsets;
   alignas(64) Storage buffer[kBlock];
 
   Operand(void* data, int64_t Dimension::*stride) : data(static_cast<Storage*>(data)), stride(stride) {}
 
-  // Elements [begin, begin + n), followed by zeros up to a full block, which change no statistic.
+  // Elements [begin, begin + n), then zeros up to a full block; zeros change no statistic.
   Storage* load(const Row& row, const Dimension* dimensions, int64_t begin, int n) {
     scattered = row.ndim > 0 && !walk(row, dimensions, stride, 0, begin, n, offsets);
     from = row.ndim > 0 ? offsets[0] : begin;
@@ -380,7 +380,7 @@ ChunkFunction of_rounding(const LaunchArgs& args) {
 
 template <class P, class S, Form kForm, Uncertainty kUncertainty>
 ChunkFunction of_phase(const LaunchArgs& args) {
-  // Without means to be known first, AdamW alone is one pass; and what PATS averages is no matter of AdamW.
+  // AdamW alone needs no means, so it has one pass. The averages of PATS do not depend on AdamW: one kernel for both.
   constexpr Form kAveraging = kForm == Form::kPatsAdamW ? Form::kPats : kForm;
   switch (args.phase) {
     case Phase::kOnePass: return of_rounding<P, S, kForm, kUncertainty, Phase::kOnePass>(args);

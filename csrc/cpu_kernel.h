@@ -1,4 +1,4 @@
-// What cpu.cpp, the same everywhere, asks of cpu_kernel.cpp, which is compiled once for each instruction set.
+// The interface of cpu_kernel.cpp, which is compiled once for each instruction set. cpu.cpp is compiled only once.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,7 @@
 
 namespace pats {
 
-// What a launch's tensors have in common.
+// What the tensors of a launch have in common.
 struct LaunchArgs {
   Storage param, state;
   Form form;
@@ -22,8 +22,8 @@ struct Partial {
   int64_t nonfinite;
 };
 
-// Elements [begin, end) of one tensor; begin is a multiple of 4 and the range is not empty. `stats` are the
-// means that the normalization asks for, `step` is t. A row without statistics gets AdamW's step alone.
+// Updates elements [begin, end) of one tensor; begin is a multiple of 4 and the range is not empty. `stats` are the
+// means that the normalization uses, `step` is t. A row without statistics gets AdamW's step alone.
 using ChunkFunction = Partial (*)(const LaunchArgs&, const Row&, const Dimension*, const float* stats,
                                   uint32_t step, int64_t begin, int64_t end);
 

@@ -1,6 +1,6 @@
-// The operator torch.ops.pats_kernels.launch_ on CUDA: starts the kernels of one phase of a step over tables
-// that lie on the device, on the current stream. It neither waits nor allocates, so a CUDA graph can capture
-// it. As the CPU's, one binary for every torch from 2.10 on; a library apart, which only a CUDA build of torch can load.
+// The operator torch.ops.pats_kernels.launch_ on CUDA. It starts the kernels of one phase of a step on the current
+// stream, over tables on the device. It neither waits nor allocates, so a CUDA graph can capture it. As on the CPU, one
+// binary works with every torch from 2.10 on. It is a separate library, because only a CUDA build of torch can load it.
 #include "module.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -94,8 +94,8 @@ void launch_cuda(const Tensor& table, const Tensor& layout, const Tensor& chunks
 }  // namespace
 }  // namespace pats
 
-// The tensors that the table's rows name are not among the arguments: a list of a thousand of them would cost
-// more of the host's time than all the rest, and who calls this holds them.
+// The tensors in the table's rows are not arguments: a list of a thousand of them would cost more host time than
+// everything else, and the caller keeps them alive.
 STABLE_TORCH_LIBRARY_FRAGMENT(pats_kernels, library) {
   library.def(
       "launch_(Tensor table, Tensor layout, Tensor chunks, Tensor starts, Tensor(a!) partials, "

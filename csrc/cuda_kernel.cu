@@ -1,11 +1,11 @@
 // The CUDA kernels: one source, which setup.py compiles once for each dtype of the parameters (PATS_PARAM),
-// so that they compile side by side; PATS_LAUNCH names the function that each of the objects exports.
+// so that the compilations can run in parallel. PATS_LAUNCH names the function that each object exports.
 //
-// The path of the data: a block updates one chunk. Its first thread works out what is the same for the whole
-// tensor, then each thread takes groups of 4 or 8 neighbouring elements: 16 bytes at a time where all
-// operands are aligned, one by one at a ragged end. The random words of neighbours come from one call, so no
-// thread needs another's. Tensors that are not contiguous, and those without noise, are other kernels' work:
-// their code would cost the main one registers.
+// The path of the data: a block updates one chunk. Its first thread computes what is the same for the whole
+// tensor. Then each thread takes groups of 4 or 8 neighbouring elements: 16 bytes at a time if all operands
+// are aligned, one by one at a ragged end. The random words of a group come from one call, so threads need
+// not exchange them. Tensors that are not contiguous and tensors without noise have separate kernels, because
+// their code would cost the main kernel registers.
 #include "cuda_kernel.h"
 
 #include "step.h"
@@ -14,7 +14,7 @@
 #define PATS_DEVICE __device__ __forceinline__
 
 #if !defined(PATS_ONLY_FULL)
-#define PATS_ONLY_FULL 0  // 1 leaves all but the path that counts out, to study the compiler's work on it
+#define PATS_ONLY_FULL 0  // 1 keeps only the path for full chunks, to study the compiler's output for it
 #endif
 
 namespace pats {
@@ -22,15 +22,15 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// What is read and written once should not drive out of the caches what is not.
-constexpr bool streams(Phase phase) { return phase != Phase::kAverages; }  // after which all is read again
+// Data that is used only once should not evict other data from the caches.
+constexpr bool streams(Phase phase) { return phase != Phase::kAverages; }  // all is read again after it
 
 template <class A, class B>
 constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// The arithmetic's type for a parameter, and the row whose numbers have it.
+// The type of the arithmetic for a parameter, and the row whose numbers have that type.
 template <class P>
 using Float = decltype(widen(P{}));
 template <class T>
@@ -42,14 +42,14 @@ struct RowFor<double> {
   using Type = RowOf<double>;
 };
 
-// Neighbours a thread updates at a time: 16 bytes of the narrowest operand.
+// How many neighbours a thread updates at a time: 16 bytes of the narrowest operand.
 template <class P, class S>
 constexpr int kVector = sizeof(P) == 2 || sizeof(S) == 2 ? 8 : 4;
 
-// ---- what a block knows
+// ---- what the threads of a block share
 
 struct Draw {
-  uint64_t seed, group;  // group: of the chunk's first element, where they are numbered one after another
+  uint64_t seed, group;  // group: of the chunk's first element, if elements are numbered in order
   uint32_t tensor_id, step;
 };
 
@@ -70,7 +70,7 @@ PATS_DEVICE bool skipped(const CudaLaunch& launch) {
   return launch.found_inf && *launch.found_inf != 0.0f;
 }
 
-// By one thread. The noise phase comes after the statistics, which have advanced the counter.
+// One thread runs this. The noise phase comes after the statistics, which have advanced the counter.
 template <class T, class R>
 PATS_DEVICE void prepare(const CudaLaunch& launch, const R& row, Form form, Phase phase,
                          Uncertainty uncertainty, int64_t start, Shared<T>& shared) {
@@ -104,8 +104,8 @@ PATS_DEVICE void normals(const Words& x, T scale, T (&z)[4]) {
 
 // ---- storage
 
-// As `Storage` will keep it. Only AdamW can compute a NaN, to which no bits may be added; in what is copied
-// from bfloat16 the added bits change nothing.
+// The value that `Storage` will hold. No bits may be added to a NaN, which only AdamW can compute. For a value
+// copied from bfloat16 the added bits change nothing.
 template <class T, class Storage>
 struct Stored {
   bool stochastic;
@@ -191,8 +191,8 @@ struct Group {
   T w[V], g[V], S[V], U[V], m[V], v[V];
 };
 
-// One instruction behind the predicate that is there; nvcc makes it two, an addition and a choice. Of 8 elements
-// bfloat16's AdamW has two spills then.
+// One instruction that uses the existing predicate; nvcc makes two, an addition and a selection. For 8 elements
+// it would make AdamW in bfloat16 spill two registers.
 template <int V>
 PATS_DEVICE void count_unless(bool condition, int32_t& count) {
 #if defined(__CUDA_ARCH__)
@@ -204,8 +204,8 @@ PATS_DEVICE void count_unless(bool condition, int32_t& count) {
   count += !condition;
 }
 
-// The step of V elements in registers, as they will be stored. `z` is noise_scale times the normals. Returns
-// whether any was marked as not finite.
+// The step of V elements in registers; results are rounded as stored. `z` is noise_scale times the normals. Returns
+// whether any element was marked as not finite.
 template <class P, class S, int V>
 PATS_DEVICE bool step_group(const Does does, Phase phase, Uncertainty uncertainty, bool stochastic,
                             const Shared<Float<P>>& shared, const uint32_t (&bits)[V], const Float<P> (&z)[V],
@@ -235,7 +235,7 @@ PATS_DEVICE bool step_group(const Does does, Phase phase, Uncertainty uncertaint
   return any && does.reads_averages && phase == Phase::kNoise;
 }
 
-// A thread's share of a chunk of a contiguous tensor. kFull: a whole chunk of aligned operands.
+// Updates a thread's share of a chunk of a contiguous tensor. kFull: a whole chunk of aligned operands.
 template <class P, class S, Phase kPhase, bool kFull, class R>
 PATS_DEVICE void update(const Does does, Uncertainty uncertainty, bool stochastic, const R& row,
                         const Shared<Float<P>>& shared, int64_t start, int length, Sums<Float<P>>& sums) {
@@ -297,7 +297,7 @@ PATS_DEVICE T warp_sum(T x) {
   return x;
 }
 
-// By all threads; the first one gets the sums. The order is the same in every run.
+// All threads run this; the first one gets the sums. The order is the same in every run.
 template <class A, class B, class C>
 PATS_DEVICE void block_sums(double (&shared)[3][kWarps], A a, B b, C c, double (&total)[3]) {
   a = warp_sum(a), b = warp_sum(b), c = warp_sum(c);
@@ -323,8 +323,8 @@ PATS_DEVICE void write_partials(const CudaLaunch& launch, const Sums<T>& sums, S
 
 // ---- the kernels
 
-// Blocks to a multiprocessor, and so the most registers: what the compiler needs no stack for; of 16 bits
-// throughout one more, as an H200 is faster with it though AdamW's then spills: docs/performance.md.
+// Blocks per multiprocessor, which limits the registers: as many as need no stack. One more if all operands have
+// 16 bits: an H200 is faster with that although AdamW then spills (docs/performance.md).
 template <class P, class S>
 constexpr int residents(Form form, bool common) {
   const bool pats = form == Form::kPats;
@@ -334,8 +334,8 @@ constexpr int residents(Form form, bool common) {
   return pats ? 8 : common ? 6 : 5;
 }
 
-// Of contiguous tensors, those with noise; of form kAdamW those without. kCommon: with the uncertainty and
-// the rounding that nearly everyone uses; the others are decided at run time.
+// Updates contiguous tensors: those without noise if the form is kAdamW, else those with noise. kCommon: with
+// the usual uncertainty and rounding; otherwise both are decided at run time.
 template <class P, class S, Form kForm, Phase kPhase, bool kCommon>
 __global__ void __launch_bounds__(kThreads, residents<P, S>(kForm, kCommon))
     update_kernel(const CudaLaunch launch) {
@@ -363,13 +363,13 @@ __global__ void __launch_bounds__(kThreads, residents<P, S>(kForm, kCommon))
   if (kDoes.sums) write_partials(launch, sums, shared);
 }
 
-// Of an index in a tensor of `numel` elements; a division of 64 bits takes four times as many instructions.
+// index / size in a tensor of `numel` elements; a 64-bit division takes four times as many instructions.
 PATS_DEVICE int64_t quotient(int64_t index, int64_t size, int64_t numel) {
   if (numel <= 0x7FFFFFFF) return static_cast<uint32_t>(index) / static_cast<uint32_t>(size);
   return index / size;
 }
 
-// Of tensors that are not contiguous: one element at a time, wherever it lies; everything decided at run
+// Updates tensors that are not contiguous, one element at a time, at any address. Everything is decided at run
 // time.
 template <class P, class S>
 __global__ void __launch_bounds__(kThreads) strided_kernel(const CudaLaunch launch) {
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreads) strided_kernel(const CudaLaunch laun
   if (does_.sums) write_partials(launch, sums, shared);
 }
 
-// One block a tensor: adds its chunks' partial sums in a fixed order, and advances its step.
+// One block for each tensor: adds its chunks' partial sums in a fixed order, and advances its step.
 template <class T>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(const CudaLaunch launch) {
   if (skipped(launch)) return;
@@ -470,7 +470,7 @@ using Kernel = void (*)(CudaLaunch);
 
 template <class P, class S, Form kForm, bool kCommon>
 Kernel of_phase(Phase phase) {
-  // The averages of PATS are no matter of AdamW.
+  // The averages of PATS do not depend on AdamW.
   constexpr Form kAveraging = kForm == Form::kPatsAdamW ? Form::kPats : kForm;
   switch (phase) {
     case Phase::kOnePass: return update_kernel<P, S, kForm, Phase::kOnePass, kCommon>;
@@ -488,7 +488,7 @@ Kernel of_form(const CudaLaunch& launch) {
   }
 }
 
-// AdamW alone is the same in the phase with noise as in one pass, but for the counter, which is run-time.
+// AdamW alone does the same in the noise phase as in one pass, except for the counter, which is read at run time.
 template <class P, class S>
 Kernel without_noise(Phase phase) {
   if (phase == Phase::kOnePass) return update_kernel<P, S, Form::kAdamW, Phase::kOnePass, false>;

@@ -1,4 +1,4 @@
-// What cuda.cpp asks of cuda_kernel.cu, which is compiled once for each dtype of the parameters.
+// The interface of cuda_kernel.cu, which is compiled once for each dtype of the parameters. cuda.cpp calls it.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -8,10 +8,10 @@
 
 namespace pats {
 
-// Elements a block: backends/cuda.py cuts the tensors by it.
+// Elements for each block; backends/cuda.py cuts the tensors into chunks of this size.
 constexpr int kChunk = 4096;
 
-// What a launch's tensors have in common. All addresses are the device's.
+// What the tensors of a launch have in common. All addresses are on the device.
 struct CudaLaunch {
   Storage state;
   Form form;
@@ -19,18 +19,18 @@ struct CudaLaunch {
   Phase phase;
   bool stochastic_rounding;
   bool strided;  // whether some of the tensors are not contiguous
-  bool plain;    // whether some are without statistics: they get AdamW's step alone
-  const void* table;       // int64 [tensors, columns], the numbers in the type of the arithmetic
+  bool plain;    // whether some have no statistics: they get AdamW's step alone
+  const void* table;       // int64 [tensors, columns], with numbers in the type of the arithmetic
   const Dimension* layout;
   const int2* chunks;      // [chunks]: the table's row, the number of the piece
   const int64_t* starts;   // [tensors + 1]: where each tensor's chunks start
-  double* partials;        // [3, chunks]: a chunk's sums of S and U, its count of what was not finite
+  double* partials;        // [3, chunks]: a chunk's sums of S and of U, its count of elements not finite
   int64_t num_chunks, num_tensors;
-  const float* grad_scale;  // null, or a GradScaler's
+  const float* grad_scale;  // a GradScaler's, or null
   const float* found_inf;
 };
 
-// Starts one phase: the update of all chunks and, but for the noise phase, the statistics of all tensors.
+// Starts one phase: the update of all chunks and, except in the noise phase, the statistics of all tensors.
 using CudaFunction = cudaError_t (*)(const CudaLaunch&, cudaStream_t);
 
 cudaError_t launch_float32(const CudaLaunch&, cudaStream_t);

@@ -1,4 +1,4 @@
-// The random words of many groups at once, for the CPU: philox.h's, in vectors.
+// The random words of many groups at once, for the CPU: the words of philox.h, computed in vectors.
 #pragma once
 #include <cstring>
 
@@ -11,15 +11,15 @@
 namespace pats {
 
 #if defined(__AVX2__)
-// vpmuludq multiplies the low halves of 64-bit lanes, but no compiler finds it: it takes 32-bit lanes apart and
-// together again in every round. So every second group has a vector of 64-bit lanes, whose high halves are
-// anything, and they come together in the last round.
+// vpmuludq multiplies the low halves of 64-bit lanes, but no compiler uses it well: they split and join 32-bit lanes
+// in every round. So the even and the odd groups have separate vectors of 64-bit lanes, whose high halves are
+// ignored. The last round joins them.
 #if defined(__AVX512F__)
 using Halves = uint64_t __attribute__((vector_size(64)));
 using Floats = float __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(64)));
 
-// With masks of ones, for without any GCC 12 warns of what its own header leaves open.
+// With masks of ones, because without a mask GCC 12 warns of an uninitialized value in its own header.
 PATS_INLINE Halves product(Halves a, uint32_t b) {
   return reinterpret_cast<Halves>(_mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
 }
@@ -55,17 +55,17 @@ constexpr int kLanes = sizeof(Halves) / sizeof(uint32_t), kVectors = sizeof(Halv
 
 PATS_INLINE Halves everywhere(uint32_t x) { return Halves{} + (uint64_t{x} << 32 | x); }
 
-// Where in a vector's 32-bit lanes the groups are: `place(i)` is in lane i. Parts of 128 bits, within which shuffles
-// are cheap, have groups that follow one another in the same lane, so that `in_order` needs no other shuffles.
+// The order of groups in a vector's 32-bit lanes: group `place(i)` is in lane i. Consecutive groups are in the same
+// lane of the 128-bit parts. Shuffles within these parts are cheap, and `in_order` needs no others.
 PATS_INLINE constexpr int place(int i) { return i % 4 * (kLanes / 4) + i / 4; }
 
 class Groups {
   Halves k0[kRounds], k1[kRounds];
   Halves first;                                // the groups of even lanes, from 0 on
-  Halves c2_of_1, c0_of_2, c2_of_2, c2_of_3;  // what is the same for all groups in what a round gives
+  Halves c2_of_1, c0_of_2, c2_of_2, c2_of_3;  // the parts of the rounds' results that are the same for all groups
 
  public:
-  // Of groups whose high word is `high`.
+  // For groups whose high word is `high`.
   PATS_INLINE Groups(uint32_t high, uint32_t tensor_id, uint32_t step, uint64_t seed) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kRounds; ++round, key0 += kKeyStep0, key1 += kKeyStep1) {
@@ -73,7 +73,7 @@ class Groups {
       k1[round] = everywhere(key1);
     }
     for (int i = 0; i < kLanes / 2; ++i) first[i] = place(2 * i);
-    // The rounds' first three, of those of the counter's words that do not differ: no compiler hoists all of it.
+    // The first three rounds of the counter's words that are the same for all groups; no compiler hoists all of it.
     const Halves p1 = product(everywhere(tensor_id), kFactor1);
     const Halves p0 = product((p1 >> 32) ^ everywhere(high) ^ k0[0], kFactor0);
     c2_of_1 = everywhere(step) ^ k1[0];
@@ -82,9 +82,9 @@ class Groups {
     c2_of_3 = p0 ^ k1[2];
   }
 
-  // Of the kVectors * kLanes groups from `low` on, none of which carries.
+  // The words of the kVectors * kLanes groups from `low` on, if none of them carries into the high word.
   PATS_INLINE void operator()(uint32_t low, uint32_t (*x)[4][kLanes]) const {
-    // Of all vectors step by step: a processor does not look far ahead for what it can do while it waits.
+    // Each step runs for all vectors, because a processor does not look far ahead for work while it waits.
     constexpr int kAll = 2 * kVectors;
 #define PATS_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kAll; ++i)
     Halves c0[kAll], c1[kAll], c2[kAll], c3[kAll], p0[kAll], p1[kAll];
@@ -118,7 +118,7 @@ class Groups {
   }
 };
 
-// What was computed of a vector of groups, as it lies in memory.
+// Writes the results for a vector of groups in the order of their elements in memory.
 template <class T>
 PATS_INLINE void in_order(const T (&from)[4][kLanes], T* to) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -141,7 +141,7 @@ PATS_INLINE void in_order(const T (&from)[4][kLanes], T* to) {
   }
 }
 #else
-// As many as a compiler vectorizes.
+// As many lanes as a compiler vectorizes.
 constexpr int kLanes = 16, kVectors = 1;
 
 class Groups {

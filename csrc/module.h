@@ -1,5 +1,5 @@
-// A Python module with nothing in it, under Python's limited API: importing it loads the library around it, and
-// so registers that library's operator. Comes before everything else, as Python.h does.
+// An empty Python module, with Python's limited API. Importing it loads its library, which registers the operator.
+// Include this header first, as Python.h requires.
 #pragma once
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>

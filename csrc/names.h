@@ -1,4 +1,4 @@
-// What the operators' arguments say, as the kernels know it.
+// Converts the operators' arguments into the kernels' enumerations.
 #pragma once
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>

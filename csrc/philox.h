@@ -14,7 +14,7 @@ namespace pats {
 
 constexpr int kRounds = 7;                      // the fewest that pass BigCrush
 constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u, kKeyStep0 = 0x9E3779B9u, kKeyStep1 = 0xBB67AE85u;
-constexpr uint32_t kRoundingBit = 0x80000000u;  // in the counter's second word: the words that round
+constexpr uint32_t kRoundingBit = 0x80000000u;  // in the counter's second word, it selects the words for rounding
 
 template <class Lane>
 struct WordsOf {
@@ -23,9 +23,9 @@ struct WordsOf {
 
 using Words = WordsOf<uint32_t>;
 
-// What a state word is kept in where the compiler vectorizes (elements that are not numbered one after another).
-// With AVX-512 64-bit lanes whose high halves are ignored: a round is then two multiplies, two shifts and two
-// three-way xors, with no shuffles. Elsewhere there is no such multiply.
+// The type of a state word where the compiler vectorizes (for elements that are not numbered one after another).
+// With AVX-512 it is a 64-bit lane whose high half is ignored: a round is then two multiplies, two shifts and two
+// three-way xors, without shuffles. Other instruction sets have no such multiply.
 #if defined(__AVX512DQ__)
 using Lane = uint64_t;
 #else
@@ -35,7 +35,7 @@ using Lane = uint32_t;
 PATS_INLINE uint64_t product(Lane lane, uint32_t b) {
   const uint32_t a = static_cast<uint32_t>(lane);
 #if defined(__CUDA_ARCH__)
-  uint64_t p;  // one instruction; of a product of 64-bit numbers nvcc adds up the halves that are zero too
+  uint64_t p;  // one instruction; for a product of 64-bit numbers nvcc also adds up the halves that are zero
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(a), "r"(b));
   return p;
 #else

@@ -1,12 +1,12 @@
-// What a step does to one element, once for the CPU's loop and for CUDA's threads: the formula is in
-// update.h, and here is which of its rows a phase of a form takes, and in which order.
+// What a step does to one element, shared by the CPU's loop and CUDA's threads. update.h has the formula; this file
+// says which of its rows a phase of a form computes, and in which order.
 #pragma once
 #include "update.h"
 
 namespace pats {
 
-// The first phase of the exact normalization knows no means yet and writes averages only; the second gives
-// noise, and AdamW's step goes with it. Values, not templates: constants where the form is one, else not.
+// The first phase of exact normalization does not know the means yet, so it writes only averages. The second adds
+// the noise and takes AdamW's step. These are values, not templates; they are constants if the form is one.
 struct Does {
   bool reads_averages, averages, from_moments, moments, noise, adamw, sums;
 };
@@ -24,8 +24,8 @@ PATS_INLINE constexpr Does does(Form form, Phase phase) {
           form != Form::kAdamW && !second};
 }
 
-// Rows 5 and 6; `noise` is noise_scale z. Chosen, not added: an infinite noise times 0 is NaN. Which form takes less
-// time was measured (docs/performance.md).
+// Rows 5 and 6; `noise` is noise_scale z. A closed gate selects w, because infinite noise times 0 would be NaN. The
+// faster of the two forms was measured (docs/performance.md).
 template <class T>
 PATS_INLINE void give_noise(const Constants<T>& c, bool finite, T q, T noise, T& w) {
 #if defined(__AVX512F__)
@@ -37,11 +37,11 @@ PATS_INLINE void give_noise(const Constants<T>& c, bool finite, T q, T noise, T&
 #endif
 }
 
-// What the form does not have is not looked at. `stored` rounds S and U as their storage will, with `random`;
-// `noise` is noise_scale z. Returns whether the sensitivity is finite. Between the two phases of the exact
-// normalization the sign of S marks the elements where it was not: they get no noise, and the second phase
-// need not read the gradient again to know them. (Of a struct of these numbers GCC would not vectorize the
-// loop.)
+// Operands that the form does not have are not read. `stored` rounds S and U to their storage type, with
+// `random`; `noise` is noise_scale z. Returns whether the sensitivity is finite. Between the two phases of exact
+// normalization, a negative S marks the elements where it was not: they get no noise, and the second phase need
+// not read the gradient again. (The numbers are separate arguments, because GCC would not vectorize the loop
+// with a struct of them.)
 template <class T, class Stored>
 PATS_INLINE bool step(const Does does, Uncertainty uncertainty, const Constants<T>& c, const AdamW<T>& adam,
                       const Stored& stored, uint32_t random, T noise, T g, T& w, T& S, T& U, T& m, T& v) {

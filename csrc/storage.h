@@ -1,4 +1,4 @@
-// What tensors are stored in, from and to the arithmetic's type.
+// The storage types of tensors, and their conversion to and from the type of the arithmetic.
 #pragma once
 #include "arithmetic.h"
 
@@ -17,7 +17,7 @@ PATS_INLINE double widen(double x) { return x; }
 PATS_INLINE float widen(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 PATS_INLINE float widen(Float16 x) { return float_of_half(x.bits); }
 
-// A float that goes to bfloat16 has been rounded already: its low half is zero.
+// A float that is stored as bfloat16 has been rounded already: its low half is zero.
 PATS_INLINE void narrow(double x, float& to) { to = static_cast<float>(x); }
 PATS_INLINE void narrow(double x, double& to) { to = x; }
 PATS_INLINE void narrow(float x, float& to) { to = x; }

@@ -1,5 +1,5 @@
-// The PATS step and AdamW's for one element: the formula, once for the CPU and for CUDA.
-// pats_kernels/reference.py is its specification, and names the sources.
+// The steps of PATS and AdamW for one element: the formula, shared by the CPU and CUDA.
+// pats_kernels/reference.py is its specification and names the sources.
 #pragma once
 #include "arithmetic.h"
 #include "table.h"
@@ -12,19 +12,19 @@ struct Constants {
   T grad_scale;            // 1 / the GradScaler's scale, negative to maximize
   T sens_beta, unc_beta;   // b_s, b_u
   T sens_rate, unc_rate;   // 1 - b_s, 1 - b_u
-  T sens_factor, unc_factor;  // q' = k q out of S and U: the reciprocal means and k are in here
+  T sens_factor, unc_factor;  // give q' = k q from S and U: the product of k and the reciprocal means
   T gamma, k;              // 1/q - gamma = (k - gamma q') / q'; k = max(gamma, 1) keeps q' near 1 where
-                           // that matters, and 0 closes all gates while there are no statistics
+                           // that matters, and k = 0 closes all gates while there are no statistics
   T noise_scale;
 };
 
-// reference.py, LEAST_MEAN: the means in which float32 can tell who is below.
+// As LEAST_MEAN and MOST_MEAN in reference.py: the range of means that float32 can resolve.
 template <class T>
 PATS_INLINE bool is_statistic(T mean) {
   return mean >= T(0x1p-120) && mean <= T(0x1p112);
 }
 
-// `stats` are mean(S) and mean(U) of the state that the normalization asks for.
+// `stats` are mean(S) and mean(U) of the state that the normalization uses.
 template <class T, class Number>
 PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>& row, const float* stats,
                                    T grad_scale) {
@@ -32,7 +32,7 @@ PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>&
   const T mean_s = stats[0], mean_u = stats[1];
   const T importance = uncertainty == Uncertainty::kUcb ? mean_s + mean_u : mean_s;
   const bool known = is_statistic(importance) && (!is_product || is_statistic(mean_u));
-  // Of a huge gamma as much as leaves k / mean a float.
+  // A huge gamma is limited, so that k / mean still fits a float.
   const T gamma = static_cast<T>(row.gamma), most = T(0x1p126) * smaller(importance, T(1));
   const T k = !known ? T(0) : kGateScales ? smaller(larger(gamma, T(1)), most) : T(1);
   const T noise_scale = static_cast<T>(row.noise_scale_tensor ? *row.noise_scale_tensor : +row.noise_scale);
@@ -48,8 +48,8 @@ PATS_INLINE Constants<T> constants(Uncertainty uncertainty, const RowOf<Number>&
           noise_scale};
 }
 
-// Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. `g` is unscaled. A
-// sensitivity that is not finite leaves both averages as they were.
+// Rows 1 to 3 of the table, in the form in which b = 0 gives S = s to the last bit. `g` is unscaled. If the
+// sensitivity is not finite, both averages stay unchanged.
 template <class T>
 PATS_INLINE bool update_averages(Uncertainty uncertainty, const Constants<T>& c, T w, T g, T& S, T& U) {
   const T s = magnitude(w * g);
@@ -80,11 +80,11 @@ struct AdamW {
   T decay;                       // 1 - lr weight_decay
   T step_size, eps;              // lr sqrt(1 - b_2^t) / (1 - b_1^t), eps sqrt(1 - b_2^t)
   T root_factor, m_factor;       // sqrt(v^) = root_factor sqrt(v), v^ - m^^2 = root_factor^2 (v - (m_factor m)^2)
-  T v_scale, least_v;            // all of these of v_scale v; v^ below 2^-110 counts as 0 in sensitivities
+  T v_scale, least_v;            // all of these are for v_scale v; v^ below 2^-110 counts as 0 in sensitivities
 };
 
-// Computed in the type of the row's numbers: where they are floats each is right to a few roundings, and so
-// is what comes of them, expm1 included.
+// Computed in the type of the row's numbers. If they are floats, each is exact to a few roundings, and so are the
+// results, expm1 included.
 template <class T, class Number>
 PATS_INLINE AdamW<T> adamw_constants(const RowOf<Number>& row, uint32_t step) {
   using N = decltype(+row.lr);
@@ -92,7 +92,7 @@ PATS_INLINE AdamW<T> adamw_constants(const RowOf<Number>& row, uint32_t step) {
   const N correction1 = -expm1(t * row.log_beta1), correction2 = -expm1(t * row.log_beta2);
   const N root2 = sqrt(correction2);
   const N above_one = N(1) + (sizeof(T) == sizeof(double) ? N(0x1p-49) : N(0x1p-20));
-  // To a GPU's root a subnormal v is 0, by which, without an eps to speak of, m would be divided.
+  // A GPU's root takes a subnormal v for 0. With a tiny eps, m would then be divided by almost 0, so v is scaled.
   const N root_scale = kRootFlushes && sizeof(T) == sizeof(float) && row.eps < N(0x1p-40) ? N(0x1p12) : N(1);
   return {static_cast<T>(row.rate1),
           static_cast<T>(row.beta2),
@@ -118,9 +118,9 @@ PATS_INLINE void update_moments(const AdamW<T>& c, T g, T& m, T& v) {
   v = multiply_add(c.beta2, v, c.rate2 * (g * g));
 }
 
-// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, and computed it is a few
-// roundings: m_factor, by more than that too large, puts it below 0, so that these do not decide who gets
-// noise.
+// Rows 1 to 3 with sensitivity="moments". v^ - m^^2 is 0 in the first step, but its computed value is rounding error.
+// m_factor is too large by more than that error, which makes the value negative, so rounding does not decide which
+// elements get noise.
 template <class T>
 PATS_INLINE bool moments_sensitivity(Uncertainty uncertainty, const AdamW<T>& c, T w, T m, T v, T& S, T& U) {
   const T scale = magnitude(w) * c.root_factor, scaled_m = c.m_factor * m;

@@ -1,7 +1,7 @@
 """The tasks of GLUE: from the hub, from local TSV files, or, in miniature, from a grammar.
 
-Whatever the source, `load` gives the same: a `datasets.DatasetDict` with the hub's own column names (the
-task's texts and `label`) and its splits, `train` and one or two `validation...`.
+For every source, `load` returns the same: a `datasets.DatasetDict` with the hub's column names (the task's
+texts and `label`) and its splits, `train` and one or two `validation...`.
 """
 
 import csv

@@ -1,9 +1,9 @@
 """Acceptable and unacceptable English sentences, in minimal pairs: CoLA in miniature, from a seed.
 
-Each paradigm below draws a sentence and a corruption of it that differs in one word or in the order of its
-words, as BLiMP's paradigms do (Warstadt et al., TACL 2020). The words of a corruption are as frequent among
-the acceptable sentences as among the others, so which words occur says next to nothing: what counts is how
-they stand to one another. `tests/test_run_glue.py` holds a bag-of-words classifier against it.
+Each paradigm below draws a sentence and a corruption of it that differs in one word or in the order of the
+words, as in BLiMP (Warstadt et al., TACL 2020). The words of a corruption are as frequent among the
+acceptable sentences as among the others, so the words alone say almost nothing; their arrangement decides.
+`tests/test_run_glue.py` checks this with a bag-of-words classifier.
 """
 
 import random

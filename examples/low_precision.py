@@ -1,10 +1,11 @@
-"""Trains a masked language model on in float32 and in bfloat16, rounded stochastically and to nearest.
+"""Continues training a masked language model in float32 and in bfloat16, with both ways of rounding.
 
 python examples/low_precision.py --model_name_or_path runs/pretrained --text BOOKS... --heldout_text BOOK \\
     --out low-precision.json --plot low-precision.png
 
-Every run of a seed sees the same batches with the same masks, and draws the same noise. The model computes in
-its parameters' dtype; the held-out loss is taken in float32 with the weights as they are stored.
+bfloat16 is rounded stochastically and to nearest. All runs of a seed see the same batches with the same masks
+and draw the same noise. The model computes in its parameters' dtype; the held-out loss is computed in float32
+from the stored weights.
 """
 
 import json
@@ -60,20 +61,22 @@ STORAGES = {  # of the parameters, and unless it says so of the state
 class Arguments:
     """The model, the text, and the runs."""
 
-    model_name_or_path: str = field(metadata={"help": "What pretrain.py saved"})
-    text: list[str] = field(metadata={"help": "Files to learn from"})
-    heldout_text: list[str] = field(metadata={"help": "Files to take the loss of"})
-    out: str = field(metadata={"help": "Every run, as JSON"})
-    plot: str | None = field(default=None, metadata={"help": "The picture"})
-    max_characters: int | None = field(default=None, metadata={"help": "Of text, at most, from its start"})
-    heldout_sequences: int = field(default=512, metadata={"help": "At most"})
-    learning_rates: str = field(default="5e-5", metadata={"help": "Several, separated by commas"})
+    model_name_or_path: str = field(metadata={"help": "Folder that pretrain.py saved"})
+    text: list[str] = field(metadata={"help": "Files to train on"})
+    heldout_text: list[str] = field(metadata={"help": "Files to compute the loss on"})
+    out: str = field(metadata={"help": "JSON file for all runs"})
+    plot: str | None = field(default=None, metadata={"help": "File for the picture"})
+    max_characters: int | None = field(default=None, metadata={"help": "Characters to use, from the start"})
+    heldout_sequences: int = field(default=512, metadata={"help": "Largest number of held-out sequences"})
+    learning_rates: str = field(default="5e-5", metadata={"help": "One or more, separated by commas"})
     noise_scale: float = field(default=1e-5, metadata={"help": "Of PATSAdamW"})
-    steps: int = field(default=1000, metadata={"help": "Of each run; the learning rate stays as it is"})
-    evaluations: int = field(default=20, metadata={"help": "In the course of each run"})
+    steps: int = field(default=1000, metadata={"help": "Steps of each run; the learning rate is constant"})
+    evaluations: int = field(default=20, metadata={"help": "Number of evaluations in each run"})
     batch_size: int = field(default=32, metadata={"help": "Sequences"})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens"})
-    seeds: str = field(default="1,2,3", metadata={"help": "Of batches, masks and noise"})
+    seeds: str = field(
+        default="1,2,3", metadata={"help": "Seeds of batches, masks and noise, separated by commas"}
+    )
 
 
 class Corpus(NamedTuple):

@@ -1,11 +1,11 @@
-"""How much sensitivity="moments" agrees with sensitivity="ema", over a fine-tuning run, by kind of layer.
+"""Measures how well sensitivity="moments" agrees with sensitivity="ema" in fine-tuning, by kind of layer.
 
 python examples/moments_fidelity.py --model_name_or_path runs/pretrained --task_name sst2 --data_dir DIR \\
     --out fidelity.json --plot fidelity.png
 
-The run is one of PATSAdamW with moving averages. Beside them, from the same gradients, it keeps averages with
-a longer memory, and at some steps works out what the moments would have said. Two yardsticks: how much the
-averages of longer memory agree, and how much the same averages agree in a run with another order of the data.
+The run uses PATSAdamW with moving averages. From the same gradients it also keeps averages with a longer
+memory, and at some steps it computes the sensitivity from the moments. Two yardsticks: how well the averages
+with longer memory agree, and how well the same averages agree in a run with another order of the data.
 """
 
 import json
@@ -59,19 +59,22 @@ class Arguments:
 
     model_name_or_path: str = field(metadata={"help": "A model to fine-tune"})
     task_name: str = field(metadata={"help": "As in run_glue.py"})
-    out: str = field(metadata={"help": "Everything, as JSON"})
+    out: str = field(metadata={"help": "JSON file for all results"})
     data_dir: str | None = field(default=None, metadata={"help": "As in run_glue.py"})
-    plot: str | None = field(default=None, metadata={"help": "The picture"})
+    plot: str | None = field(default=None, metadata={"help": "File for the picture"})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens"})
     batch_size: int = field(default=32, metadata={"help": "Sequences"})
-    steps: int = field(default=600, metadata={"help": "Of the run"})
-    at: str = field(default="1,2,5,10,20,50,100,200,400,600", metadata={"help": "Steps to look at"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "The same throughout"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "The memory of the moments"})
+    steps: int = field(default=600, metadata={"help": "Steps of the run"})
+    at: str = field(
+        default="1,2,5,10,20,50,100,200,400,600",
+        metadata={"help": "Steps to compare at, separated by commas"},
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "Constant during the run"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Decay rate of the second moment"})
     noise_scale: float = field(default=1e-5, metadata={"help": "Of PATSAdamW"})
     gamma: float = field(default=1.0, metadata={"help": "Of PATSAdamW"})
     uncertainty: str = field(default="product", metadata={"help": "Of PATSAdamW"})
-    seeds: str = field(default="1,2", metadata={"help": "Of the order of the data; two or more"})
+    seeds: str = field(default="1,2", metadata={"help": "Seeds of the order of the data; two or more"})
 
     @property
     def betas(self) -> tuple[float, float]:

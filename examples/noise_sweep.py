@@ -1,10 +1,11 @@
-"""Fine-tunes with run_glue.py over a grid of noise_scale and gamma, and draws the metric against noise_scale.
+"""Runs run_glue.py on a grid of noise_scale and gamma, and draws the metric against noise_scale.
 
 python examples/noise_sweep.py --out sweep.json --noise_scales 1e-5,1e-4,1e-3 --gammas 0,1 --seeds 1,2,3 \\
     --plot sweep.png -- --model_name_or_path DIR --task_name sst2 --data_dir DIR --max_train_samples 10000
 
-What comes after `--` goes to run_glue.py. Runs that the file has already are not repeated, so a grid can be
-widened by a second command, and a stopped one continued by the same; `-- ` with nothing after it draws only.
+Arguments after `--` go to run_glue.py. Runs that are already in the file are not repeated. So a second
+command can widen the grid, and the same command continues a stopped one. `--` with nothing after it only
+draws.
 """
 
 import argparse
@@ -184,13 +185,15 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, required=True, help="every run, as JSON")
-    parser.add_argument("--plot", type=Path, help="the picture")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for all runs")
+    parser.add_argument("--plot", type=Path, help="file for the picture")
     parser.add_argument("--methods", default="adamw,noise,pats")
     parser.add_argument("--noise_scales", default="1e-6,1e-5,1e-4,1e-3,1e-2")
     parser.add_argument("--gammas", default="1")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--processes", type=int, default=1, help="runs at once, of one thread each")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of runs at the same time, with one thread each"
+    )
     options = parser.parse_args(own)
     methods = [name.strip() for name in options.methods.split(",")]
     scales, gammas = ([float(x) for x in text.split(",")] for text in (options.noise_scales, options.gammas))

@@ -1,11 +1,11 @@
-"""Pretrains a small BERT on text files, so that there is something to fine-tune where no weights are at hand.
+"""Pretrains a small BERT on text files, to have a model to fine-tune if no pretrained weights are available.
 
 python examples/pretrain.py --text wiki_AA_00-39.gz --heldout_text wiki_AA_62.gz --output_dir runs/pretrained
 python examples/run_glue.py --model_name_or_path runs/pretrained --task_name sst2 --max_seq_length 64
 
-WordPiece is trained on the text, then the model learns to fill in masked tokens. Files are plain text, a
-document between blank lines, or WikiExtractor's `<doc ...>` format, either as it is or .gz. Beside its own,
-it takes every argument of `transformers.TrainingArguments`.
+It trains WordPiece on the text, then the model learns to fill in masked tokens. Files are plain text with
+blank lines between documents, or in WikiExtractor's `<doc ...>` format; both may be compressed (.gz). Besides
+its own arguments, it takes all of `transformers.TrainingArguments`.
 """
 
 import gzip
@@ -42,30 +42,34 @@ SHORTEST = 16  # tokens of a sequence; shorter ends of documents are left out
 class PretrainingArguments:
     """The text, and the model's sizes."""
 
-    text: list[str] = field(metadata={"help": "Files to learn from"})
+    text: list[str] = field(metadata={"help": "Files to train on"})
     heldout_text: list[str] = field(default_factory=list, metadata={"help": "Files to evaluate on"})
-    max_characters: int | None = field(default=None, metadata={"help": "Of text, at most, from its start"})
-    vocab_size: int = field(default=8000, metadata={"help": "Tokens at most"})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens of a sequence"})
+    max_characters: int | None = field(default=None, metadata={"help": "Characters to use, from the start"})
+    vocab_size: int = field(default=8000, metadata={"help": "Largest number of tokens"})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a sequence"})
     hidden_size: int = field(default=128, metadata={"help": "Width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "Layers"})
     num_attention_heads: int = field(default=4, metadata={"help": "Heads"})
-    dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention; is saved too"})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to predict"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Of hidden states and attention; saved with the model"}
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask"})
 
 
 @dataclass
 class RunArguments(TrainingArguments):
     """transformers' own, with defaults for a short run of a small model."""
 
-    output_dir: str | None = field(default="runs/pretrained", metadata={"help": "Model and tokenizer"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "At its highest"})
+    output_dir: str | None = field(
+        default="runs/pretrained", metadata={"help": "Folder for model and tokenizer"}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the text"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences a device and step"})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sequences a device and step"})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps; below 1, a share of all of them"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per device and step"})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sequences per device and step"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps; below 1, a share of all steps"})
     save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint: no, steps, epoch"})
-    logging_steps: float = field(default=100, metadata={"help": "Steps; below 1, a share of all of them"})
+    logging_steps: float = field(default=100, metadata={"help": "Steps; below 1, a share of all steps"})
 
 
 class Arguments(NamedTuple):

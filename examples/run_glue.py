@@ -1,12 +1,12 @@
-"""Fine-tunes a model on a task of GLUE with and without PATS, through transformers' own Trainer.
+"""Fine-tunes a model on a task of GLUE with and without PATS, in the Trainer of transformers.
 
 python examples/run_glue.py                                               # offline: grammar, small BERT
 python examples/run_glue.py --task_name rte --model_name_or_path bert-base-uncased
 python examples/run_glue.py --task_name cola --data_dir glue_data --seeds 1,2,3 --method adamw,noise,pats
 python examples/run_glue.py configuration.json                            # the same arguments from a file
 
-Beside its own, it takes every argument of `transformers.TrainingArguments`. Where the data come from is in
-glue_data.py, what the methods do in glue_methods.py.
+Besides its own arguments, it takes all of `transformers.TrainingArguments`. glue_data.py loads the data,
+glue_methods.py has the methods.
 """
 
 import json
@@ -56,14 +56,14 @@ class ModelArguments:
     """A pretrained model, or the sizes of a BERT to build on the spot."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "On the hub or in a folder; without one, a small BERT is built"}
+        default=None, metadata={"help": "On the hub or in a folder; if not given, a small BERT is built"}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's files are kept"})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for the hub's files"})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model"})
     random_weights: bool = field(
-        default=False, metadata={"help": "Its architecture and tokenizer alone, with fresh random weights"}
+        default=False, metadata={"help": "Use only its architecture and tokenizer, with random weights"}
     )
-    vocab_size: int = field(default=8000, metadata={"help": "Small BERT: tokens at most"})
+    vocab_size: int = field(default=8000, metadata={"help": "Small BERT: largest number of tokens"})
     hidden_size: int = field(default=64, metadata={"help": "Small BERT: width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "Small BERT: layers"})
     num_attention_heads: int = field(default=4, metadata={"help": "Small BERT: heads"})
@@ -76,12 +76,13 @@ class DataArguments:
 
     task_name: str | None = field(
         default=None,
-        metadata={"help": f"{', '.join(glue_data.TASKS)}; without one, sentences from a grammar"},
+        metadata={"help": f"{', '.join(glue_data.TASKS)}; if not given, sentences from a grammar"},
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "The task's TSV files or the folder above; without it, the hub"}
+        default=None,
+        metadata={"help": "Folder with the task's TSV files, or its parent; if not given, the hub"},
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens; what is longer is cut"})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens; longer texts are cut"})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on a random part of this size"}
     )
@@ -95,19 +96,20 @@ class RunArguments(TrainingArguments):
     """transformers' own, with defaults for a small run, and several seeds."""
 
     output_dir: str | None = field(
-        default="runs/glue", metadata={"help": "results.json, and each run's folder: model and checkpoints"}
+        default="runs/glue",
+        metadata={"help": "Folder for results.json and for each run's model and checkpoints"},
     )
     learning_rate: float = field(
         default=NOT_GIVEN,
-        metadata={"help": "If not given: 2e-5 pretrained, 1e-3 from scratch"},
+        metadata={"help": "If not given: 2e-5 for pretrained models, 1e-3 from scratch"},
     )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences a device and step"})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sequences a device and step"})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps; below 1, a share of all of them"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per device and step"})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Sequences per device and step"})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps; below 1, a share of all steps"})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch"})
     save_strategy: str = field(default="no", metadata={"help": "When to save a checkpoint: no, steps, epoch"})
-    logging_steps: float = field(default=50, metadata={"help": "Steps; below 1, a share of all of them"})
-    seed: int = field(default=int(NOT_GIVEN), metadata={"help": "If it is one alone; else see seeds"})
+    logging_steps: float = field(default=50, metadata={"help": "Steps; below 1, a share of all steps"})
+    seed: int = field(default=int(NOT_GIVEN), metadata={"help": "For a single run; otherwise see seeds"})
     threads: int | None = field(
         default=None,
         metadata={"help": "Of the CPU. If not given: 1 for the small BERT, else torch's own"},
@@ -164,7 +166,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     several = len(arguments.training.all_seeds) * len(arguments.noise.methods) > 1
     if several and arguments.training.resume_from_checkpoint not in (None, *LAST):
         raise ValueError(
-            "--resume_from_checkpoint PATH is for one run; of several, `true` finds each one's last"
+            "--resume_from_checkpoint PATH is for one run; for several, `true` finds the last of each"
         )
     return arguments
 

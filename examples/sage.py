@@ -1,8 +1,8 @@
-"""SAGE: AdamW whose learning rate is bigger where the sensitivity changes much (Liang et al., ICLR 2022).
+"""SAGE: AdamW with a larger learning rate where the sensitivity changes more (Liang et al., ICLR 2022).
 
 "No Parameters Left Behind: Sensitivity Guided Adaptive Learning Rate for Training Large Transformer Models".
-Beside the moments it keeps a moving average A of the sensitivity I = |w g|, and multiplies each element's
-step by U / A, where U = |I - A| is how far this step's sensitivity is from its average.
+Besides the moments it keeps a moving average A of the sensitivity I = |w g|. It multiplies each element's
+step by U / A, where U = |I - A| is the distance of this step's sensitivity from its average.
 """
 
 from collections.abc import Callable, Iterable

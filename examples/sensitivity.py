@@ -1,10 +1,11 @@
-"""Draws how sensitive a task's loss is to the parameters of models that run_glue.py saved.
+"""Draws how sensitive a task's loss is to the parameters of models that run_glue.py has saved.
 
 python examples/sensitivity.py --task_name sst2 --data_dir DIR --out FILE.png \\
     --models before=DIR,AdamW=DIR,PATS=DIR
 
-The mean over batches of |w g|, by `pats_kernels.analysis`: a table here, the picture in FILE.png, the numbers
-in FILE.json beside it. A model that has no classifier yet gets the one that run_glue.py gives it with --seed.
+It computes the mean over batches of |w g| with `pats_kernels.analysis`, prints a table, and writes the
+picture to FILE.png and the numbers to FILE.json. A model without a classifier gets the one that run_glue.py
+gives it with --seed.
 """
 
 import json

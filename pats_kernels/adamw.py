@@ -48,30 +48,31 @@ UNSUPPORTED = ("amsgrad", "differentiable")
 
 
 class PATSAdamW(Optimizer):
-    """AdamW that perturbs according to sensitivity: `PATS` attached to `torch.optim.AdamW`, in one pass.
+    """AdamW that perturbs according to sensitivity: `PATS` and `torch.optim.AdamW` in one pass.
 
-    Reads w and g once instead of twice: 44 bytes a float32 parameter instead of 56, for all param groups in
-    one launch. Otherwise a `torch.optim.AdamW`: the same arithmetic, closures, hooks, schedulers, state.
-    The formula, with its sources, is in `pats_kernels.reference`.
+    It reads w and g once instead of twice: 44 bytes a float32 parameter instead of 56, and one launch for all
+    param groups. Apart from the noise it behaves as `torch.optim.AdamW`: the same arithmetic, closures,
+    hooks, schedulers and state. The formula, with its sources, is in `pats_kernels.reference`.
 
         optimizer = PATSAdamW(model.parameters(), lr=2e-5, noise_scale=1e-5)
 
     All hyperparameters but `backend` are read from the param groups at every step. The state lies on the
-    parameters' devices, and no step waits for one. Where a GradScaler sets `grad_scale` and `found_inf`,
+    parameters' devices, and no step waits for a device. With a GradScaler (`grad_scale`, `found_inf`), the
     gradients are unscaled in the same pass, and a step with infinities changes nothing.
 
     Args:
         params: parameters, named parameters or param groups, as in `torch.optim`.
-        lr: learning rate, >= 0; a float, or a tensor of one element (float32 where it is on a GPU).
+        lr: learning rate, >= 0; a float, or a tensor of one element (float32 if it is on a GPU).
         betas: decay rates of the moments of the gradient, each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: decoupled weight decay, >= 0.
-        maximize: climb instead of descend.
-        capturable: whether `step` may be captured in a CUDA graph, once it has run: each replay then draws
-            fresh noise, as t is on the device (it always is). What shall change between replays, lr or
-            noise_scale, has to be a tensor on the GPU.
-        sensitivity: "ema": moving averages of |w * g| and of its uncertainty; "moments": both out of AdamW's
-            own moments, in registers, with no state but two numbers a tensor: 28 bytes a parameter.
+        maximize: maximize the loss instead of minimizing it.
+        capturable: whether `step` may be captured in a CUDA graph, after one step without. Each replay draws
+            new noise, because t is counted on the device. To change lr or noise_scale between replays, make
+            it a tensor on the GPU.
+        sensitivity: "ema": moving averages of |w * g| and of its uncertainty. "moments": both are computed
+            from AdamW's own moments in registers; the only state is two numbers a tensor, and a step moves
+            28 bytes a float32 parameter.
         noise_scale: as in `PATS`.
         gamma: as in `PATS`.
         sens_betas: as in `PATS`.
@@ -83,14 +84,15 @@ class PATSAdamW(Optimizer):
         backend: "auto", "triton", "cuda", "cpp" or "eager"; see `available_backends`.
         amsgrad: not supported.
         differentiable: not supported.
-        foreach: accepted as `torch.optim.AdamW` has it, and ignored.
-        fused: it is always fused. False says that a GradScaler is to unscale, and to skip steps, before
-            `step`: for whom that is in the way, as Lightning's gradient clipping under "bf16-mixed" is.
+        foreach: accepted because `torch.optim.AdamW` has it, and ignored.
+        fused: the step is always fused. False makes a GradScaler unscale, and skip steps, before `step`.
+            Use it where code refuses optimizers that unscale themselves, such as Lightning's gradient
+            clipping under "bf16-mixed".
 
     Attributes:
-        state: for each parameter `step` (0-d float32), `exp_avg`, `exp_avg_sq` (the parameter's shape), and,
-            where noise_scale is above 0, `sens_stats` (float32 [2]: mean(S), mean(U)) and, with
-            sensitivity="ema", `exp_avg_sens`, `exp_avg_unc` (the parameter's shape).
+        state: for each parameter `step` (0-d float32), `exp_avg` and `exp_avg_sq` (the parameter's shape).
+            If noise_scale is above 0, also `sens_stats` (float32 [2]: mean(S), mean(U)) and, with
+            sensitivity="ema", `exp_avg_sens` and `exp_avg_unc` (the parameter's shape).
 
     Raises:
         ValueError: a hyperparameter out of range; amsgrad or differentiable.
@@ -98,7 +100,7 @@ class PATSAdamW(Optimizer):
         RuntimeError: a backend asked for by name that cannot run here.
     """
 
-    # GradScaler then leaves unscaling, and skipping, to the step: `grad_scale` and `found_inf`.
+    # Then GradScaler leaves unscaling and skipping to the step: `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -152,7 +154,7 @@ class PATSAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Drops what was derived from the state, which is new."""
+        """Drops all that was derived from the old state."""
         self._launcher = Launcher(owned=True)
         self._advisor = Advisor(defaults_of(AdamWHyperparameters))
         self._numbering = Numbering(len(getattr(self, "param_groups", ())))
@@ -163,7 +165,7 @@ class PATSAdamW(Optimizer):
         """Adds a param group, as in `torch.optim`.
 
         Raises:
-            ValueError: naming a hyperparameter out of range; the optimizer is as it was.
+            ValueError: names a hyperparameter out of range; the optimizer stays unchanged.
             RuntimeError: the backend cannot run on a parameter's device.
         """
         _values(param_group, self.defaults)
@@ -186,8 +188,8 @@ class PATSAdamW(Optimizer):
             closure: evaluates the model again and returns the loss, which `step` then returns.
 
         Raises:
-            ValueError, TypeError: a hyperparameter, parameter, gradient or state that no kernel could work
-                with, by name. Nothing has been changed.
+            ValueError, TypeError: names a hyperparameter, parameter, gradient or state that no kernel can
+                use. Nothing has been changed.
         """
         check_capture(self)
         loss = None
@@ -200,8 +202,8 @@ class PATSAdamW(Optimizer):
         if self._clipping is not None:
             if not self._clipping.is_of(self._grads()):
                 raise RuntimeError(
-                    "clip_grad_norm_ was called for other gradients than the step finds: call it after the "
-                    "last backward and before step, and this optimizer's zero_grad where no step is taken"
+                    "clip_grad_norm_ was called for other gradients than step() finds: call it after the "
+                    "last backward and before step(); if you skip a step, call this optimizer's zero_grad()"
                 )
             grad_scale = self._clipping.divisor(grad_scale)
         self._launcher.launch(batch, self.backend, grad_scale, found_inf, overlap=overlap)
@@ -220,30 +222,31 @@ class PATSAdamW(Optimizer):
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> Tensor:
-        """Lets the next step see the gradients scaled to a global norm of `max_norm`, if theirs is larger.
+        """Makes the next step scale the gradients to a global norm of at most `max_norm`.
 
             loss.backward()
             optimizer.clip_grad_norm_(1.0)  # instead of torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
-        The norm is that of all of the optimizer's gradients. They stay as they are: the step multiplies them
-        in its one pass, which spares reading and writing all of them once more. Sensitivities and moments
-        are of the clipped gradients. Nothing waits for the device unless `error_if_nonfinite`. Where a
-        GradScaler's scale is still in the gradients, `max_norm` is that of the unscaled ones.
+        The norm is that of all of the optimizer's gradients. The gradients themselves do not change: the
+        step multiplies them in its one pass, which saves reading and writing all of them once more.
+        Sensitivities and moments are computed from the clipped gradients. Nothing waits for the device
+        unless `error_if_nonfinite` is set. If the gradients are still scaled by a GradScaler, `max_norm`
+        applies to the unscaled ones.
 
         Args:
             max_norm: > 0.
-            norm_type: of the norm; inf for the largest absolute value.
-            error_if_nonfinite: raise RuntimeError where the norm is infinite or NaN. Otherwise the elements
+            norm_type: the p of the p-norm; inf for the largest absolute value.
+            error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN. Otherwise the elements
                 become so, and the step counts them as it does without clipping.
             foreach: as in `torch.nn.utils.get_total_norm`.
 
         Returns:
-            The norm before clipping, 0-d, of the gradients as they are: a GradScaler's scale included.
+            The norm of the gradients as they are, before clipping, 0-d; a GradScaler's scale is included.
 
         Raises:
             ValueError: max_norm is not a number above 0.
-            RuntimeError: the gradients are stepped on in backward (`release_gradients`): none is left.
+            RuntimeError: there are no gradients, because `release_gradients` uses them up in backward.
         """
         if not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
             raise ValueError(f"Invalid max_norm: {max_norm!r} (must be a finite number > 0)")
@@ -255,12 +258,12 @@ class PATSAdamW(Optimizer):
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in `torch.optim`; a norm that was to be clipped by is forgotten with its gradients."""
+        """As in `torch.optim`. Also forgets the norm that `clip_grad_norm_` has computed."""
         self._clipping = None
         super().zero_grad(set_to_none)
 
     def _batch(self) -> Batch:
-        """The parameters that have a gradient, with their state, which is allocated here at first."""
+        """The parameters that have a gradient, with their state, which is allocated here the first time."""
         counted = len(self._nonfinite)
         values_of = partial(_values, defaults=self.defaults)
         batch, fresh = gather(self.param_groups, values_of, self.state, self._nonfinite)
@@ -273,17 +276,18 @@ class PATSAdamW(Optimizer):
         return batch
 
     def nonfinite_counts(self) -> dict[str, int]:
-        """How many gradient elements were not finite so far, by parameter. Waits for the device."""
+        """How many gradient elements were not finite so far, by parameter name. Waits for the device."""
         return nonfinite_counts(self.param_groups, self._nonfinite)
 
     def pats_summary(self) -> dict[str, float]:
-        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+        """What PATS does right now, in numbers for the logs of any loop. Waits for the device once.
 
             print(optimizer.pats_summary()["noise_to_weight"])
 
         The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
-        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
-        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state,
+        nonfinite is the only key. For sharded parameters the numbers are summed over all processes, so all
+        of them must call it.
         """
         from pats_kernels.analysis import gate_summary  # which imports this module
 
@@ -294,27 +298,27 @@ class PATSAdamW(Optimizer):
         self._launcher.finish()
         state_dict = super().state_dict()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        # torch.distributed.checkpoint goes by the parameters' names, and loses their order.
+        # torch.distributed.checkpoint identifies parameters by name and loses their order.
         numbered = is_distributed()
         state: dict[Any, Any] = {}
         for i, entry in state_dict["state"].items():
             if isinstance(entry, dict):
                 entry = {**saved(params[i], entry), **({TENSOR_ID: i} if numbered else {})}
-            state[i] = entry  # what is no dictionary is of no parameter
+            state[i] = entry  # an entry that is not a dictionary belongs to no parameter
         return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, or what `torch.optim.AdamW`'s gave: then the sensitivities start
-        empty, and the param groups keep their hyperparameters of PATS.
+        """Restores what `state_dict` returned, of a PATSAdamW or of a `torch.optim.AdamW`.
 
-        Every tensor is copied and keeps its dtype, where torch casts to the parameter's. A checkpoint of
-        PATSAdamW brings back its own noise_scale, gamma, seed, ..., as torch does with lr: set them in the
-        param groups after loading if they are to be others.
+        From a `torch.optim.AdamW`, the sensitivities start empty, and the param groups keep their
+        hyperparameters of PATS. A checkpoint of PATSAdamW brings back its own noise_scale, gamma, seed, ...,
+        as torch does with lr. To use other values, set them in the param groups after loading. Every tensor
+        is copied and keeps its dtype (torch casts to the parameter's).
 
         Raises:
-            ValueError: naming the first parameter, key or hyperparameter: the state is of other parameters,
-                shapes or dtypes, no step could have left its values, or it needs amsgrad; nothing was
-                changed.
+            ValueError: names the first parameter, key or hyperparameter that does not fit: the state has
+                other parameters, shapes or dtypes, it has values that no step can produce, or it needs
+                amsgrad. Nothing has been changed.
         """
         check_structure(state_dict)
         groups = [dict(group) for group in self.param_groups]
@@ -330,7 +334,7 @@ class PATSAdamW(Optimizer):
                 for name, value in old.items():
                     group.setdefault(name, value)
 
-        # The last of the hooks before, as others may exchange the dictionary, and the first of those after.
+        # The last of the pre-hooks, because others may replace the dictionary; the first of the post-hooks.
         hooks = [
             self.register_load_state_dict_pre_hook(take_state),
             self.register_load_state_dict_post_hook(give_state, prepend=True),
@@ -342,13 +346,13 @@ class PATSAdamW(Optimizer):
                 hook.remove()
 
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-        """A copy of the state for these parameters and devices, or the error why it is none."""
+        """A copy of the state for these parameters and devices. Raises ValueError if it does not fit."""
         check_structure(state_dict)
         groups = state_dict["param_groups"]
         sizes, own_sizes = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
         if sizes != own_sizes:
             raise ValueError(
-                f"the state_dict's param groups have {sizes} parameters, the optimizer's {own_sizes}"
+                f"the state_dict's param groups have {sizes} parameters, but the optimizer's have {own_sizes}"
             )
         merged = [{**own, **group} for group, own in zip(groups, self.param_groups, strict=True)]
         for group, own in zip(merged, self.param_groups, strict=True):
@@ -369,9 +373,9 @@ class PATSAdamW(Optimizer):
                     state[param] = checked_entry(name, param, entry, _ADAMW_STATE, _PATS_STATE, limits)
             elif isinstance(entry, Mapping):
                 raise ValueError(
-                    f"the state_dict has state of parameter {key!r}, which is in none of its groups"
+                    f"the state_dict has state for parameter {key!r}, which is in none of its param groups"
                 )
-            else:  # of no parameter: as torch has it
+            else:  # it belongs to no parameter: kept, as torch does
                 state[key] = entry
         limits.check()
         return state
@@ -391,10 +395,12 @@ _PATS_STATE = ("exp_avg_sens", "exp_avg_unc", "sens_stats")
 
 
 def _values(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdamWHyperparameters:
-    """A group's hyperparameters, or the ValueError that names what is wrong with them."""
+    """A group's hyperparameters. Raises a ValueError that names what is wrong with them."""
     for name in UNSUPPORTED:
         if not is_one_of(group.get(name), (None, False)):
-            raise ValueError(f"Invalid {name}: {group[name]!r} (PATSAdamW has no such form; must be False)")
+            raise ValueError(
+                f"Invalid {name}: {group[name]!r} (must be False: PATSAdamW does not support it)"
+            )
     if type(group.get("capturable", False)) is not bool:
         raise ValueError(f"Invalid capturable: {group['capturable']!r} (must be one of True, False)")
     return hyperparameters(group, defaults, AdamWHyperparameters)

@@ -13,25 +13,25 @@ from pats_kernels.plan import PARAM_DTYPES, Batch
 from pats_kernels.state import local
 
 SHORTEST_NAME = 3  # an edit of "lr" is half of it, and could be anything
-FEWEST_ELEMENTS = 16  # fewer have no spread to speak of
+FEWEST_ELEMENTS = 16  # with fewer, the standard deviation says little
 
-# docs/choosing.md: noise of a tenth of the weights' spread, everywhere and at every step, left a model
-# nothing but chance after 100 steps.
+# docs/choosing.md: with noise of a tenth of the weights' standard deviation on all weights at every step, a
+# model was no better than chance after 100 steps.
 LARGE = 0.1
 
-# A weight w with 2^e <= |w| < 2^(e+1) lies on a grid of spacing 2^e eps, so a draw d moves it only if |d| is
-# above half of that: 2^e < 2 |d| / eps. One-sigma draws at noise_scale = rms eps / 32 move those with
-# 2^e < rms / 16, all of which are below rms / 8: of Gaussian weights at most P(|w| < rms / 8) = 0.0995. So
-# nine of ten stay where they are, at every step anew, and those that move are the smallest. (At rms eps / 8
-# at most P(|w| < rms / 2) = 0.38 would move.) For float32 the bound is 3.7e-9 rms.
+# A weight w with 2^e <= |w| < 2^(e+1) lies on a grid of spacing 2^e eps. A draw d changes it only if |d| is
+# above half of that spacing: 2^e < 2 |d| / eps. One-sigma draws at noise_scale = rms eps / 32 change weights
+# with 2^e < rms / 16, so only weights below rms / 8. Of Gaussian weights these are at most
+# P(|w| < rms / 8) = 0.0995: at each step nine of ten do not change, and those that do are the smallest. (At
+# rms eps / 8 at most P(|w| < rms / 2) = 0.38 would change.) For float32 the bound is 3.7e-9 rms.
 SMALL = 1 / 32
 
 
 class Advisor:
-    """Which warnings have been given for an optimizer.
+    """Gives an optimizer's warnings, each of them once.
 
     Args:
-        names: of the hyperparameters that its param groups may hold.
+        names: the hyperparameters that its param groups may hold.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -39,14 +39,14 @@ class Advisor:
         self._said: set[str] = set()
 
     def read(self, param_groups: Iterable[Mapping[str, Any]], known: Iterable[str]) -> None:
-        """Warns of keys that are almost a hyperparameter's name; `known` are the optimizer's own."""
+        """Warns of keys that are almost a hyperparameter's name. `known`: the optimizer's own keys."""
         known = set(known)
         for group in param_groups:
             for pair in misspelt(group, self._names, known):
                 self._say(pair[0], spelling_warning(*pair))
 
     def judge(self, batch: Batch, fresh: Sequence[Tensor]) -> None:
-        """Warns of the noise of those of the batch's tensors that begin; waits for their device."""
+        """Warns of the noise on tensors of the batch that take their first step. Waits for their device."""
         begin = {id(param) for param in fresh}
         rows = [i for i, param in enumerate(batch.params) if id(param) in begin]
         noisy = [i for i in rows if batch.sens_stats[i] is not None]
@@ -70,8 +70,8 @@ def misspelt(
 ) -> list[tuple[str, str]]:
     """Keys of a param group that are one edit away from a hyperparameter's name, each with that name.
 
-    An edit inserts, deletes or replaces one letter, or exchanges two neighbours. Never named are `names`
-    themselves and what is `known`: the keys that the optimizer itself defines.
+    An edit inserts, deletes or replaces one letter, or swaps two neighbours. Exact `names` and `known` keys,
+    those that the optimizer itself defines, are never returned.
     """
     names = list(names)
     ours = {*names, *known}
@@ -86,14 +86,14 @@ def misspelt(
 
 def spelling_warning(key: str, name: str) -> str:
     """The text for a pair of `misspelt`."""
-    return f"param group key {key!r} is nobody's hyperparameter and changes nothing: did you mean {name!r}?"
+    return f"param group key {key!r} is not a hyperparameter and has no effect: did you mean {name!r}?"
 
 
 def certain_warning(name: str) -> str:
-    """The text for a tensor that never gets noise."""
+    """The text for a tensor that never gets any noise."""
     return (
-        f'{name}: sens_betas[0] = 0 with uncertainty="product" means no noise, ever: S is the sensitivity '
-        'itself, so its uncertainty U is 0. Take sens_betas[0] > 0, or uncertainty="ucb" or "none"'
+        f'{name}: sens_betas[0] = 0 with uncertainty="product" never gives any noise: S then equals the '
+        'sensitivity, so the uncertainty U is 0. Set sens_betas[0] > 0, or uncertainty="ucb" or "none"'
     )
 
 
@@ -122,7 +122,7 @@ class _Judged(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The standard deviation; 0 for what is all but constant, as the weights of a normalization are."""
+        """The standard deviation; 0 for nearly constant weights, such as those of a normalization."""
         return self.deviation if self.deviation > abs(self.mean) / 10 else 0.0
 
     @property
@@ -131,30 +131,30 @@ class _Judged(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The noise as a share of the spread."""
+        """noise_scale as a share of the spread."""
         return self.noise_scale / self.spread if self.spread > 0 else 0.0
 
     @property
     def lost(self) -> float:
-        """How far the noise is below what moves anything; 1 or less: not so."""
+        """The least noise that rounding does not lose, divided by noise_scale; above 1: it is lost."""
         return self.rms * torch.finfo(self.dtype).eps * SMALL / self.noise_scale
 
 
 def noise_warning(params: Sequence[tuple[str, Tensor]], values: Sequence[Hyperparameters]) -> str | None:
-    """Why a parameter's noise_scale is probably a mistake: it is above a tenth of the weights' standard
-    deviation, or so small that rounding to nearest loses it. One text, about the worst, or None.
+    """Says why a parameter's noise_scale is probably a mistake: it is above a tenth of the weights' standard
+    deviation, or so small that rounding to nearest loses it. One text, about the worst parameter, or None.
 
-    Waits once for each device, however many parameters there are. Nothing is said of fewer than 16 elements,
-    of meta tensors and others that no kernel could update, nor where noise_scale is a tensor; and not that
-    noise is too large for weights that are all but constant. Of a sharded parameter, this process's shard is
-    judged.
+    Waits once for each device, for any number of parameters. Ignored are tensors with fewer than 16
+    elements, tensors that no kernel can update (on the meta device, for example), and a noise_scale that is
+    a tensor. Noise on nearly constant weights never counts as too large. Of a sharded parameter, this
+    process's shard is judged.
 
     Args:
         params: names and parameters, of any dtype and strides.
         values: the hyperparameters of each.
 
     Raises:
-        ValueError: naming a sharded parameter with a placement that no step could work with.
+        ValueError: names a sharded parameter whose placement is not supported.
     """
     chosen: list[tuple[str, Tensor, Hyperparameters]] = []
     for (name, param), h in zip(params, values, strict=True):
@@ -184,7 +184,7 @@ def _rounds_to_nearest(tensor: Tensor, h: Hyperparameters) -> bool:
 
 
 def _statistics(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """Each tensor's standard deviation and mean, read from its device together with all others there."""
+    """Each tensor's standard deviation and mean, read from each device all at once."""
     by_device: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         by_device.setdefault(tensor.device, []).append(i)
@@ -199,23 +199,24 @@ def _statistics(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
 def _large_text(worst: _Judged, count: int) -> str:
     return (
         f"{worst.name}: noise_scale={worst.noise_scale:g} is {worst.share:.2g} of its weights' standard "
-        f"deviation, {worst.spread:.2g}, and comes anew at every step{_more(count)}: with a tenth, a hundred "
-        "steps can leave nothing of what a model knew. Begin where sqrt(steps) * noise_scale is a hundredth "
-        "to a tenth of the standard deviation (docs/choosing.md), or give its param group noise_scale=0"
+        f"deviation, {worst.spread:.2g}, and every step adds new noise{_more(count)}: at a tenth, a hundred "
+        "steps can erase all that a model has learned. Start with sqrt(steps) * noise_scale between a "
+        "hundredth and a tenth of the standard deviation (docs/choosing.md), or set noise_scale=0 in its "
+        "param group"
     )
 
 
 def _small_text(worst: _Judged, count: int) -> str:
     dtype = str(worst.dtype).removeprefix("torch.")
-    remedies = {torch.bfloat16: "leave stochastic_rounding=True, ", torch.float16: "keep it in float32, "}
+    remedies = {torch.bfloat16: "keep stochastic_rounding=True, ", torch.float16: "keep it in float32, "}
     remedy = remedies.get(worst.dtype, "")
     return (
-        f"{worst.name}: noise_scale={worst.noise_scale:g} is lost in rounding{_more(count)}: its weights, of "
-        f"a root mean square of {worst.rms:.2g}, are {dtype} and rounded to nearest, so nearly all stay "
-        f"where they are: {remedy}set noise_scale above {worst.noise_scale * worst.lost:.1e}, or to 0 for "
-        "its param group"
+        f"{worst.name}: noise_scale={worst.noise_scale:g} is lost in rounding{_more(count)}: its weights, "
+        f"with a root mean square of {worst.rms:.2g}, are {dtype} and rounded to nearest, so nearly all of "
+        f"them do not change. To fix this, {remedy}set noise_scale above "
+        f"{worst.noise_scale * worst.lost:.1e}, or set it to 0 in its param group"
     )
 
 
 def _more(count: int) -> str:
-    return f" (and so for {count - 1} more)" if count > 1 else ""
+    return f" (the same for {count - 1} more)" if count > 1 else ""

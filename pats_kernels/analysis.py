@@ -5,7 +5,7 @@
     after = distribution(sensitivities(model, batches))
     plot({"before": before, "after": after}, "sensitivity.png")
 
-`state_sensitivities` reads the moving averages of a run instead, `gate_summary` what its gates do right now.
+`state_sensitivities` reads a run's moving averages instead; `gate_summary` says what its gates do right now.
 """
 
 import re
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The histogram's bins, log10 of a value over its mean: ten a decade. float32 |w g| of a trained model
-# spreads over some ten decades; what lies beyond counts in the outermost bins.
+# The histogram's bins: log10 of a value divided by the mean, ten bins a decade. |w g| of a trained model in
+# float32 spreads over some ten decades; values beyond count in the outermost bins.
 LOG_EDGES: NDArray[np.float64] = np.arange(-120, 61) / 10
 FRACTIONS = (1.0, 0.1, 0.01, 0.001)  # of the mean, for `share_below`
 TOP = (0.01, 0.1)  # shares of the elements, for `top_share`
 CURVE_SHARES: NDArray[np.float64] = (np.arange(201) / 200) ** 2  # dense where the curve is steep
 _SHARES: NDArray[np.float64] = np.union1d(CURVE_SHARES, TOP)
-PIECE = 1 << 22  # elements that are worked on at once where that takes temporary memory
+PIECE = 1 << 22  # elements that are worked on at once if that takes temporary memory
 
 
 # Where sensitivities come from.
@@ -53,24 +53,24 @@ def sensitivities(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The mean over `batches` of |w * g|, g the gradient of a batch's loss: row 1 of `reference`.
+    """The mean over `batches` of |w * g|, with g the gradient of a batch's loss: row 1 of `reference`.
 
-    The model computes in eval mode, so that dropout adds nothing and no statistics move; afterwards every
-    module's mode is as it was, and `p.grad` was never touched. An element that a batch's loss does not depend
-    on has sensitivity 0 in that batch.
+    The model runs in eval mode, so that dropout adds nothing and no batch statistics change. Afterwards every
+    module has its own mode again. `p.grad` is not touched. An element that a batch's loss does not depend on
+    has sensitivity 0 in that batch.
 
     Args:
-        model: on whatever device; parameters that need no gradient are left out.
-        batches: on the model's device, of one size where each element is to weigh the same.
-        loss: (model, batch) -> the batch's mean loss, 0-d; None: `model(**batch).loss`, as Hugging Face
-            models give it.
+        model: on any device; parameters that require no gradient are left out.
+        batches: on the model's device; of equal size if all examples should have the same weight.
+        loss: (model, batch) -> the batch's mean loss, 0-d; None: `model(**batch).loss`, as in Hugging Face
+            models.
 
     Returns:
-        By the parameter's name in `model.named_parameters()`: its shape, on its device, float32 (float64 for
-        float64 parameters); in units of the loss.
+        By the parameter's name in `model.named_parameters()`: tensors of its shape, on its device, float32
+        (float64 for float64 parameters), in units of the loss.
 
     Raises:
-        ValueError: there is no batch, or no parameter that needs a gradient.
+        ValueError: there is no batch, or no parameter that requires a gradient.
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not params:
@@ -96,19 +96,19 @@ def state_sensitivities(
 ) -> dict[str, Tensor]:
     """A copy of the moving average S of the sensitivity (`exp_avg_sens`) of every parameter that has one.
 
-    S starts from 0 and is not corrected for it: after t steps it is 1 - b_s^t of an average, which shows
-    where tensors have taken different numbers of steps.
+    S starts from 0 without bias correction: after t steps it is 1 - b_s^t times an average. Keep that in mind
+    if tensors have taken different numbers of steps.
 
     Args:
-        source: a `PATS`, or a `PATSAdamW` with sensitivity="ema": "moments" keeps no S.
-        named_parameters: a model's, for the names. A parameter that is not among them has the name that the
-            optimizer's `param_names` gives it, else its place in the param groups.
+        source: a `PATS`, or a `PATSAdamW` with sensitivity="ema" ("moments" keeps no S).
+        named_parameters: of the model, for the names. A parameter that is not among them has its name in the
+            optimizer's `param_names`, or else its place in the param groups.
 
     Returns:
-        By name: the parameter's shape, on its device, float32 (float64 for float64 averages).
+        By name: tensors of the parameter's shape, on its device, float32 (float64 for float64 averages).
 
     Raises:
-        TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
+        TypeError: the optimizer keeps no sensitivity; pass the `PATS` that is attached to it.
     """
     names = parameter_names(_optimizer(source).param_groups)
     names |= {param: name for name, param in named_parameters if param in names}
@@ -130,7 +130,7 @@ def _optimizer(source: PATS | Optimizer) -> Optimizer:
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Each module gets its own mode back: a model in training may well have frozen parts in eval mode."""
+    """Each module gets its own mode back: a model in training may have frozen parts in eval mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -144,21 +144,21 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class GateSummary(NamedTuple):
-    """What PATS does at a moment. Tensors are 0-d, on the state's device; reading them waits for it.
+    """What PATS does at one moment. Tensors are 0-d, on the state's device; reading them waits for it.
 
     Elements with noise are those of all tensors that have state and whose group has a noise_scale above 0.
 
     Attributes:
         mean_gate: mean of a over the elements with noise, in [0, 1]; float32.
         noisy_share: share of those elements with a > 0, in [0, 1]; float32.
-        numel: how many elements have noise. 0: there is no state yet, and all but `nonfinite` is NaN.
-        noise_scale: its mean over the elements with noise, in units of w; where all groups agree exactly
-            theirs. float64.
-        noise_rms: root mean square, over the elements with noise, of noise_scale a: of the noise that one
-            step adds, in units of w. float64.
+        numel: how many elements have noise. If 0, there is no state yet, and all but `nonfinite` are NaN.
+        noise_scale: its mean over the elements with noise, in units of w; if all groups have the same value,
+            exactly that; float64.
+        noise_rms: root mean square of noise_scale a over the elements with noise, which is that of the noise
+            that one step adds, in units of w; float64.
         weight_rms: root mean square of w over the same elements; float64.
-        nonfinite: gradient elements that were not finite since the run began or was resumed: of sharded
-            parameters on all processes, of others on this one; int64.
+        nonfinite: gradient elements that were not finite since the run began or was resumed: on all processes
+            for sharded parameters, on this one for others; int64.
     """
 
     mean_gate: Tensor
@@ -172,7 +172,7 @@ class GateSummary(NamedTuple):
     def to_dict(self) -> dict[str, float]:
         """The numbers by name, and noise_to_weight = noise_rms / weight_rms (NaN for weights that are all 0).
 
-        While numel is 0 there is `nonfinite` alone. Waits for the device, once.
+        While numel is 0, there is only `nonfinite`. Waits for the device once.
         """
         tensors = {
             "mean_gate": self.mean_gate,
@@ -189,31 +189,31 @@ class GateSummary(NamedTuple):
 
 @torch.no_grad()
 def gate_summary(source: PATS | Optimizer) -> GateSummary:
-    """Mean gate, share of elements that get noise, and how big that is, as the state stands: rows 4 to 6 of
-    `reference`.
+    """Computes from the current state the mean gate, the share of elements that get noise, and the size of
+    that noise: rows 4 to 6 of `reference`.
 
-    Over all parameters with `sens_stats` in their state whose group has a noise_scale above 0. The means in
-    q are the state's own `sens_stats`: with normalization="exact" these are the gates of the last step; with
-    "delayed" that step divided by the means before it, so they differ by what one step moves the means; with
-    sensitivity="moments" S and U are of the weights as they are now, after AdamW's step.
+    It covers all parameters with `sens_stats` in their state whose group has a noise_scale above 0. The means
+    in q are the state's own `sens_stats`. With normalization="exact" the gates are those of the last step.
+    With "delayed" that step used the means before it, so the gates differ by what one step changes in the
+    means. With sensitivity="moments", S and U belong to the current weights, after AdamW's step.
 
-    Nothing waits for the device. Tensors are read in pieces, so the memory it takes does not grow with them;
-    those that are not contiguous are copied. Of sharded parameters each process reads what it holds, waits
-    for the last step's means and adds up with the others: all of them have to call it.
+    It does not wait for the device. Tensors are read in pieces, so the temporary memory does not grow with
+    their size; tensors that are not contiguous are copied. For sharded parameters each process reads its own
+    part, waits for the last step's means, and adds its numbers to the others', so all processes must call it.
 
     Args:
         source: a `PATS` or a `PATSAdamW`.
 
     Raises:
-        TypeError: the optimizer keeps no sensitivity; what was meant is the `PATS` that is attached to it.
+        TypeError: the optimizer keeps no sensitivity; pass the `PATS` that is attached to it.
     """
     groups = _optimizer(source).param_groups
     counters: dict[int, Tensor] = source._nonfinite  # type: ignore[union-attr]
     if any(is_dtensor(type(param)) for param in source.state):
         source.state_dict()  # waits for the means
-    parts: list[Tensor] = []  # of each tensor: what `_sums` gives
-    sharded: list[tuple[Tensor, Tensor]] = []  # the parameter, and that of its part
-    scales: list[tuple[float | Tensor, int]] = []  # of each tensor with noise, and its number of elements
+    parts: list[Tensor] = []  # `_sums` of each tensor
+    sharded: list[tuple[Tensor, Tensor]] = []  # a sharded parameter, and `_sums` of this process's part
+    scales: list[tuple[float | Tensor, int]] = []  # of each tensor with noise: noise_scale, and numel
     for group in groups:
         values = hyperparameters(group, source.defaults)
         for param in group["params"]:
@@ -253,7 +253,7 @@ def gate_summary(source: PATS | Optimizer) -> GateSummary:
 
 
 def _sums(pieces: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """Over pieces (w, a), sums of a, a > 0, a^2, w^2, and a 0 for what was not finite: float64 [5]."""
+    """Sums over pieces (w, a) of a, a > 0, a^2, w^2, then a 0 for the count of nonfinite: float64 [5]."""
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for w, a in pieces:
         squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in (a, w)]
@@ -262,14 +262,14 @@ def _sums(pieces: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tens
 
 
 def _in_float64(value: float | Tensor, device: torch.device) -> float | Tensor:
-    """A hyperparameter as a number, or 0-d where it lies on a device, where it stays."""
+    """A hyperparameter as a number, or as a 0-d tensor that stays on its device."""
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float64, non_blocking=True).reshape(())
     return value
 
 
 def _mean_scale(scales: list[tuple[float | Tensor, int]], device: torch.device) -> Tensor:
-    """The mean over elements, 0-d; as differences to the first, so that equal ones have exactly their own."""
+    """The mean over elements, 0-d. Sums differences to the first, so equal values give exactly theirs."""
     if not scales:
         return torch.full((), torch.nan, dtype=torch.float64, device=device)
     numel = sum(n for _, n in scales)
@@ -291,7 +291,7 @@ def _gates(
     else:
         corrections = []
         S = state["exp_avg_sens"]
-        operands = [param, S, state.get("exp_avg_unc", S)]  # "none" keeps no U, and reads none
+        operands = [param, S, state.get("exp_avg_unc", S)]  # "none" keeps no U and reads none
     operands = [local_tensor(x) if is_dtensor(type(x)) else x for x in operands]
     for pieces in zip(*(x.reshape(-1).split(PIECE) for x in operands), strict=True):
         w, S, U = (piece.to(dtype) for piece in pieces)
@@ -306,18 +306,18 @@ def _gates(
 
 @dataclass(frozen=True)
 class Summary:
-    """How n sensitivities are distributed. An empty or all-zero tensor counts as equal: Gini coefficient 0.
+    """How n sensitivities are distributed. In an empty or all-zero tensor all count as equal: Gini 0.
 
     Attributes:
         numel: n.
         zeros: how many are exactly 0; they are in no bin of the histogram.
         mean: in units of the loss.
         histogram: counts of log10(value / mean) in the bins [LOG_EDGES[i], LOG_EDGES[i + 1]); the outermost
-            bins also hold what lies beyond them.
-        share_below: for each of FRACTIONS f the share of elements below f * mean, zeros included.
+            bins include values beyond them.
+        share_below: for each f in FRACTIONS the share of elements below f * mean, zeros included.
         gini: Gini coefficient, in [0, 1 - 1/n]: sum over i of (2 i - n - 1) x_i / (n^2 mean) of ascending
             x_1 ... x_n (Dixon et al., Ecology 68, 1987, as corrected in 69, 1988; Damgaard and Weiner 2000).
-        top_share: for each of TOP p what share of the total the most sensitive p n elements hold.
+        top_share: for each p in TOP the share of the total that the most sensitive p n elements hold.
         half: the smallest share of the elements that holds half of the total.
     """
 
@@ -333,15 +333,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Distribution:
-    """The sensitivities of a model, compact: a few hundred numbers a tensor.
+    """The distribution of a model's sensitivities in compact form: a few hundred numbers a tensor.
 
     Attributes:
-        overall: of all elements of all tensors together.
-        curve: for each of CURVE_SHARES p what share of the total the most sensitive p n elements hold: the
-            Lorenz curve seen from the other end, rising from 0 to 1, straight where all are equal. Between
-            whole numbers of elements it is linear, as if an element could be taken in part; `top_share` and
-            `half` are read from the same exact curve.
-        tensors: of each tensor by itself.
+        overall: summary of all elements of all tensors together.
+        curve: for each p in CURVE_SHARES the share of the total that the most sensitive p n elements hold.
+            This is the Lorenz curve seen from the other end: it rises from 0 to 1, in a straight line if all
+            are equal. Between whole numbers of elements it is linear. `top_share` and `half` are read from
+            the same exact curve.
+        tensors: summary of each tensor by itself.
     """
 
     overall: Summary
@@ -349,12 +349,12 @@ class Distribution:
     tensors: dict[str, Summary]
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts, tuples and numbers, for `json.dump`; `from_dict` takes them back."""
+        """Nested dicts, tuples and numbers, for `json.dump`; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Distribution":
-        """What `to_dict` gave, also after a way through JSON."""
+        """Restores what `to_dict` returned, also after writing it to JSON and reading it back."""
         tensors = {name: _summary_from(entry) for name, entry in values["tensors"].items()}
         return cls(_summary_from(values["overall"]), tuple(values["curve"]), tensors)
 
@@ -365,17 +365,17 @@ def _summary_from(values: Mapping[str, Any]) -> Summary:
 
 
 def distribution(sensitivities: Mapping[str, Tensor]) -> Distribution:
-    """Sorts the sensitivities, each tensor's and all together, and says how they are distributed.
+    """Summarizes how sensitivities are distributed, for each tensor and for all together.
 
-    Exact: from the sorted values, not from the histogram; sums are float64. On the CPU, in one copy of all
-    values. The 109.5 M of BERT-base took 12 s and 0.6 GB beside the input on one core of
-    an AMD EPYC (Zen 4).
+    The results are exact: computed from the sorted values, not from the histogram, with float64 sums. It runs
+    on the CPU, with one copy of all values. The 109.5 M of BERT-base took 12 s, and 0.6 GB besides the input,
+    on one core of an AMD EPYC (Zen 4).
 
     Args:
         sensitivities: by name; any real floating dtype, shape (0-d and empty too) and device.
 
     Raises:
-        ValueError: naming the first tensor with a value below 0 or not finite.
+        ValueError: names the first tensor with a value below 0 or not finite.
     """
     numels = {name: tensor.numel() for name, tensor in sensitivities.items()}
     wide = any(tensor.dtype == torch.float64 for tensor in sensitivities.values())
@@ -416,7 +416,7 @@ def _summarize(x: NDArray[Any]) -> tuple[Summary, tuple[float, ...]]:
 
 
 def _count_below(x: NDArray[Any], limits: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many of the ascending `x` are below each limit; exactly: limits are rounded up to x's dtype."""
+    """How many of the ascending `x` are below each limit. Exact: limits are rounded up to x's dtype."""
     with np.errstate(over="ignore"):  # to infinity, which is right
         rounded = limits.astype(x.dtype)
     rounded = np.where(rounded < limits, np.nextafter(rounded, np.array(np.inf, x.dtype)), rounded)
@@ -424,7 +424,7 @@ def _count_below(x: NDArray[Any], limits: NDArray[np.float64]) -> NDArray[np.int
 
 
 def _concentration(x: NDArray[Any]) -> tuple[float, NDArray[np.float64], float]:
-    """Of ascending values: their sum, what of it the top _SHARES hold, the share that holds half."""
+    """Of ascending values: their sum, the part of it that the top _SHARES hold, the share that holds half."""
     n = x.size
     tops = _SHARES * n
     whole = np.floor(tops).astype(np.int64)  # elements wholly in the top
@@ -455,29 +455,24 @@ def _gini(x: NDArray[Any], total: float) -> float:
 
 # The picture.
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito: safe for all eyes
+# Okabe and Ito: also for colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv<"
 INK, QUIET = "#333333", "#999999"
 
 
 def plot(distributions: Mapping[str, Distribution], path: str | Path | None = None) -> "Figure":
-    """Draws distributions over each other: histograms, concentration, each tensor's Gini coefficient.
+    """Draws several distributions into one figure: histograms, concentration, each tensor's Gini coefficient.
 
-    Tensors that differ only in a number, one a layer, share a row; a tensor that is all zeros has no point.
+    Tensors whose names differ only in a number, such as the layer's, share a row. A tensor that is all zeros
+    has no point.
 
     Args:
-        distributions: by the label each has in the legend, {"before": ..., "AdamW": ..., "PATS": ...} say.
-        path: where to write the figure, its suffix says in what format; None: nowhere.
+        distributions: by their label in the legend, such as {"before": ..., "AdamW": ..., "PATS": ...}.
+        path: file to write the figure to; the suffix decides the format. None: no file.
 
     Returns:
-        The matplotlib figure, which pyplot does not know of, so there is nothing to close.
+        The matplotlib figure. pyplot does not know it, so there is nothing to close.
 
     Raises:
         ValueError: there is no distribution, or more than there are colours.
@@ -559,7 +554,7 @@ def _draw_tensors(
 
 
 def _rows(distributions: Mapping[str, Distribution]) -> dict[str, list[str]]:
-    """Label -> names of the tensors in its row; the most unequal in the first distribution on top."""
+    """Label -> names of the tensors in its row; on top those most unequal in the first distribution."""
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for d in distributions.values() for name in d.tensors):
         kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)

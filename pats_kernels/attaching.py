@@ -16,44 +16,45 @@ from pats_kernels.state import parameter_names
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that Accelerate's wrapper calls, or `optimizer` where there is none."""
+    """The optimizer inside Accelerate's wrapper, or `optimizer` itself if it is not wrapped."""
     while type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def attachable(optimizer: Any) -> Optimizer:
-    """The optimizer whose steps PATS can run before.
+    """The optimizer that PATS can be attached to: the given one, without Accelerate's wrapper.
 
     Raises:
-        TypeError: it is no `torch.optim.Optimizer`, or one that has never been initialized as one.
-        ValueError: it is a `PATSAdamW`; its steps are another optimizer's; its groups have a key of PATS's.
-        RuntimeError: this torch keeps hooks where nobody here knows.
+        TypeError: it is not a `torch.optim.Optimizer`, or has never been initialized as one.
+        ValueError: it is a `PATSAdamW`; it steps through another optimizer; its groups have a key of PATS.
+        RuntimeError: this torch keeps hooks in a place that the package does not know.
     """
     optimizer = unwrapped(optimizer)
     kind = type(optimizer).__name__
     if isinstance(optimizer, PATSAdamW):
-        raise ValueError(f"optimizer is a {kind}, which adds the noise itself: it needs no PATS beside it")
-    # ZeroRedundancyOptimizer's own holds this process's share of the parameters; its `step` is all of theirs.
+        raise ValueError(f"optimizer is a {kind}, which adds the noise itself: do not attach PATS to it")
+    # A ZeroRedundancyOptimizer holds one for this process's share of the parameters, but its own `step` steps
+    # all of them.
     inner = [] if kind == "ZeroRedundancyOptimizer" else _held_by(optimizer)
     advice = f": attach PATS to the optimizer that steps, its attribute {inner[0]!r}" if inner else ""
     if not isinstance(optimizer, Optimizer) or not has_hooks(optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {kind}{advice}")
     if inner or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
         raise ValueError(
-            f"optimizer is a {kind}, which steps through another one and puts weights of its own over the "
-            f"noise{advice}"
+            f"optimizer is a {kind}, which steps through another optimizer and then overwrites the noise "
+            f"with weights of its own{advice}"
         )
     for name in sorted(defaults_of(Hyperparameters).keys() & getattr(optimizer, "defaults", {}).keys()):
         raise ValueError(
-            f"optimizer is a {kind}, whose param groups have a {name!r} of their own, which means something "
-            "else and which PATS would read as its: it cannot be attached"
+            f"optimizer is a {kind}, whose param groups have a {name!r} of their own with another "
+            "meaning, which PATS would read as its own: attach PATS to another optimizer"
         )
     return optimizer
 
 
 def _held_by(optimizer: Any) -> list[str]:
-    """The attributes in which an optimizer keeps another one."""
+    """The attributes in which an optimizer keeps another optimizer."""
     attributes = getattr(optimizer, "__dict__", {})
     return [
         name for name, value in attributes.items() if isinstance(value, Optimizer) and value is not optimizer
@@ -61,13 +62,13 @@ def _held_by(optimizer: Any) -> list[str]:
 
 
 def have_no_masters(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's state has been seen, and holds no float32 copy of a parameter.
+    """Whether the optimizer already has state, and that state holds no float32 copy of a parameter.
 
     Raises:
-        ValueError: naming the first parameter that has one: the next step would write it over the noise.
+        ValueError: names the first parameter with such a copy: the next step would overwrite the noise.
     """
     if any(capturing(param.device) for group in optimizer.param_groups for param in group["params"][:1]):
-        return False  # no value can be read now
+        return False  # no value can be read during a capture
     low = {torch.bfloat16, torch.float16}
     names = parameter_names(optimizer.param_groups)
     params = [param for param in names if param.dtype in low and param.numel() > 0 and not param.is_meta]
@@ -84,7 +85,8 @@ def have_no_masters(optimizer: Optimizer) -> bool:
                 continue
             raise ValueError(
                 f"{names[param]}: {type(optimizer).__name__} keeps a float32 copy of this {param.dtype} "
-                "parameter and writes it over the noise: attach PATS to the optimizer of the float32 copies"
+                "parameter, which overwrites the noise: attach PATS to the optimizer that steps the "
+                "float32 copies"
             )
         if seen:
             break
@@ -92,6 +94,6 @@ def have_no_masters(optimizer: Optimizer) -> bool:
 
 
 def _entries(lists: Sequence[list[Any]], i: int) -> list[Any]:
-    """What the lists have for the i-th parameter, in one list or in one of each group."""
+    """The lists' entries for the i-th parameter; a list may have one inner list for each group."""
     flat = (chain.from_iterable(e if isinstance(e, (list, tuple)) else [e] for e in one) for one in lists)
     return [entry for one in flat for entry in islice(one, i, i + 1)]

@@ -1,4 +1,4 @@
-"""Clipping gradients by their global norm without touching them: the step multiplies them in its pass."""
+"""Clipping by the global norm without writing the gradients: the step multiplies them in its own pass."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -13,13 +13,14 @@ EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
 class Clipping(NamedTuple):
-    """A norm that the next step is to clip by.
+    """A norm that the next step clips by.
 
     Attributes:
-        total_norm: of the gradients as they were, 0-d.
-        max_norm: that of the gradients as the step is to see them, at most.
-        num_grads: how many there were. Each is marked with this norm and its version, for the norm is of
-            these numbers alone. (Weak references may be cleared though torch still has the tensor.)
+        total_norm: norm of the gradients before clipping, 0-d.
+        max_norm: the largest norm that the step lets the gradients have.
+        num_grads: how many gradients there were. Each is marked with this norm and with its version, because
+            the norm is valid for these values only. (Marks, not weak references: those may be cleared while
+            torch still has the tensor.)
     """
 
     total_norm: Tensor
@@ -33,7 +34,7 @@ class Clipping(NamedTuple):
         return cls(total_norm, max_norm, len(grads))
 
     def is_of(self, grads: Sequence[Tensor]) -> bool:
-        """Whether these are the gradients of which the norm is, unchanged."""
+        """Whether these are the gradients that the norm was computed from, unchanged."""
         marks = (getattr(grad, MARK, (None, 0)) for grad in grads)
         return len(grads) == self.num_grads and all(
             norm is self.total_norm and version == grad._version
@@ -41,10 +42,10 @@ class Clipping(NamedTuple):
         )
 
     def divisor(self, grad_scale: Tensor | None) -> Tensor:
-        """By what the step divides the gradients, a GradScaler's scale included: float32 [1].
+        """What the step divides the gradients by, a GradScaler's scale included: float32 [1].
 
-        A scale that is still in the gradients is in the norm as well, so `max_norm` is always that of the
-        gradients without it.
+        If the gradients are still scaled, so is their norm. It is unscaled first, so `max_norm` always
+        applies to the unscaled gradients.
         """
         scale = 1.0 if grad_scale is None else grad_scale.to(self.total_norm.device, torch.float64)
         norm = self.total_norm.to(torch.float64) / scale
@@ -52,21 +53,22 @@ class Clipping(NamedTuple):
 
 
 def check_not_released(param_groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raises RuntimeError where there are no gradients because hooks in backward have used them up."""
+    """Raises RuntimeError if there are no gradients because hooks in backward have used them up."""
     params = (param for group in param_groups for param in group["params"])
     if any(getattr(param, "_post_accumulate_grad_hooks", None) for param in params):
         raise RuntimeError(
-            "clip_grad_norm_ finds no gradients: a hook steps on each in backward and lets go of it, as "
-            "release_gradients does, before the norm of all can be known"
+            "clip_grad_norm_ finds no gradients: a hook uses and frees each of them in backward, as "
+            "release_gradients does, before their global norm can be known. The two cannot be combined"
         )
 
 
 def total_norm(
     grads: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, foreach: bool | None
 ) -> Tensor:
-    """`torch.nn.utils.get_total_norm`, a plain tensor also where gradients are sharded: of the whole ones.
+    """`torch.nn.utils.get_total_norm` as a plain tensor; for sharded gradients, the norm of the whole ones.
 
-    Each device mesh by itself, which torch takes no two of together; the norm of their norms is that of all.
+    torch cannot combine gradients of different device meshes, so each mesh gets its own norm. The norm of
+    these norms is the norm of all gradients.
     """
     parts: dict[Any, list[Tensor]] = {}
     for grad in grads:

@@ -1,4 +1,4 @@
-"""torch.compile: a step runs as it is, between what is compiled before and after it."""
+"""Keeps a step out of torch.compile: it runs uncompiled, between the graphs before and after it."""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -8,20 +8,20 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# A kernel finds its tensors by addresses in a table. A compiled graph keeps no addresses: it works on copies
-# of what a schema says is written, and writes those back over what the kernel has done.
+# A kernel finds its tensors by addresses in a table. A compiled graph does not keep addresses: it copies what
+# an operator's schema says is written, and writes the copies back over the kernel's results.
 REASON = (
-    "a step of pats_kernels writes through addresses, which no compiled graph keeps; it runs between the "
-    "graphs, so fullgraph=True cannot hold it: leave optimizer.step() out of the compiled function, or "
-    "fullgraph out"
+    "a step of pats_kernels writes through addresses, which a compiled graph does not keep. It runs between "
+    "graphs, so it cannot be part of one with fullgraph=True: call optimizer.step() outside the compiled "
+    "function, or drop fullgraph=True"
 )
 
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable` with `REASON`, without its import of torch._dynamo, which takes a second.
 
-    torch.optim's own way: the import waits until the function is first called, and by then there mostly is an
-    optimizer, whose construction needs it anyway.
+    torch.optim does the same: the import waits for the first call. By then an optimizer has usually been
+    constructed, which needs that import anyway.
     """
     disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     call = disable(function)
@@ -31,14 +31,14 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def refuse_functionalization(operator: str) -> None:
-    """Lets torch.ops.pats_kernels.<operator> raise where its arguments are to be exchanged for copies.
+    """Makes torch.ops.pats_kernels.<operator> raise where a compiled graph passes copies of its arguments.
 
-    Without this it would, inside a compiled graph, change nothing and say nothing.
+    Without this, a step inside a compiled graph would silently change nothing.
     """
 
     def refuse(*_arguments: object, **_keywords: object) -> None:
         raise RuntimeError(
-            f"torch.ops.pats_kernels.{operator} writes through the addresses in its table, and would be "
+            f"torch.ops.pats_kernels.{operator} writes through the addresses in its table, but would be "
             "given copies here: call it from a function under torch.compiler.disable, as a step does"
         )
 

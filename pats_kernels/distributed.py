@@ -1,10 +1,10 @@
 """Sharded parameters: where a shard lies in the whole tensor, and the statistics over all shards.
 
-A DTensor (`fully_shard`, hybrid sharding, tensor parallel, or both at once) is updated as the local tensor
-that this process holds of it. Noise depends on an element's number in the whole tensor, so how it is split
-changes nothing, and all that processes tell one another is their share of mean(S) and mean(U): one all-reduce
-of two floats a tensor for all tensors of a mesh, under way while the next step's gradients are computed.
-Plain parameters, as DistributedDataParallel has them, need no word: equal gradients give equal noise.
+Of a DTensor (`fully_shard`, hybrid sharding, tensor parallel, or both at once) each process updates its local
+tensor. Noise depends on an element's number in the whole tensor, so the way of splitting changes nothing.
+The processes exchange only their shares of mean(S) and mean(U): one all-reduce for all tensors of a mesh,
+two floats a tensor, which runs while the next step's gradients are computed. Plain parameters, as under
+DistributedDataParallel, need no communication: equal gradients give equal noise.
 """
 
 import weakref
@@ -24,15 +24,15 @@ from torch.distributed.tensor import Shard as Sharded
 from pats_kernels.plan import Batch, Own, Shard, is_dtensor, whole_shard
 from pats_kernels.private import copy_each_, local_tensor, local_tensors, split_specs
 
-Box = tuple[slice, ...]  # what a process holds of a tensor
+Box = tuple[slice, ...]  # the part of a tensor that a process holds
 
 
 class Layout(NamedTuple):
-    """What this process holds of a DTensor.
+    """The part of a DTensor that this process holds.
 
     Attributes:
-        box: the local tensor is the whole one's `[box]`.
-        shard: the same in the whole tensor's numbering; None where this process holds all of it.
+        box: the local tensor is `[box]` of the whole one.
+        shard: the same in the whole tensor's numbering; None if this process holds all of it.
     """
 
     box: Box
@@ -43,14 +43,14 @@ def layout_of(name: str, param: DTensor) -> Layout:
     """Where this process's part of a parameter lies.
 
     Raises:
-        ValueError: naming the parameter and the placement that no step could work with.
+        ValueError: names the parameter and the placement that is not supported.
     """
     mesh = param.device_mesh
     coordinate = mesh.get_coordinate()
     for placement in param.placements:
         if not (placement.is_replicate() or isinstance(placement, Sharded) or _is_strided(placement)):
             raise ValueError(
-                f"{name}: PATS updates what is replicated or sharded, but a placement is {placement!r}"
+                f"{name}: PATS supports replicated and sharded parameters, but a placement is {placement!r}"
             )
     if coordinate is None:
         raise ValueError(f"{name}: this process is not in the parameter's {mesh}")
@@ -72,10 +72,10 @@ def _layout(
     coordinate: tuple[int, ...],
     placements: tuple[Placement, ...],
 ) -> Layout:
-    """Each mesh dimension cuts what those before it left, in `torch.chunk`'s pieces.
+    """Each mesh dimension cuts what the earlier ones left, into the pieces of `torch.chunk`.
 
-    A strided placement says that its mesh dimension comes first and yet cuts last: `fully_shard` over tensor
-    parallelism on one dimension of the tensor.
+    The mesh dimension of a strided placement comes first but cuts last. It arises when `fully_shard` and
+    tensor parallelism split the same dimension of a tensor.
     """
     start, size = [0] * len(shape), list(shape)
     order = sorted(range(len(placements)), key=lambda i: _is_strided(placements[i]))
@@ -95,24 +95,24 @@ def _layout(
 
 
 def _is_strided(placement: Placement) -> bool:
-    """Whether it is torch's private `_StridedShard`, in some versions a `Shard` and in others not."""
+    """Whether it is torch's private `_StridedShard`, a subclass of `Shard` in some versions only."""
     return hasattr(placement, "split_factor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, once it is there."""
+    """The part of a tensor that this process holds, once it has arrived."""
     if not isinstance(tensor, DTensor):
         return tensor
     return _arrived(local_tensor(tensor))
 
 
 def _arrived(held: Any) -> Any:
-    wait = getattr(held, "wait", None)  # of torch's private type for what is on its way from other processes
+    wait = getattr(held, "wait", None)  # of torch's private type for tensors on their way from others
     return held if wait is None else wait()
 
 
 def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
-    """`value`, a tensor of the parameter's whole shape, as this process needs it beside `param`.
+    """Splits `value`, a tensor of the parameter's whole shape, as `param` is split.
 
     Raises:
         ValueError: see `layout_of`.
@@ -131,7 +131,7 @@ def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
 
 
 def sums_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Sums over all shards of (parameter, what this process has to add): one for each way of splitting."""
+    """Sums of (parameter, this process's part) over all shards: one sum for each way of splitting."""
     sums: dict[tuple[DeviceMesh, tuple[Placement, ...]], Tensor] = {}
     for param, part in parts:
         assert isinstance(param, DTensor)
@@ -145,7 +145,7 @@ def sums_over_shards(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 class _Route(NamedTuple):
-    """Where the shares of the tensors of one mesh are written, and where their means are to go."""
+    """Where the shares of the tensors of one mesh are written, and where their means go."""
 
     mesh: DeviceMesh
     shares: Tensor  # float32 [tensors, 2]
@@ -154,7 +154,7 @@ class _Route(NamedTuple):
 
 
 class _Lives:
-    """Whether all of some tensors are still alive, as an id may be another's later. Keeps none of them so."""
+    """Whether all of some tensors are still alive: else their ids may be other tensors'. Keeps none alive."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.all = True
@@ -166,13 +166,13 @@ class _Lives:
 
 @dataclass(slots=True)
 class _Set:
-    """Tensors that are stepped together, and what follows from which they are. Keeps none of them alive.
+    """Tensors that are stepped together, and what follows from that. Keeps none of them alive.
 
     Attributes:
-        ids, stats: of the parameters, and of their means.
-        lives: of both.
+        ids, stats: ids of the parameters and of their means.
+        lives: whether all of both are alive.
         specs: how the parameters are split.
-        matching: how gradients were split when they were last found to be so as their parameters.
+        matching: how the gradients were split when they were last found to match their parameters.
     """
 
     ids: list[int]
@@ -195,39 +195,39 @@ class _Set:
 
 @dataclass(slots=True)
 class _Message:
-    """The shares of the tensors of one mesh, on their way through its process groups, one after another."""
+    """The shares of one mesh's tensors on their way through its process groups, one group after another."""
 
     route: _Route
-    sent: Tensor  # the route's shares, or a copy where the process group can have it
-    groups: list[dist.ProcessGroup]  # those that are still to come
+    sent: Tensor  # the route's shares, or a copy on a device that the process group supports
+    groups: list[dist.ProcessGroup]  # the groups that are still to come
     work: dist.Work
     found_inf: Tensor | None
 
 
 class Statistics:
-    """The means over all shards of an optimizer's parameters, from their shares.
+    """The means over all shards of an optimizer's parameters, from the processes' shares.
 
-    `localized` gives a batch whose shares go to one buffer a mesh, `start` sends these, `finish` waits for
-    them and writes the means where the next step reads them. All processes of a mesh have to step the same
-    tensors, and get the same bits, whatever the order in which the sum is taken.
+    `localized` returns a batch whose shares go to one buffer for each mesh. `start` sends these buffers,
+    `finish` waits for them and writes the means where the next step reads them. All processes of a mesh must
+    step the same tensors. They get the same bits, in whatever order the sum is taken.
 
-    Tensors may also be stepped in several sets, each with its own messages: those of the others stay on their
-    way meanwhile. No tensor is in two sets: a new one takes the place of all that it shares a tensor with.
+    Tensors may also be stepped in several sets, each with its own messages; those of other sets stay on their
+    way meanwhile. No tensor is in two sets: a new set replaces all sets that it shares a tensor with.
     """
 
     def __init__(self) -> None:
         self._set_of: dict[int, _Set] = {}  # by a tensor's id
         self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
-        # By the first tensor's id: the set that is being stepped, and the messages that are on their way.
+        # By the first tensor's id: the set that is being stepped, and the messages on their way.
         self._open: tuple[int, list[_Route]] = (0, [])
         self._pending: dict[int, list[_Message]] = {}
 
     def localized(self, batch: Batch) -> Batch:
-        """The batch of what this process holds of each tensor, once the means that it reads are there.
+        """The batch of the local tensors, once the means that it reads have arrived.
 
         Raises:
-            ValueError: naming the parameter, where it and its gradient are not both sharded, or a placement
-                that no step could work with.
+            ValueError: names the parameter if only one of it and its gradient is sharded, or if a placement
+                is not supported.
         """
         first = id(batch.params[0])
         self._open = (first, [])
@@ -259,7 +259,7 @@ class Statistics:
                 for other in old.ids:
                     if self._set_of.get(other) is old:  # an id may be another tensor's by now
                         del self._set_of[other]
-        if len(self._set_of) + len(batch.params) > batch.kept:  # some are of tensors that are kept no more
+        if len(self._set_of) + len(batch.params) > batch.kept:  # some are of tensors no longer kept
             self._set_of.clear()
             self._buffers.clear()
         shares, routes = self._routed(batch, shards)
@@ -272,7 +272,7 @@ class Statistics:
     def _routed(
         self, batch: Batch, shards: Sequence[Shard | None]
     ) -> tuple[Own[Tensor | None], list[_Route]]:
-        """Where each tensor's share goes, rows of one buffer for each mesh and device; and on from there."""
+        """Each tensor's share, a row of one buffer for each mesh and device; the routes of the buffers."""
         of_mesh: dict[Any, list[int]] = {}
         for i, (param, shard) in enumerate(zip(batch.params, shards, strict=True)):
             if shard is not None and batch.sens_stats[i] is not None and isinstance(param, DTensor):
@@ -290,7 +290,8 @@ class Statistics:
     def _buffer(
         self, mesh: DeviceMesh, device: torch.device, count: int, first: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same for sets that take turns, since plans know it; another for each of those that coexist."""
+        """A buffer for shares: the same for sets that take turns, because plans hold its address; sets that
+        coexist have one each."""
         key = (mesh, device, count, first)
         if key not in self._buffers:
             buffer = torch.zeros((count, 2), dtype=torch.float32, device=device)
@@ -298,7 +299,7 @@ class Statistics:
         return self._buffers[key]
 
     def start(self, found_inf: Tensor | None) -> None:
-        """Sends the shares that the kernels have been asked to write."""
+        """Sends the shares that the kernels write."""
         first, routes = self._open
         messages: list[_Message] = []
         for route in routes:
@@ -312,14 +313,14 @@ class Statistics:
         self._open = (0, [])
 
     def finish(self) -> None:
-        """Waits for all that was sent."""
+        """Waits for all messages that were sent."""
         self._open = (0, [])  # of a step that failed
         for messages in self._pending.values():
             self._receive(messages)
         self._pending.clear()
 
     def _receive(self, messages: list[_Message]) -> None:
-        """Waits for the messages, and stores the means; where a step was skipped they stay."""
+        """Waits for the messages and stores the means; after a skipped step the old means stay."""
         for message in messages:
             message.work.wait()
             for group in message.groups:
@@ -339,7 +340,7 @@ class Statistics:
 
 
 def _matching(batch: Batch, own: _Set) -> list[Tensor]:
-    """The gradients, laid out as their parameters: looked at where what says how they are split is new."""
+    """The gradients, split as their parameters. They are checked only if their specs are new."""
     specs = _specs(batch.grads)
     if _are(own.matching, specs):
         return batch.grads
@@ -350,7 +351,7 @@ def _matching(batch: Batch, own: _Set) -> list[Tensor]:
 
 
 def _laid_out(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
-    """A gradient, laid out as its parameter."""
+    """A gradient, split as its parameter."""
     sharded = isinstance(param, DTensor)
     if sharded != isinstance(grad, DTensor):
         kinds = ["a DTensor" if isinstance(tensor, DTensor) else "a plain tensor" for tensor in (param, grad)]
@@ -367,19 +368,19 @@ def _laid_out(batch: Batch, i: int, param: Tensor, grad: Tensor) -> Tensor:
 
 
 def _specs(tensors: Sequence[Tensor]) -> list[Any]:
-    """What says how each is split; None for plain tensors."""
+    """The objects that say how each tensor is split; None for plain tensors."""
     if {*map(type, tensors)} == {DTensor}:
         return split_specs(tensors)
     return [split_specs([t])[0] if isinstance(t, DTensor) else None for t in tensors]
 
 
 def _are(those: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether they are the very same objects."""
+    """Whether both hold the same objects."""
     return len(those) == len(others) and all(map(is_, those, others))
 
 
 def _localized(column: Sequence[Any]) -> list[Any]:
-    """What this process holds of each tensor, once it is there."""
+    """The part of each tensor that this process holds, once it has arrived."""
     kinds = {*map(type, column)}
     if not any(map(is_dtensor, kinds)):
         return column if isinstance(column, list) else list(column)
@@ -388,9 +389,9 @@ def _localized(column: Sequence[Any]) -> list[Any]:
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    """The process groups whose sums, one after another, are the sum over the mesh.
+    """The process groups whose sums, one after another, give the sum over the mesh.
 
-    Replicas are summed over too, though but one of them counts: so all get the same bits, and never drift.
+    The sum includes replicas, although only one of them counts. So all get the same bits and never drift.
     """
     world = dist.group.WORLD
     if mesh.ndim > 1 and world is not None and mesh.size() == dist.get_world_size():
@@ -399,7 +400,9 @@ def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 
 
 def _for_group(buffer: Tensor, group: dist.ProcessGroup, device_type: str) -> Tensor:
-    """The buffer, or a copy on a device of another type where the group has no backend for the buffer's: as
-    where parameters are offloaded to the CPU, and there is NCCL alone."""
+    """The buffer, or a copy on another type of device if the group has no backend for the buffer's device.
+
+    That is so if parameters are offloaded to the CPU and the only backend is NCCL.
+    """
     devices = dist.get_backend_config(group)
     return buffer if f"{buffer.device.type}:" in devices else buffer.to(device_type)

@@ -1,4 +1,4 @@
-"""Collects what a step works on: the parameters that have a gradient, with their state, in lists."""
+"""Collects what a step works on: lists of the parameters that have a gradient, and of their state."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import compress
@@ -32,19 +32,19 @@ def gather(
     states: States,
     counters: Counters,
 ) -> tuple[Batch, list[Tensor]]:
-    """The batch of a step, and those of its parameters that begin with it: they are given their state here.
+    """The batch of a step, and the parameters that take their first step in it; these get their state here.
 
-    Each thing is asked of all of a group's parameters at once, by `map` or in a comprehension: a loop that
-    calls Python functions for each of them would take longer than the rest of the step.
+    Everything is done for all parameters of a group at once, with `map` or a comprehension. A loop that
+    calls Python functions for each parameter would take longer than the rest of the step.
 
     Args:
         param_groups: the optimizer's.
-        values_of: a group's hyperparameters, or the ValueError that names what is wrong with them.
-        states: each parameter's.
-        counters: of elements that are not finite.
+        values_of: returns a group's hyperparameters, or raises a ValueError that names what is wrong.
+        states: the state of each parameter.
+        counters: count the elements that are not finite.
 
     Raises:
-        ValueError, TypeError: naming a hyperparameter, or a parameter that no kernel could update.
+        ValueError, TypeError: names a hyperparameter, or a parameter that no kernel can update.
     """
     name_of = name_finder(param_groups)
     params: list[Tensor] = []
@@ -64,7 +64,7 @@ def gather(
             own, ids = _where([param.grad is not None for param in own], own, ids)
         try:
             state = _state(own, states, needed)
-        except (KeyError, TypeError):  # some have yet to be given theirs
+        except (KeyError, TypeError):  # some have no state yet
             have = [_has_state(param, values, needed, states, name_of, fresh) for param in own]
             own, grads, ids = _where(have, own, grads, ids)
             state = _state(own, states, needed)
@@ -90,7 +90,7 @@ def _where(chosen: Sequence[bool], *columns: Sequence[Any]) -> list[list[Any]]:
 
 
 def _state(params: Sequence[Tensor], states: States, needed: frozenset[str]) -> dict[str, list[Tensor]]:
-    """What the parameters keep, by key. KeyError or TypeError: one of them does not keep all of it."""
+    """The parameters' state, by key. Raises KeyError or TypeError if one of them lacks some of it."""
     columns: dict[str, list[Tensor]] = {key: [] for key in needed}
     for first in range(0, len(params), BLOCK):
         entries: list[Any] = list(map(states.get, params[first : first + BLOCK]))
@@ -100,7 +100,7 @@ def _state(params: Sequence[Tensor], states: States, needed: frozenset[str]) -> 
 
 
 def _append(batch: Batch, name: str, column: list[Any]) -> None:
-    """With None for those before, for which there is no such thing."""
+    """Appends a column, after None for each earlier parameter that has no such state."""
     whole: list[Any] = getattr(batch, name)
     whole += [None] * (len(batch.params) - len(whole))
     whole += column
@@ -114,7 +114,7 @@ def _has_state(
     name_of: Callable[[Tensor], str],
     fresh: list[Tensor],
 ) -> bool:
-    """Whether a parameter has its state, which it is given here if it has elements."""
+    """Whether a parameter has its state; if it has elements, it gets its state here."""
     state = states.get(param)
     if state is not None and needed <= state.keys():
         return True

@@ -1,4 +1,4 @@
-"""Param groups by name: what gets noise, and what decays."""
+"""Param groups by name: which parameters get noise, and which get weight decay."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ Patterns = str | Sequence[str]
 
 
 class _Place(NamedTuple):
-    """One of the places in a model at which a parameter is found: a tied one has several."""
+    """One of the places of a parameter in a model; a tied parameter has several."""
 
     name: str
     owner: str  # class of the module that holds it
@@ -29,39 +29,39 @@ def param_groups(
     no_noise: Patterns = NO_NOISE,
     no_weight_decay: Patterns = NO_WEIGHT_DECAY,
 ) -> list[dict[str, Any]]:
-    """Param groups for `PATSAdamW`, or for any optimizer to which `PATS` is attached.
+    """Makes param groups for `PATSAdamW`, or for any optimizer that `PATS` is attached to.
 
         PATSAdamW(param_groups(model, weight_decay=0.01, noise_scale=1e-5), lr=2e-5)
 
-    Patterns are given as PEFT's `target_modules` are. One string is a regular expression that the whole name
-    of a parameter must match. Of a sequence, each entry takes the parameters
+    Patterns work as PEFT's `target_modules` do. A single string is a regular expression that must match the
+    whole name of a parameter. In a sequence, each entry selects the parameters
 
-    - whose name has it as a part, cut at dots: it ends the parameter's name, or that of a module around it
-      ("classifier", "layer.0", "layer.0.attention.self.query.weight"), and
-    - for which it is contained, whatever the case, in the parameter's own name, in the name of the module
-      that holds it, or in that module's class: "norm" takes `ln_1.weight` of a `LayerNorm`, "embed" takes
-      `wte.weight` of an `nn.Embedding`. Names and classes of modules further out do not count here: not
-      everything in an `embedding_model` is an embedding.
+    - whose name contains it as one or more whole parts between dots ("classifier", "layer.0",
+      "layer.0.attention.self.query.weight"), and
+    - for which it is contained, in upper or lower case, in the parameter's own name, in the name of the
+      module that holds it, or in that module's class: "norm" selects `ln_1.weight` of a `LayerNorm`, "embed"
+      selects `wte.weight` of an `nn.Embedding`. Names and classes of modules further out do not count here:
+      not everything in an `embedding_model` is an embedding.
 
-    Tied parameters go by all their names.
+    A tied parameter is selected if any of its names is.
 
     Args:
         model: its parameters that require a gradient are grouped.
-        weight_decay: >= 0, of the groups that decay; the others have 0.0.
-        noise_scale: >= 0, of the groups with noise; the others have 0.0, and so no state of PATS.
-        no_noise: what gets no noise.
-        no_weight_decay: what does not decay.
+        weight_decay: >= 0, for the groups with weight decay; the others have 0.0.
+        noise_scale: >= 0, for the groups with noise; the others have 0.0, and so no state of PATS.
+        no_noise: patterns of the parameters that get no noise.
+        no_weight_decay: patterns of the parameters that get no weight decay.
 
     Returns:
         At most four groups, none empty: with decay and noise, with noise, with decay, with neither. Each has
         "params" and their "param_names", in the model's order, each parameter once, "weight_decay" and
-        "noise_scale". The noise of a parameter depends on its position: a run is to be resumed with the
-        same patterns.
+        "noise_scale". The noise of a parameter depends on its position, so resume a run with the same
+        patterns.
 
     Raises:
-        ValueError: a value out of range; an entry that matches no parameter, frozen ones included (but for
-            the defaults' own entries: not every model has a bias); not a regular expression.
-        TypeError: `model` is no module, patterns are no strings.
+        ValueError: a value out of range; an entry that matches no parameter, not even a frozen one (except
+            the default entries, because not every model has a bias); an invalid regular expression.
+        TypeError: `model` is not a module; a pattern is not a string.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
@@ -92,7 +92,7 @@ def param_groups(
 
 
 def _places(model: nn.Module) -> dict[Tensor, list[_Place]]:
-    """Where each parameter is found, first as `named_parameters` calls it, in that order."""
+    """Each parameter's places, in the order of `named_parameters`; the first has the name given there."""
     places: dict[Tensor, list[_Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for key, param in module.named_parameters(path, recurse=False, remove_duplicate=False):
@@ -136,4 +136,4 @@ def _takes(entry: str, place: _Place) -> bool:
 def _hint(patterns: Patterns) -> str:
     if not isinstance(patterns, str):
         return ""
-    return f" (one string is a regular expression for whole names; for parts of names: ({patterns!r},))"
+    return f" (one string is a regular expression for whole names; for parts of names pass ({patterns!r},))"

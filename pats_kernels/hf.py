@@ -1,4 +1,4 @@
-"""What PATS does, in the logs of a Hugging Face Trainer."""
+"""Logs what PATS does in a Hugging Face Trainer."""
 
 import sys
 import warnings
@@ -22,34 +22,34 @@ class PATSCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=dataset, callbacks=[PATSCallback()], ...)
         trainer.train()
 
-    The keys, in `trainer.state.log_history`, in the printed line, and in what reporters (TensorBoard, Weights
-    & Biases, ...) and other callbacks are told:
+    The keys appear in `trainer.state.log_history`, in the printed line, and in the logs that reporters
+    (TensorBoard, Weights & Biases, ...) and other callbacks receive:
 
         pats/mean_gate          mean of the gate over all elements with noise, in [0, 1]; see `gate_summary`
         pats/noisy_share        share of those elements whose gate is open, in [0, 1]
-        pats/noise_scale        as it is at this step, in units of w; of groups that differ the elements' mean
+        pats/noise_scale        its value at this step, units of w; if groups differ, the mean over elements
         pats/noise_rms          root mean square of the noise that a step adds to those elements; units of w
-        pats/noise_to_weight    that over the root mean square of the same elements' weights
+        pats/noise_to_weight    noise_rms divided by the root mean square of the same elements' weights
         pats/nonfinite          gradient elements that were not finite since the run began or was resumed
 
-    All but the last are left out while there is no state. Nothing is computed, and nothing waits for the
-    device, at any step but those at which the Trainer logs, where it has just waited for the loss. Of sharded
-    parameters all processes add up, which have to log at the same steps, as they do; of others a process
-    gives what it has itself.
+    While there is no state, only the last is logged. Values are computed only at the steps at which the
+    Trainer logs; it has just waited for the loss then, and no other step waits for the device. For sharded
+    parameters the numbers are summed over all processes, which log at the same steps; for other parameters
+    each process logs its own numbers.
 
-    The Trainer tells its callbacks in order, reporters before those of `callbacks=[...]` and `add_callback`.
-    So that they all see the keys, this one moves to the front of that list as training begins.
+    The Trainer calls its callbacks in order, reporters before those of `callbacks=[...]` and `add_callback`.
+    So that all of them see the keys, this callback moves to the front of the list when training begins.
 
     Args:
-        pats: what is attached to the Trainer's optimizer. None: whatever is, unless it is a `PATSAdamW`.
+        pats: the `PATS` attached to the Trainer's optimizer. None: finds it, or the `PATSAdamW`, by itself.
     """
 
     def __init__(self, pats: PATS | None = None) -> None:
         self.pats = pats
-        self._is_settled = False  # first in a Trainer's list, or warned that it is not
+        self._is_settled = False  # first in a Trainer's list, or has warned that it is not
 
     def add_to(self, trainer: "Trainer") -> None:
-        """Adds this callback to a Trainer, in front of its others at once."""
+        """Adds this callback to a Trainer, in front of its other callbacks."""
         callbacks = trainer.callback_handler.callbacks
         if self not in callbacks:
             trainer.add_callback(self)
@@ -58,10 +58,10 @@ class PATSCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes its place before the reporters, or warns once where it cannot.
+        """Moves in front of the reporters, or warns once if it cannot.
 
         Raises:
-            ValueError: the Trainer trains with another optimizer than the one PATS is part of.
+            ValueError: the Trainer uses another optimizer than the one PATS is part of.
         """
         self._source(kwargs["optimizer"])
         callbacks = _callbacks_with(self, sys._getframe().f_back)
@@ -70,8 +70,9 @@ class PATSCallback(TrainerCallback):
         elif not self._is_settled:
             self._is_settled = True
             warnings.warn(
-                "PATSCallback: this transformers keeps its callbacks elsewhere, so reporters may not see the "
-                "keys of PATS; PATSCallback().add_to(trainer) puts it before them",
+                "PATSCallback: cannot find the Trainer's list of callbacks in this version of "
+                "transformers, so reporters may not see the keys of PATS: call "
+                "PATSCallback().add_to(trainer) before training",
                 stacklevel=2,
             )
 
@@ -83,7 +84,7 @@ class PATSCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the keys to `logs` and to its copy in the history; evaluation's logs stay as they are."""
+        """Adds the keys to `logs` and to its copy in the history; logs of an evaluation stay unchanged."""
         if logs is None or "loss" not in logs:
             return
         added = log_of(self._source(kwargs["optimizer"]))
@@ -92,13 +93,13 @@ class PATSCallback(TrainerCallback):
             state.log_history[-1].update(added)
 
     def _move_to_front(self, callbacks: list[Any]) -> None:
-        """In place; harmless while the list is gone through, as those behind this one stay where they are."""
+        """In place. Safe while the list is iterated, because the callbacks behind this one do not move."""
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._is_settled = True
 
     def _source(self, optimizer: Optimizer) -> PATS | PATSAdamW:
-        """What keeps the state of PATS, in accelerate's wrapper."""
+        """The `PATS` or `PATSAdamW` that keeps the state, found inside accelerate's wrapper."""
         if self.pats is None:
             source, reason = pats_of(optimizer), "no PATS is attached to it"
         else:
@@ -111,9 +112,9 @@ class PATSCallback(TrainerCallback):
 
 
 def _callbacks_with(callback: TrainerCallback, frame: FrameType | None) -> list[Any] | None:
-    """The list of the handler that is calling a callback; None where there is none of the known form.
+    """The list of the handler that is calling a callback; None if no handler of the known form is found.
 
-    A handler gives its callbacks no way to itself or to the Trainer, in any argument, so its frame is asked.
+    No argument of a callback leads to the handler or to the Trainer, so this searches the calling frames.
     """
     known = getattr(trainer_callback, "CallbackHandler", ())
     while frame is not None:

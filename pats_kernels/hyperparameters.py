@@ -18,18 +18,18 @@ Sensitivity = Literal["ema", "moments"]
 Form = Literal["pats", "pats_adamw", "moments_adamw"]
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-LARGEST = 1e38  # of what the kernels hold as a float32
-LARGEST_NOISE = 1e37  # 6.8 times it, as the largest normal is, still is a float32
-READ_ON_DEVICE = ("lr", "noise_scale")  # if they are tensors there, as for CUDA graphs
+LARGEST = 1e38  # for values that the kernels hold as float32
+LARGEST_NOISE = 1e37  # times 6.8, the largest normal, it still fits float32
+READ_ON_DEVICE = ("lr", "noise_scale")  # read by the kernel if they are tensors on its device (CUDA graphs)
 PAIRS = ("betas", "sens_betas")
 
 
 class Variant(NamedTuple):
-    """What a kernel is specialized for; the rest are values in a table.
+    """The hyperparameters that a kernel is specialized for; the others are values in a table.
 
     Attributes:
-        form: "pats": the PATS step alone; "pats_adamw": followed by AdamW's; "moments_adamw": the same with
-            the sensitivity out of AdamW's moments.
+        form: "pats": the PATS step alone; "pats_adamw": PATS, then AdamW's step; "moments_adamw": the same,
+            with the sensitivity computed from AdamW's moments.
     """
 
     form: Form
@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 
 
 class _Referable:
-    """What a weak reference may be made to: `slots=True` alone gives no place for it."""
+    """Allows weak references to a class with `slots=True`, which has no slot for them otherwise."""
 
     __slots__ = ("__weakref__",)
 
@@ -50,9 +50,9 @@ class Hyperparameters(_Referable):
 
     Attributes:
         noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0. 0 is a
-            no-op: the tensor is skipped and no state is allocated for it. Or, so that a CUDA graph sees it
-            change, a float32 tensor of one element on the parameters' GPU, which is not read on the host: its
-            range goes unchecked, and the state is there at 0 too.
+            no-op: the tensor is skipped and no state is allocated for it. To change it between replays of a
+            CUDA graph, a float32 tensor of one element on the parameters' GPU. The host does not read that
+            tensor, so its range is not checked, and state is allocated even if it is 0.
         gamma: elements with q >= 1/gamma get no noise; >= 0.
         sens_betas: decay rates (b_s, b_u) of the sensitivity and its uncertainty, each in [0, 1).
         uncertainty: how S and U make q: "product", "ucb" or "none" (no U is stored).
@@ -62,7 +62,7 @@ class Hyperparameters(_Referable):
         seed: of the noise, 0 <= seed < 2^64.
 
     Raises:
-        ValueError: naming the hyperparameter, its value and its range.
+        ValueError: names the hyperparameter, its value and its range.
     """
 
     noise_scale: float | Tensor = 1e-5
@@ -89,7 +89,7 @@ class Hyperparameters(_Referable):
         self._set_variant("pats")
 
     def _make_floats(self, *names: str) -> None:
-        """torch multiplies by no integer above 2^63."""
+        """Turns numbers into floats: torch cannot multiply by an integer above 2^63."""
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, Tensor):
@@ -102,32 +102,32 @@ class Hyperparameters(_Referable):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """The values of a table's row from `Column.NOISE_SCALE` on."""
+        """The values for the columns of a table's row from `Column.NOISE_SCALE` on."""
         return _pats_numbers(self)
 
     @property
     def noisy(self) -> bool:
-        """Whether there is noise, as far as the host knows."""
+        """Whether there may be noise: the host does not know the value of a tensor on the device."""
         return isinstance(self.noise_scale, Tensor) or self.noise_scale > 0
 
     @property
     def on_device(self) -> dict[str, Tensor]:
-        """The values that the kernel reads, since the host would have to wait for them."""
+        """The values that the kernel reads on the device, so that the host need not wait for them."""
         return {name: value for name in READ_ON_DEVICE if isinstance(value := getattr(self, name, 0), Tensor)}
 
 
 @dataclass(frozen=True, slots=True)
 class AdamWHyperparameters(Hyperparameters):
-    """The same for `PATSAdamW`, with those of `torch.optim.AdamW`.
+    """The hyperparameters of `PATSAdamW`: those of PATS and those of `torch.optim.AdamW`.
 
     Attributes:
-        lr: learning rate, >= 0; or a float32 tensor of one element on the parameters' GPU, which is not
-            read on the host, so its range goes unchecked.
+        lr: learning rate, >= 0; or a float32 tensor of one element on the parameters' GPU. The host does not
+            read that tensor, so its range is not checked.
         betas: decay rates of AdamW's moments, each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: decoupled, >= 0.
-        maximize: climb instead of descend.
-        sensitivity: "ema" (a moving average of |w * g|) or "moments" (out of AdamW's moments).
+        maximize: maximize the loss instead of minimizing it.
+        sensitivity: "ema" (a moving average of |w * g|) or "moments" (computed from AdamW's moments).
     """
 
     lr: float | Tensor = 1e-3
@@ -165,7 +165,7 @@ def _pats_numbers(h: Hyperparameters) -> tuple[float, ...]:
 
 
 def _number(value: float | Tensor) -> float:
-    """What the table holds of a value that may lie on the device."""
+    """The table's entry for a value: 0 if it is a tensor on the device, which the kernel reads itself."""
     return 0.0 if isinstance(value, Tensor) else value
 
 
@@ -174,23 +174,23 @@ H = TypeVar("H", bound=Hyperparameters)
 
 @cache
 def defaults_of(kind: type[Hyperparameters]) -> Mapping[str, Any]:
-    """The hyperparameters' names, as a param group has them, and their default values."""
+    """The names of the hyperparameters, as in a param group, with their default values."""
     return {field.name: field.default for field in fields(kind) if field.init}
 
 
-# A schedule may change a group's values at every step, so they are read and checked at every step;
-# the cache makes that a lookup while they stay the same.
+# A schedule may change a group's values at any time, so they are read and checked at every step.
+# While they stay the same, this cache makes that a lookup.
 @lru_cache(maxsize=1024, typed=True)
 def _cached(kind: type[H], *values: Any) -> H:
     return kind(*values)
 
 
-# Those that hold tensors, which a cache would keep alive: here as long as a plan or a step has them.
+# Those with tensors, which a cache would keep alive. Here they live as long as a plan or a step holds them.
 _held: "WeakValueDictionary[tuple[Any, ...], Any]" = WeakValueDictionary()
 
 
 def _of_tensors(kind: type[H], values: Sequence[Any]) -> H:
-    """By the tensors' identity: an entry holds them, so that no other has their ids."""
+    """Looks up by the tensors' ids. An entry keeps its tensors alive, so no other tensor has their ids."""
     key = (kind, *((Tensor, id(v)) if isinstance(v, Tensor) else (type(v), v) for v in values))
     found = _held.get(key)
     if found is None:
@@ -203,12 +203,12 @@ def hyperparameters(
     defaults: Mapping[str, Any] | None = None,
     kind: type[H] = Hyperparameters,
 ) -> H:
-    """The valid hyperparameters of a mapping, a param group say, that may also hold other things.
+    """The checked hyperparameters of a mapping, such as a param group; its other keys are ignored.
 
-    What `values` does not say is taken from `defaults`, or else from `kind`.
+    A key that `values` lacks is taken from `defaults`, or else from `kind`.
 
     Raises:
-        ValueError: naming the hyperparameter, its value and its range.
+        ValueError: names the hyperparameter, its value and its range.
     """
     own = defaults_of(kind)
     defaults = own if defaults is None else defaults
@@ -217,14 +217,15 @@ def hyperparameters(
         if any(isinstance(value, Tensor) for value in chosen):
             return _of_tensors(kind, chosen)
         return _cached(kind, *chosen)
-    except TypeError:  # not hashable, so not valid either: let the check name it
+    except TypeError:  # not hashable, so not valid either: the check raises an error that names it
         return kind(*chosen)
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A number of any kind as Python's, and any sequence of them as a tuple, so that equal values are equal.
+    """Turns any kind of number into Python's and any sequence of numbers into a tuple, so that equal values
+    compare equal.
 
-    A tensor is read, at every call, but where the host would wait for a GPU and the kernel need not.
+    A tensor is read at every call, unless it is on a GPU and the kernel can read it there.
     """
     kind = type(value)
     if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
@@ -245,7 +246,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether it has entries by position; also where its class does not say that it is a `Sequence`."""
+    """Whether it has entries by position, even if its class is not registered as a `Sequence`."""
     has_entries = (
         hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) == 1
     )
@@ -253,7 +254,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _in_range(value: Any, low: float, high: float) -> bool:
-    """low <= value < high for a real number; False for NaN and for anything else."""
+    """low <= value < high for a real number; False for NaN and for all other kinds of values."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) < high
     except (TypeError, ValueError, OverflowError):
@@ -262,19 +263,21 @@ def _in_range(value: Any, low: float, high: float) -> bool:
 
 def _require_real(name: str, value: Any, most: float = LARGEST) -> None:
     if not _in_range(value, 0, most):
-        raise ValueError(f"Invalid {name}: {value!r} (must be a finite number >= 0, and below {most:.0e})")
+        raise ValueError(f"Invalid {name}: {value!r} (must be a finite number >= 0 and below {most:.0e})")
 
 
 def _require_real_or_tensor(name: str, value: Any, most: float = LARGEST) -> None:
     if not isinstance(value, Tensor):
         _require_real(name, value, most)
     elif value.numel() != 1 or value.dtype != torch.float32:
-        raise ValueError(f"Invalid {name}: {value!r} (must have one element, and be float32 on a GPU)")
+        raise ValueError(
+            f"Invalid {name}: {value!r} (a tensor must have one element, and be float32 on a GPU)"
+        )
 
 
 def _require_decay_rates(name: str, betas: Any) -> None:
     if not (isinstance(betas, tuple) and len(betas) == 2 and all(_in_range(b, 0, 1) for b in betas)):
-        raise ValueError(f"Invalid {name}: {betas!r} (must be a pair, each in [0, 1))")
+        raise ValueError(f"Invalid {name}: {betas!r} (must be a pair of numbers, each in [0, 1))")
 
 
 def _require_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -283,7 +286,7 @@ def _require_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Also for values that cannot be compared, as tensors and arrays of several elements."""
+    """Whether a value is one of the choices. False if it cannot be compared, such as an array."""
     try:
         return any(value is choice or bool(value == choice) for choice in choices)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What PATS does, as the logs of a training framework have it."""
+"""What the logs of all training frameworks need: the source of PATS's numbers, and the log entries."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +10,9 @@ LOGGED = ("mean_gate", "noisy_share", "noise_scale", "noise_rms", "noise_to_weig
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, and those that frameworks have put wrappers around: the innermost comes last.
+    """An optimizer, then those inside the wrappers of frameworks; the innermost comes last.
 
-    Not all wrappers are optimizers themselves: DeepSpeed's are not.
+    Not all wrappers are optimizers themselves; DeepSpeed's are not.
     """
     yield optimizer
     while (optimizer := getattr(optimizer, "optimizer", None)) is not None:
@@ -26,11 +26,11 @@ def name_of(optimizer: Any) -> str:
 
 
 def pats_of(optimizer: Any) -> PATS | PATSAdamW | None:
-    """What keeps the state of PATS: an optimizer that is a `PATSAdamW`, or the `PATS` attached to it."""
+    """The object that keeps the state of PATS: the optimizer if it is a `PATSAdamW`, or its `PATS`."""
     found = (own if isinstance(own, PATSAdamW) else attached_to(own) for own in layers(optimizer))
     return next((source for source in found if source is not None), None)
 
 
 def log_of(source: PATS | PATSAdamW) -> dict[str, float]:
-    """`pats_summary` as logs have it: the keys of LOGGED that there are, each after "pats/"."""
+    """`pats_summary` as log entries: its keys that are in LOGGED, with "pats/" in front."""
     return {f"pats/{name}": value for name, value in source.pats_summary().items() if name in LOGGED}

@@ -1,9 +1,9 @@
 """Which noise a tensor draws: its number, `tensor_id`, in the counter of the random generator.
 
-It is the tensor's position among all the optimizer's parameters, or what the param group's own `tensor_id`
-says. Where positions do not tell the tensors of one model apart, bits above them do: from bit 16 up the
-number of an optimizer that counts anew, from the top bit down the rank of a process that holds a part of the
-model without knowing where it lies (`parts`).
+The number is the tensor's position among all the optimizer's parameters, or the param group's own
+`tensor_id`. If several tensors of one model would have the same position, higher bits tell them apart: from
+bit 16 up the number of an optimizer that counts from 0 again; from the top bit down the rank of a process
+that holds a part of the model without knowing where it lies (`parts`).
 """
 
 import warnings
@@ -27,7 +27,7 @@ Claim = tuple[int, int]  # seed, number
 
 
 class _Holder(NamedTuple):
-    """Who draws a claim's noise; neither is kept alive."""
+    """The optimizer and the tensor that draw a claim's noise; neither is kept alive."""
 
     owner: "weakref.ref[Numbering]"
     param: "weakref.ref[Tensor]"
@@ -38,7 +38,7 @@ _begun: Any = WeakIdKeyDictionary()  # by parameter: the claims whose noise it h
 
 
 def ids_of(group: Mapping[str, Any], position: int) -> Sequence[int]:
-    """The numbers of a param group's tensors, the first of which is the optimizer's `position`-th.
+    """The numbers of a param group's tensors; the first tensor is at the optimizer's position `position`.
 
     Raises:
         ValueError: `tensor_id` is neither a number in [0, 2^32) nor a list of one for each tensor.
@@ -51,28 +51,29 @@ def ids_of(group: Mapping[str, Any], position: int) -> Sequence[int]:
     if not numbers or len(ids) != count or not all(0 <= i < 2**BITS for i in ids):
         raise ValueError(
             f"Invalid tensor_id: {own!r} (must be the number in [0, 2^32) of the group's first parameter, "
-            f"or a list of {count})"
+            f"or a list of {count} such numbers, one for each parameter)"
         )
     return ids
 
 
 class Numbering:
-    """An optimizer's numbers.
+    """The numbers of an optimizer's tensors.
 
-    What has to be found out about a tensor is found out before its first step. After that a step whose
-    numbers are those of `ids_of` costs two comparisons.
+    A tensor is examined once, before its first step. After that, a step whose numbers are those of `ids_of`
+    costs two comparisons.
 
     Args:
-        groups: how many param groups the optimizer has, so that it is noticed where a step sees fewer.
+        groups: how many param groups the optimizer has, to detect a step that sees fewer.
     """
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
-        # By parameter: what its number has beyond `ids_of`'s; the `Shard` of a part that knows its place.
+        # By parameter: the bits that its number has beyond that of `ids_of`; the `Shard` of a part whose
+        # place is known.
         self._added: Any = WeakIdKeyDictionary()
         self._places: Any = WeakIdKeyDictionary()
         self._claims: Any = WeakIdKeyDictionary()
-        self._special = False  # whether any number or place is not what it would be without this class
+        self._special = False  # whether any number differs from that of `ids_of`, or any place is known
         self._first = 0  # id of the last batch's first parameter
         self.in_backward = False  # whether the last step was taken within a backward pass
         self._seen_nothing = False
@@ -81,20 +82,20 @@ class Numbering:
     def numbered(
         self, batch: Batch, param_groups: Sequence[Mapping[str, Any]], fresh: Sequence[Tensor]
     ) -> Batch:
-        """The batch with its final numbers, and with the places of the parts that know theirs.
+        """The batch with its final numbers, and with the places of the parts whose place is known.
 
         Args:
             batch: its `tensor_ids` are those of `ids_of`.
             param_groups: the optimizer's.
-            fresh: those of its tensors whose state has just been made, so that t is 1.
+            fresh: the tensors whose state has just been created, so t is 1.
 
         Raises:
-            ValueError: two of the optimizer's tensors have one number and one seed, naming the second.
+            ValueError: two of the optimizer's tensors have the same number and seed; names the second.
         """
         if not batch.params:
             if not self._seen_nothing and not any(group["params"] for group in param_groups):
                 self._seen_nothing = True
-                parts.streams([])  # the other processes ask what this one holds
+                parts.streams([])  # because the other processes ask what this one holds
             return batch
         self.in_backward = in_backward()
         if fresh or id(batch.params[0]) != self._first:
@@ -106,7 +107,7 @@ class Numbering:
         return replace(batch, tensor_ids=ids, shards=[self._places.get(p) for p in batch.params])
 
     def sees_a_part(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the optimizer is shown a few of its tensors at a time, so that the others may come back."""
+        """Whether the optimizer is given a few of its tensors at a time; the others may come back later."""
         return len(param_groups) < self.groups or any(
             not group["params"]
             or hasattr(group["params"][0], "ds_id")  # DeepSpeed's stage 3 gives it to parts
@@ -122,14 +123,14 @@ class Numbering:
         given = {id(param) for group in param_groups if KEY in group for param in group["params"]}
         for i, param in enumerate(batch.params):
             message = SHARED
-            if id(param) not in given:  # what its user has numbered stays so
+            if id(param) not in given:  # numbers that the user gave stay unchanged
                 takes_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
                 message = IN_TURN if takes_turns else IN_BACKWARD if self.in_backward else SHARED
             self._claim(batch, i, param, message, begins=id(param) in fresh)
         self._special = bool(self._places) or any(self._added.values())
 
     def _compare(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Finds out which of the optimizer's tensors are parts of others, of which nothing tells."""
+        """Finds out which of the optimizer's plain tensors are parts of larger ones."""
         flat = {id(p): batch.name(i) for i, p in enumerate(batch.params) if parts.is_flattened(p)}
         places = parts.flat_places(batch.params) if flat else {}
         positions = parts.zero_positions(param_groups)
@@ -154,11 +155,12 @@ class Numbering:
             self._added.setdefault(param, int(f"{rank:0{BITS}b}"[::-1], 2))
 
     def _claim(self, batch: Batch, i: int, param: Tensor, message: str, begins: bool) -> None:
-        """Registers a tensor's number, or makes it another one where a tensor of the same model has it.
+        """Registers a tensor's number. Gives it another one if a tensor of the same model has that number.
 
         Args:
-            message: for a number that is taken. IN_TURN: by a tensor of this optimizer. IN_BACKWARD: by one
-                of the same model, if its optimizer too steps in backward. Else by one of another optimizer.
+            message: the warning if the number is taken. IN_TURN: by a tensor of this optimizer. IN_BACKWARD:
+                by one of the same model, if its optimizer steps in backward too. SHARED: by one of another
+                optimizer.
         """
         seed, name = batch.hyperparameters[i].seed, batch.name(i)
         claim = seed, batch.tensor_ids[i] ^ self._added[param]
@@ -177,7 +179,7 @@ class Numbering:
         self._take(claim, param)
 
     def _holder(self, claim: Claim) -> "tuple[Numbering | None, Tensor | None]":
-        """Who draws a claim's noise, and for which tensor, if both are alive."""
+        """The optimizer and the tensor that draw a claim's noise, if both are alive."""
         holder = _holders.get(claim)
         owner, param = (None, None) if holder is None else (holder.owner(), holder.param())
         if owner is None or param is None or owner._claims.get(param) != claim:
@@ -189,7 +191,7 @@ class Numbering:
         self._claims[param] = claim
 
     def _renumber(self, param: Tensor, claim: Claim) -> Claim:
-        """Gives a tensor the first number above its own that no tensor of the same model has."""
+        """Gives a tensor the next number, counted from bit 16 up, that no tensor of the same model has."""
         seed, number = claim
         for count in range(1, 2 ** (BITS - POSITION_BITS)):
             own = seed, number ^ (count << POSITION_BITS)
@@ -198,10 +200,12 @@ class Numbering:
                 self._added[param] ^= count << POSITION_BITS
                 self._take(own, param)
                 return own
-        raise ValueError(f"tensor_id {number}: too many optimizers have it: give their groups a tensor_id")
+        raise ValueError(
+            f"tensor_id {number} is taken by too many optimizers: give their param groups a 'tensor_id'"
+        )
 
     def _warn(self, kind: str, message: str, owner: "Numbering | None" = None) -> None:
-        """Once of each kind for an optimizer, and for all that share their numbers."""
+        """Warns once of each kind for an optimizer and for the others that share its numbers."""
         if kind not in self._warned and (owner is None or kind not in owner._warned):
             warnings.warn(f"PATS: {message}", stacklevel=2)
         self._warned.add(kind)
@@ -210,7 +214,7 @@ class Numbering:
 
 
 def check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where two of an optimizer's tensors have one number: a `tensor_id` says so."""
+    """Raises ValueError if a `tensor_id` gives two of an optimizer's tensors the same number."""
     if not any(KEY in group for group in param_groups):
         return
     taken: set[tuple[Any, int]] = set()
@@ -222,27 +226,27 @@ def check_distinct(param_groups: Sequence[Mapping[str, Any]]) -> None:
             if (group.get("seed"), tensor_id) in taken:
                 raise ValueError(
                     f"Invalid tensor_id: param_groups[{number}]['params'][{i}] has {tensor_id}, as another "
-                    "parameter with the same seed has: they would get the same noise"
+                    "parameter with the same seed has: both would get the same noise"
                 )
             taken.add((group.get("seed"), tensor_id))
 
 
 SHARED = (
     "{name}: another optimizer draws its noise with seed {seed} and tensor_id {number} too, so tensors of "
-    "both get the same noise. Where they belong to one model, give one of them another seed, or its param "
-    "groups a 'tensor_id'"
+    "both get the same noise. If they train one model, give one of them another seed, or set 'tensor_id' in "
+    "its param groups"
 )
 IN_BACKWARD = (
     "{name}: another optimizer that steps within a backward pass has seed {seed} and tensor_id {number} too, "
-    "as each counts its tensors from 0. Each now gets numbers of its own, in the order of their first steps: "
-    "a run is repeated only where that order is. Give each param group its 'tensor_id', or use one optimizer "
-    "and release_gradients"
+    "because each counts its tensors from 0. Each now gets numbers of its own, in the order of their first "
+    "steps, so a run is reproducible only if that order is the same. Set 'tensor_id' in each param group, or "
+    "use one optimizer with release_gradients"
 )
 IN_TURN = (
-    "{name}: the optimizer is given a few of its tensors at a time, as DeepSpeed's ZeRO does it, so their "
+    "{name}: the optimizer is given a few of its tensors at a time, as DeepSpeed's ZeRO does, so their "
     "positions do not tell them apart. Each gets a number of its own, in the order of their first steps"
 )
 AGAIN = (
-    "{name}: another optimizer has drawn this parameter's noise with seed {seed} from t = 1 on before. This "
-    "one draws the same again, and the same noise twice adds up. Give each stage of training its own seed"
+    "{name}: another optimizer has already drawn this parameter's noise with seed {seed} from t = 1 on. This "
+    "one draws the same noise again, so the two add up. Give each stage of training its own seed"
 )

@@ -52,7 +52,7 @@ PREFIX = "pats_"  # of its state in the parameters' own entries
 
 
 def _shared(name: str) -> Any:
-    """An attribute that a `PATS` has in common with the hooks of its optimizer."""
+    """An attribute that a `PATS` shares with the hooks on its optimizer."""
 
     def get(pats: "PATS") -> Any:
         return getattr(pats._attachment, name)
@@ -66,8 +66,8 @@ def _shared(name: str) -> Any:
 class PATS:
     """Perturbation According To Sensitivity, attached to any `torch.optim.Optimizer`.
 
-    Before each of the optimizer's steps, updates the moving average of every parameter's sensitivity
-    |w * g| and adds noise to the parameters the task does not use. The formula, with its sources, is in
+    Before each step of the optimizer, it updates the moving average of every parameter's sensitivity
+    |w * g| and adds noise to the parameters that the task does not use. The formula, with its sources, is in
     `pats_kernels.reference`.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
@@ -75,19 +75,21 @@ class PATS:
 
     A param group's own `noise_scale`, `gamma`, ... wins over the value given here and is read at every
     step, so a schedule may change it. State is allocated at a parameter's first step with a gradient and
-    a noise_scale above 0. It rides in `optimizer.state_dict()`. Where the optimizer carries a GradScaler's
-    `grad_scale` and `found_inf`, gradients are unscaled and a step with infinities changes nothing.
+    a noise_scale above 0. It is part of `optimizer.state_dict()`. If the optimizer carries a GradScaler's
+    `grad_scale` and `found_inf`, PATS unscales the gradients it reads, and a step with infinities changes
+    nothing.
 
     Args:
-        optimizer: its `p.grad` is read as it stands when `step` begins; neither it nor the optimizer's own
-            state is changed.
-        noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0, 0: off. For
-            CUDA graphs, a float32 tensor of one element on the parameters' GPU, which a schedule fills.
+        optimizer: the one to attach to. PATS reads `p.grad` as it is when `step` begins; it changes neither
+            `p.grad` nor the optimizer's own state.
+        noise_scale: standard deviation of the noise where the gate is open, in units of w; >= 0; 0 turns
+            noise off. For CUDA graphs, a float32 tensor of one element on the parameters' GPU, which a
+            schedule can fill.
         gamma: elements with q >= 1/gamma get no noise; >= 0.
         sens_betas: decay rates of the sensitivity and of its uncertainty, each in [0, 1).
         uncertainty: how S and U make q: "product" (S U), "ucb" (S + U) or "none" (S; no U is kept).
-        normalization: "delayed" (means of the state before this step: one pass, no noise in the first
-            step) or "exact" (means of the state just updated: two passes).
+        normalization: "delayed" (divides by the means of the state before this step: one pass, no noise in
+            the first step) or "exact" (by the means of the state just updated: two passes).
         state_dtype: of the averages, float32 or bfloat16; None: the parameter's, float32 for float16.
         stochastic_rounding: whether writes to bfloat16 round stochastically.
         seed: of the noise, 0 <= seed < 2^64.
@@ -98,8 +100,10 @@ class PATS:
             (float32 [2]: mean(S), mean(U)) and `step` (0-d float32, on the parameter's device).
 
     Raises:
-        ValueError: a hyperparameter out of range, here or in a param group.
-        TypeError: `optimizer` is not one; sparse, complex or integer parameters.
+        ValueError: a hyperparameter out of range, here or in a param group; an optimizer that PATS cannot be
+            attached to.
+        TypeError: `optimizer` is not an optimizer. At their first step with a gradient: sparse, complex or
+            integer parameters.
         RuntimeError: a backend asked for by name that cannot run here.
     """
 
@@ -119,8 +123,8 @@ class PATS:
         optimizer = attachable(optimizer)
         if attached_to(optimizer) is not None:
             raise ValueError(
-                f"optimizer is a {type(optimizer).__name__} that has a PATS already, and two add it twice: "
-                "remove() that one first"
+                f"optimizer is a {type(optimizer).__name__} that has a PATS already; two would add the noise "
+                "twice: call remove() on that one first"
             )
         defaults: dict[str, Any] = {
             "noise_scale": noise_scale,
@@ -143,7 +147,7 @@ class PATS:
         self._attachment.attach(optimizer)
 
     def _hold(self, optimizer: Optimizer, attachment: "_Attachment") -> None:
-        """Becomes the object by which users know an attachment, unless there is one."""
+        """Becomes the attachment's public object, unless it has one that is alive."""
         self.optimizer = optimizer
         self._attachment = attachment
         if attachment.handle is None or attachment.handle() is None:
@@ -163,17 +167,18 @@ class PATS:
         self._attachment.detach(self.optimizer)
 
     def nonfinite_counts(self) -> dict[str, int]:
-        """How many gradient elements were not finite so far, by parameter. Waits for the device."""
+        """How many gradient elements were not finite so far, by parameter name. Waits for the device."""
         return nonfinite_counts(self.optimizer.param_groups, self._nonfinite)
 
     def pats_summary(self) -> dict[str, float]:
-        """What PATS does right now, in numbers for any loop's logs. Waits for the device, once.
+        """What PATS does right now, in numbers for the logs of any loop. Waits for the device once.
 
             print(pats.pats_summary()["noise_to_weight"])
 
         The keys are mean_gate, noisy_share, noise_scale, noise_rms, weight_rms and nonfinite, as in
-        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state there is
-        nonfinite alone. Of sharded parameters all processes add up, and so have to call it.
+        `analysis.GateSummary`, and noise_to_weight: noise_rms / weight_rms. While there is no state,
+        nonfinite is the only key. For sharded parameters the numbers are summed over all processes, so all
+        of them must call it.
         """
         from pats_kernels.analysis import gate_summary  # which imports this module
 
@@ -184,28 +189,30 @@ class PATS:
         return f"PATS({type(self.optimizer).__name__}, {values}, backend={self.backend!r})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The hyperparameters and, by tensor_id, the state; tensors are the live ones, as in torch.optim."""
+        """The hyperparameters and the state by tensor_id. Tensors are not copied, as in torch.optim."""
         return self._attachment.state_dict(self.optimizer)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave; every tensor is copied and keeps its dtype.
+        """Restores what `state_dict` returned; every tensor is copied and keeps its dtype.
 
-        The checkpoint's noise_scale, gamma, seed, ... come back with it, as lr does in torch: set them after
-        loading, in `defaults` or in the optimizer's param groups, if they are to be others. Loading by the
-        optimizer's own `load_state_dict` does the same.
+        The checkpoint's noise_scale, gamma, seed, ... come back with it, as lr does in torch. To use other
+        values, set them after loading, in `defaults` or in the optimizer's param groups. The optimizer's own
+        `load_state_dict` does the same.
 
         Raises:
-            ValueError: naming the first parameter, key or hyperparameter: the state is of other parameters,
-                shapes or dtypes, or no step could have left its values; nothing was changed.
+            ValueError: names the first parameter, key or hyperparameter that does not fit: the state has
+                other parameters, shapes or dtypes, or values that no step can produce. Nothing has been
+                changed.
         """
         self._attachment.commit(self._attachment.checked(self.optimizer, state_dict))
 
 
 class _Attachment:
-    """What an optimizer's hooks hold of a `PATS`.
+    """The part of a `PATS` that the optimizer's hooks hold.
 
-    It refers neither to the optimizer, which the hooks are given, nor strongly to the `PATS`: so all of them
-    are freed with their last references, and a copied or pickled optimizer takes its attachment along.
+    It has no reference to the optimizer, which the hooks receive as an argument, and only a weak one to the
+    `PATS`. So all of them are freed with their last references, and a copied or pickled optimizer takes its
+    attachment along.
     """
 
     def __init__(
@@ -229,7 +236,7 @@ class _Attachment:
         self._loaded: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of a `PATSAdamW`: what was derived from the state is not copied."""
+        """As for a `PATSAdamW`: what was derived from the state is not copied."""
         self._launcher.finish()
         names = ("defaults", "backend", "state", "is_attached")
         return {"groups": self._numbering.groups} | {name: getattr(self, name) for name in names}
@@ -238,7 +245,7 @@ class _Attachment:
         self.__init__(**state)
 
     def pats(self, optimizer: Optimizer) -> PATS:
-        """The user's `PATS` while it is alive, else a new one, as they did not keep it."""
+        """The user's `PATS` if it is still alive, else a new one."""
         pats = None if self.handle is None else self.handle()
         if pats is None:
             pats = PATS.__new__(PATS)
@@ -265,7 +272,10 @@ class _Attachment:
                 setattr(optimizer, name, method.own)
 
     def _hooks(self, optimizer: Optimizer) -> dict[str, Callable[..., Any]]:
-        """By the attribute that holds them. Not by numbers as torch's, which begin anew in each process."""
+        """The hooks by the optimizer's attribute that holds them.
+
+        Their key there is a name. torch's hooks have numbers, which begin anew in each process.
+        """
         hooks: dict[str, Callable[..., Any]] = {STEP_HOOKS: self.before_step}
         overridden = _overridden(optimizer)
         if "state_dict" not in overridden:
@@ -283,12 +293,12 @@ class _Attachment:
         }
 
     def _getstate_of(self, optimizer: Optimizer, original: Callable[..., Any]) -> Any:
-        """What copies and pickles of the optimizer are made of: torch's own has no hooks in it."""
+        """What copies and pickles of the optimizer are made of; without this they would have no hooks."""
         state = original()
         if not isinstance(state, dict):
             warnings.warn(
-                f"PATS: {type(optimizer).__name__} has a __getstate__ that gives no dictionary, so "
-                "its copies and pickles have no PATS: attach one to them, and load pats.state_dict() there",
+                f"PATS: {type(optimizer).__name__} has a __getstate__ that returns no dictionary, so "
+                "its copies and pickles have no PATS: attach one to each, and load pats.state_dict() there",
                 stacklevel=2,
             )
             return state
@@ -298,7 +308,7 @@ class _Attachment:
     def _state_dict_of(
         self, optimizer: Optimizer, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """The optimizer's own `state_dict`, and PATS's part."""
+        """The optimizer's own `state_dict` with the part of PATS."""
         joined = original(*args, **kwargs)
         self._join_state_dict(optimizer, joined)
         return joined
@@ -311,10 +321,10 @@ class _Attachment:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The optimizer's own `load_state_dict` of what is its own, and PATS's of the rest.
+        """The optimizer's own `load_state_dict` for its own part, and PATS's for the rest.
 
-        Where it runs hooks, PATS's are the last of those before, as others may exchange the dictionary, and
-        the first of those after, which so find all of it loaded.
+        If it runs hooks, PATS's pre-hook is the last, because others may replace the dictionary. PATS's
+        post-hook is the first, so that the others find everything loaded.
         """
         if "load_state_dict" not in _overridden(optimizer):
             getattr(optimizer, LOAD_HOOKS).move_to_end(STATE_KEY)
@@ -322,9 +332,9 @@ class _Attachment:
             result = original(state_dict, *args, **kwargs)
             if _has_state(state_dict) and not self.state:
                 warnings.warn(
-                    f"PATS: a load_state_dict pre-hook of {type(optimizer).__name__} gave another "
-                    f"dictionary, without the state of PATS that the one it was given has in {STATE_KEY!r}: "
-                    "the sensitivities begin anew",
+                    f"PATS: a load_state_dict pre-hook of {type(optimizer).__name__} returned a "
+                    f"dictionary without the state of PATS, which the given one holds under {STATE_KEY!r}: "
+                    "the sensitivities begin anew. Let the hook keep that entry",
                     stacklevel=3,
                 )
             return result
@@ -334,7 +344,7 @@ class _Attachment:
 
     @uncompiled
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Steps on the gradients that the optimizer will step on: a closure has yet to compute them."""
+        """Takes PATS's step on the gradients that the optimizer will use: after the closure, if any."""
         if _is_part_of_a_step(optimizer):
             return None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -347,7 +357,7 @@ class _Attachment:
         return (args[0], wrapped, *args[2:]), kwargs
 
     def _stepping_after(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
-        """The closure, with PATS's step after its first evaluation: later ones search from there."""
+        """The closure, with PATS's step after its first evaluation. Later ones continue from there."""
         evaluated = False
 
         @wraps(closure)
@@ -377,9 +387,9 @@ class _Attachment:
         self._launcher.launch(batch, self.backend, grad_scale, found_inf)
 
     def _prune(self, optimizer: Optimizer) -> None:
-        """Forgets parameters that are in no group any more, if the optimizer has forgotten them too."""
+        """Forgets parameters that are in no group any longer, if the optimizer has forgotten them too."""
         if self._numbering.in_backward or self._numbering.sees_a_part(optimizer.param_groups):
-            return  # where gradients are released, each is stepped alone
+            return  # with released gradients, each parameter is stepped alone
         params = parameter_names(optimizer.param_groups)
         for param in [p for p in self.state if p not in params and p not in optimizer.state]:
             del self.state[param]
@@ -396,20 +406,24 @@ class _Attachment:
         }
 
     def checked(self, optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
-        """A copy of `state_dict` for this optimizer's parameters and devices, or the error why it is none."""
+        """A copy of `state_dict` for this optimizer's parameters and devices. Raises if it does not fit."""
         if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
-            raise ValueError("not a state_dict of PATS: it has no dictionary 'state'")
+            raise ValueError("not a state_dict of PATS: it has no 'state' that is a dictionary")
         version, saved_defaults = state_dict.get("version", VERSION), state_dict.get("defaults", {})
         if (number := position_of(version)) is None or number > VERSION:
-            raise ValueError(f"state_dict version {version!r} is newer than this package's, {VERSION}")
+            raise ValueError(
+                f"state_dict version {version!r} is newer than this package's, {VERSION}: update pats_kernels"
+            )
         if not isinstance(saved_defaults, Mapping):
-            raise ValueError("not a state_dict of PATS: its 'defaults' is no dictionary")
+            raise ValueError("not a state_dict of PATS: its 'defaults' is not a dictionary")
         defaults = self.defaults | dict(saved_defaults)
         hyperparameters(defaults, defaults)
         names = parameter_names(optimizer.param_groups)
         count = state_dict.get("num_params", len(names))
         if position_of(count) != len(names):
-            raise ValueError(f"state_dict has {count!r} parameters (num_params), the optimizer {len(names)}")
+            raise ValueError(
+                f"state_dict has {count!r} parameters (num_params), the optimizer has {len(names)}"
+            )
         params = list(names)
         state: dict[Tensor, State] = {}
         limits = Limits()
@@ -417,7 +431,8 @@ class _Attachment:
             position = position_of(key)
             if position is None or not 0 <= position < len(params):
                 raise ValueError(
-                    f"state_dict has state of parameter {key!r}, the optimizer has {len(params)}"
+                    f"state_dict has state for parameter {key!r}, but the optimizer has {len(params)} "
+                    "parameters"
                 )
             param = params[position]
             if param in state:
@@ -435,7 +450,7 @@ class _Attachment:
     def _join_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         own = self.state_dict(optimizer)
         state_dict[STATE_KEY] = own
-        if is_distributed():  # torch.distributed.checkpoint takes but groups and parameters' entries along
+        if is_distributed():  # torch.distributed.checkpoint saves only groups and parameters' entries
             entries = state_dict["state"]
             state_dict["state"] = entries | {
                 position: {**entries.get(position, {}), **_prefixed(entry | {TENSOR_ID: position})}
@@ -445,7 +460,7 @@ class _Attachment:
             state_dict["param_groups"] = [{**group, STATE_KEY: own["defaults"]} for group in groups]
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Checks PATS's part before the optimizer loads its own: an error leaves both as they were."""
+        """Checks PATS's part before the optimizer loads its own, so that an error leaves both unchanged."""
         check_structure(state_dict)
         check_order(state_dict["param_groups"], optimizer.param_groups)
         rest, part = self._split(optimizer, state_dict)
@@ -453,7 +468,7 @@ class _Attachment:
         if part is not None:
             loaded = self.checked(optimizer, part)
             kept: list[dict[str, Any]] = [{} for _ in rest["param_groups"]]
-        else:  # the checkpoint is of a run without PATS, whose groups hold nothing of it
+        else:  # the checkpoint is from a run without PATS, so its groups hold nothing of PATS
             loaded = {"defaults": self.defaults, "state": {}}
             names = (*defaults_of(Hyperparameters), KEY)
             kept = [{name: g[name] for name in names if name in g} for g in optimizer.param_groups]
@@ -467,7 +482,7 @@ class _Attachment:
     def _split(
         self, optimizer: Optimizer, state_dict: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What is the optimizer's own, and what the groups and the parameters' entries hold of PATS's."""
+        """The optimizer's own part, and PATS's part from the groups and from the parameters' entries."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         defaults = [group.pop(STATE_KEY) for group in groups if STATE_KEY in group]
         rest: dict[Any, Any] = {}
@@ -499,13 +514,13 @@ class _Attachment:
 
 
 class _Method:
-    """Stands on one optimizer in place of a method of its class, and keeps it alive no more than that would.
+    """Replaces a method of one optimizer, without keeping that optimizer alive.
 
     Args:
-        optimizer: the one; a copy's own in the copy.
+        optimizer: the optimizer; in a copy, the copy.
         name: of the method.
         attachment: what the call goes to while it is attached.
-        own: what stood on the optimizer under this name before, if anything did.
+        own: the attribute of this name that the optimizer itself had before, if any.
     """
 
     def __init__(
@@ -531,15 +546,15 @@ class _Method:
 
 
 def _evaluate(closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What a closure is called from, which is so known on the stack."""
+    """Calls a closure. A function of its own, so that `_is_part_of_a_step` recognizes it on the stack."""
     return closure(*args, **kwargs)
 
 
 def _is_part_of_a_step(optimizer: Optimizer) -> bool:
     """Whether the hooks run for the `super().step()` of a step for which they have run already.
 
-    torch calls them for both, once there has been an optimizer of the parent's class. A step that a closure
-    takes, as released gradients do in its backward, is one of its own.
+    torch runs them for both, once there has been an optimizer of the parent's class. A step taken inside a
+    closure, as released gradients do in its backward, counts as a step of its own.
     """
     frame, seen, step = sys._getframe(1), False, hooked_step(optimizer)
     while frame is not None and frame.f_code is not _EVALUATE:
@@ -555,7 +570,7 @@ _EVALUATE = _evaluate.__code__
 
 
 def _overridden(optimizer: Optimizer) -> list[str]:
-    """The methods of which its class has its own, which may run no hooks."""
+    """The methods that its class overrides; those may run no hooks."""
     names = ("state_dict", "load_state_dict")
     return [name for name in names if getattr(type(optimizer), name) is not getattr(Optimizer, name)]
 
@@ -569,7 +584,7 @@ def attached_to(optimizer: Optimizer) -> PATS | None:
 
 
 def _has_state(state_dict: Any) -> bool:
-    """Whether a dictionary of an optimizer brings state of PATS along."""
+    """Whether an optimizer's state_dict contains state of PATS."""
     part = state_dict.get(STATE_KEY) if isinstance(state_dict, Mapping) else None
     return isinstance(part, Mapping) and bool(part.get("state"))
 

@@ -1,13 +1,14 @@
-"""Parts that do not say so: what other processes hold where an optimizer is given plain tensors.
+"""Plain tensors that may be parts of larger ones: how a process finds out what the others hold.
 
-A DTensor knows where it lies in its whole tensor (`distributed`). FSDP1, ZeRO, Megatron and others hand
-plain tensors to the optimizer. Another process may hold the same, a replica that has to draw the same noise,
-or another part of the model, which must not. Two things tell:
+A DTensor knows where it lies in its whole tensor (`distributed`). But FSDP1, ZeRO, Megatron and others give
+plain tensors to the optimizer. Another process may hold the same tensor, a replica, which must draw the same
+noise. Or it may hold another part of the model, which must draw different noise. Two ways to find out:
 
 - FSDP1 marks its parameters, and its handles know which elements a process holds: `flat_places`. torch's
-  ZeroRedundancyOptimizer knows where in its own order those stand that it gave away: `zero_positions`.
-- Otherwise each process compares what it holds with what the others do: `streams`. Replicas are equal to the
-  bit, parts are not.
+  ZeroRedundancyOptimizer knows the positions of the parameters that it gave to each process:
+  `zero_positions`.
+- Otherwise each process compares what it holds with what the others hold: `streams`. Replicas are equal to
+  the bit, parts are not.
 """
 
 import gc
@@ -25,14 +26,14 @@ from torch import Tensor
 
 from pats_kernels.plan import Shard, is_dtensor
 
-SAMPLE = 4096  # elements of a tensor that are compared: other parts differ in nearly all of them
-FEW = 16  # values that a tensor must have so that its parts are not the same by chance
-PATIENCE = 60.0  # seconds, for processes of a lower rank, which step at the same time as this one
-GLANCE = 5.0  # seconds, where an answer is not to be expected
+SAMPLE = 4096  # elements of a tensor that are compared; different parts differ in nearly all of them
+FEW = 16  # a tensor with fewer different values may have equal parts by chance
+PATIENCE = 60.0  # seconds to wait for a process of lower rank, which steps at the same time as this one
+GLANCE = 5.0  # seconds to wait where an answer is unlikely
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A number, int64, that depends on every bit of a tensor and on where it stands."""
+    """An int64 number that depends on every bit of a tensor and on its position."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().flatten().view(integers[tensor.element_size()]).to(torch.int64)
     odd = 2 * torch.arange(bits.numel(), device=bits.device) + 1
@@ -46,11 +47,11 @@ def is_flattened(param: Tensor) -> bool:
 
 
 def flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
-    """Where FSDP1's parts lie, by the parameter's id; those of which its handles do not know are left out.
+    """Where FSDP1's parts lie, by the parameter's id. Parts that its handles do not know are left out.
 
-    With use_orig_params=True in the original tensor, else in the flat one, which all processes number alike.
-    A part's means are its own: its `Shard` says that it is as large as the part. Where torch has renamed what
-    is asked for here, none is known, of which there is a warning: `flattened`.
+    The place is in the original tensor with use_orig_params=True, else in the flat one, which all processes
+    number alike. A part has its own means, so its `Shard` says that the whole is as large as the part. If
+    torch has renamed what this function reads, no place is known; the warning `flattened` says so.
     """
     try:
         return _flat_places(params)
@@ -64,7 +65,7 @@ def _flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
         return {}
     wanted = {id(param) for param in params}
     places: dict[int, Shard] = {}
-    # A parameter does not lead to its handle; this is looked for once, at the first step.
+    # A parameter has no reference to its handle. This search runs once, at the first step.
     for handle in _alive(module.FlatParamHandle):
         flat = handle.flat_param
         if id(flat) in wanted:
@@ -82,11 +83,11 @@ def _flat_places(params: Sequence[Tensor]) -> dict[int, Shard]:
 def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """By the parameter's id, its position in the ZeroRedundancyOptimizer that made this optimizer.
 
-    Empty where none did, or where torch has renamed what is asked for here: then what the processes hold is
-    compared, as anybody's parts are.
+    Empty if none did, or if torch has renamed what this function reads. Then the processes compare what they
+    hold, as for other parts.
 
     Args:
-        param_groups: those of the optimizer that it made, which hold this process's share of the parameters.
+        param_groups: of the optimizer that it made, with this process's share of the parameters.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None or not dist.is_initialized():  # looking for one takes a tenth of a second
@@ -98,7 +99,7 @@ def zero_positions(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 
 
 def _alive(kind: type) -> list[Any]:
-    """A class's instances in this process, by their type: `isinstance` would ask each object itself."""
+    """All instances of a class in this process. By `type`: `isinstance` would call into each object."""
     return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
@@ -108,18 +109,18 @@ def are_several() -> bool:
 
 
 def streams(params: Sequence[Tensor | None]) -> tuple[list[int], bool]:
-    """For each tensor the lowest rank that holds the same, to the bit, at its place in the optimizer.
+    """For each tensor the lowest rank that holds the same bits at the same place in its optimizer.
 
-    Also whether to warn: on rank 0, and on the first process that is no replica of it.
+    Also returns whether to warn: true on rank 0 and on the first process that is not its replica.
 
-    The rank is 0 everywhere where all processes are replicas, as under DistributedDataParallel. A tensor
-    of few values tells nothing, as a layer norm's ones and a bias's zeros, which a part may have one after
-    another: there the gradients are compared too. Reads a sample of each
-    tensor and waits for the device once. What is exchanged goes through the process group's store: a
-    collective would hang where a process takes no part in the step.
+    If all processes are replicas, as under DistributedDataParallel, every rank is 0. Tensors with few
+    different values, such as a layer norm's ones or a bias's zeros, may be equal by chance, so their
+    gradients are compared too. Reads a sample of each tensor and waits for the device once. The processes
+    exchange the results through the process group's store: a collective would hang if a process takes no
+    part in the step.
 
     Args:
-        params: plain tensors, in the optimizer's order; None, and DTensors, are not compared: 0.
+        params: plain tensors, in the optimizer's order. None and DTensors are not compared and give 0.
     """
     nothing = [0] * len(params)
     compared = {i: p for i, p in enumerate(params) if p is not None and _is_plain(p)}
@@ -150,20 +151,21 @@ def streams(params: Sequence[Tensor | None]) -> tuple[list[int], bool]:
 
 
 APART = (
-    "the processes of this run hold different tensors at the same place of their optimizers: parts of a "
-    "model (ZeRO, flat buffers, plain tensors under tensor or pipeline parallelism), or models of their own. "
-    "Where a part lies in its whole cannot be known, so each process draws noise of its own for what only it "
-    "holds, and each part has means of its own. Lost by that: the noise is not that of one process, and a "
-    "run resumed on another number of processes draws other noise. FSDP2 (fully_shard) loses nothing, and a "
-    "param group's 'tensor_id' says which tensors they are"
+    "the processes of this run hold different tensors at the same place of their optimizers: parts of one "
+    "model (ZeRO, flat buffers, plain tensors under tensor or pipeline parallelism), or different models. "
+    "PATS cannot know where a part lies in its whole tensor. So each process draws noise of its own for what "
+    "only it holds, and each part is normalized by its own means. As a result, the noise differs from that "
+    "of a run in one process, and a run resumed on another number of processes draws other noise. To avoid "
+    "this, shard with FSDP2 (fully_shard), or set 'tensor_id' in the param groups to say which tensors they "
+    "are"
 )
 
 
 class _Exchange:
-    """What the processes of the default group tell one another through its key-value store.
+    """Messages between the processes of the default group, through its key-value store.
 
-    Each process numbers what it says. Another one looks for what has the same signature, as one process may
-    have an optimizer that others have not.
+    Each process numbers its messages. A reader looks for a message with its own signature, because a process
+    may have an optimizer that the others do not have.
     """
 
     def __init__(self, store: Any) -> None:
@@ -172,13 +174,13 @@ class _Exchange:
         self._said: dict[int, list[np.ndarray]] = {}
 
     def say(self, own: np.ndarray) -> None:
-        """Publishes a signature and what follows it."""
+        """Publishes a message: a signature, then the fingerprints."""
         said = self._said.setdefault(self.rank, [])
         self.store.set(self._key(self.rank, len(said)), own.tobytes())
         said.append(own)
 
     def hear(self, rank: int, signature: int, until: float) -> np.ndarray:
-        """What a process says with the signature that this one has just said, or else in its turn."""
+        """A process's message with the signature that this one has just sent, or else that of this turn."""
         own, theirs = self._said[self.rank], self._said.setdefault(rank, [])
         place = sum(said[0] == signature for said in own) - 1
         while True:
@@ -187,7 +189,7 @@ class _Exchange:
             same = [said for said in theirs if said[0] == signature]
             if len(same) > place:
                 return same[place]
-            if len(theirs) >= len(own):  # something else: what is awaited may still come
+            if len(theirs) >= len(own):  # it sent something else; the awaited message may still come
                 until = min(until, time.monotonic() + GLANCE)
             if time.monotonic() >= until:
                 return theirs[len(own) - 1] if len(theirs) >= len(own) else np.empty(0, dtype=np.int64)
@@ -198,23 +200,24 @@ class _Exchange:
         return f"pats_kernels/{rank}/{turn}"
 
 
-_exchanges: list[_Exchange] = []  # that of the process group there is
+_exchanges: list[_Exchange] = []  # that of the current process group
 
 
 def _exchange() -> _Exchange | None:
-    """The default process group's; None where it has no store, or a stand-in that stores nothing."""
+    """The default process group's exchange; None without a store, or with a fake one that stores nothing."""
     default_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     if default_store is None:
         warnings.warn(
-            f"PATS: torch {torch.__version__} does not keep a process group's store where it was known, "
-            "so whether processes hold the same cannot be compared: plain tensors that are other parts of a "
-            "model on each draw the same noise. A param group's 'tensor_id' says which tensors they are",
+            f"PATS: torch {torch.__version__} does not keep a process group's store where PATS looks for "
+            "it, so PATS cannot compare what the processes hold: plain tensors that are other parts of a "
+            "model on each process draw the same noise. If there are such, set 'tensor_id' in their param "
+            "groups",
             stacklevel=2,
         )
         return None
     try:
         store = default_store()
-        if store.check(["pats_kernels"]):  # which nobody has stored: some torch's FakeStore has everything
+        if store.check(["pats_kernels"]):  # nobody stores this key; a FakeStore may have every key
             return None
     except (AttributeError, RuntimeError, ValueError):
         return None
@@ -224,13 +227,13 @@ def _exchange() -> _Exchange | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor whose elements this process holds and can read."""
+    """Whether this process holds the tensor's elements and can read them."""
     strided = tensor.layout is torch.strided and tensor.dtype.is_floating_point
     return strided and not tensor.is_meta and not is_dtensor(type(tensor)) and _has_memory(tensor)
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Not so of tensors that are made of others."""
+    """False for tensors that are made of other tensors."""
     return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
@@ -240,7 +243,7 @@ def _key(turn: int, rank: int) -> str:
 
 @torch.no_grad()
 def _fingerprints(params: Sequence[Tensor]) -> list[int]:
-    """A number above 0 for each tensor, which its replicas have too."""
+    """A number above 0 for each tensor, the same for its replicas."""
     numbers = [0] * len(params)
     on_device: dict[torch.device, list[int]] = {}
     for i, param in enumerate(params):
@@ -254,7 +257,7 @@ def _fingerprints(params: Sequence[Tensor]) -> list[int]:
 
 
 def _fingerprint(param: Tensor) -> Tensor:
-    """Digests of a sample of the values and of the gradient, and whether the values are few: int64 [3]."""
+    """Digests of a sample of the values and of the gradient; whether there are few values: int64 [3]."""
     nothing = torch.zeros((), dtype=torch.int64, device=param.device)
     if param.numel() == 0:
         return torch.stack((nothing, nothing, nothing))
@@ -270,17 +273,17 @@ def _fingerprint(param: Tensor) -> Tensor:
 
 
 def _hashed(values: tuple[Any, ...]) -> int:
-    """A tuple's hash that every process has: Python's own of a string is another in each."""
+    """A tuple's hash that is the same in every process; Python's own hash of a string is not."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=7).digest(), "little") + 1
 
 
 def flattened(name: str, known: bool) -> str:
-    """The warning for FSDP1's parameters, of which `name` is the first."""
+    """The warning for FSDP1's parameters; `name` is the first of them."""
     lost = "a run resumed on another number of processes has other means"
     if not known:
         lost = f"each process draws noise of its own, and {lost} and other noise"
     return (
         f"{name} and others are parts that FullyShardedDataParallel (FSDP1) made. Their sensitivities are "
         f"normalized by the means of each part, not of each tensor, and {lost}. "
-        "FSDP2 (fully_shard) loses nothing"
+        "FSDP2 (fully_shard) avoids this"
     )

@@ -1,8 +1,8 @@
-"""Philox4x32-7 in torch integer operations: the bits every backend must reproduce.
+"""Philox4x32-7 in torch integer operations: the bits that every backend must reproduce.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11. A counter of
-four 32-bit words and a key of two give four random words, with no state in between: that is what lets
-any backend, thread or shard draw the noise of any element on its own.
+four 32-bit words and a key of two words give four random words. There is no state, so any backend, thread or
+shard can draw the noise of any element independently.
 """
 
 import math
@@ -20,7 +20,7 @@ Word = Tensor | int
 
 
 def _mulhilo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """The high and low words of a 32 x 32 bit product; int64 wraps, and the masks undo its sign."""
+    """The high and low words of a 32 x 32 bit product. int64 may wrap; the masks remove its sign."""
     product = a * multiplier
     return (product >> 32) & MASK32, product & MASK32
 
@@ -32,8 +32,8 @@ def philox4x32(
 
     Args:
         counter: four words, each an int or an int64 tensor with values in [0, 2^32); they broadcast.
-        key: two words.
-        rounds: 7 is this package's generator, 10 the one that most libraries use.
+        key: two 32-bit words.
+        rounds: 7 is this package's generator; most libraries use 10.
 
     Returns:
         Four int64 tensors with values in [0, 2^32).
@@ -59,18 +59,18 @@ def random_words(
     rounding: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The words of the groups of four that cover elements `offset` to `offset + numel` of a tensor.
+    """The words for the groups of four elements that cover elements `offset` to `offset + numel`.
 
     Args:
-        seed: 0 <= seed < 2^64, the key.
-        step: the tensor's step count t; an int64 tensor is taken as it is, without a sync.
+        seed: the key, 0 <= seed < 2^64.
+        step: the tensor's step count t; an int64 tensor is used as it is, without a sync.
         tensor_id: the tensor's position among the optimizer's parameters.
-        numel: how many elements.
+        numel: number of elements.
         offset: the first element's row-major index in the unsharded tensor.
-        rounding: the second stream, whose bits round stochastically.
+        rounding: True selects the second stream, whose bits are for stochastic rounding.
 
     Returns:
-        int64, [groups, 4]: row j holds x0..x3 of the elements 4 (offset // 4 + j) and the three after.
+        int64, [groups, 4]: row j holds x0..x3 for element 4 (offset // 4 + j) and the three after it.
     """
     first, last = offset // 4, (offset + numel + 3) // 4
     groups = torch.arange(first, last, dtype=torch.int64, device=device)
@@ -80,7 +80,7 @@ def random_words(
 def words_of_groups(
     seed: int, step: Word, tensor_id: int, groups: Tensor, *, rounding: bool = False
 ) -> Tensor:
-    """The same for any groups, int64: of their shape, and [4] behind it."""
+    """The words for any groups (int64): their shape with a last dimension of 4 added."""
     high = (groups >> 32) | (ROUNDING_BIT if rounding else 0)
     words = philox4x32((groups & MASK32, high, tensor_id, step), (seed & MASK32, seed >> 32))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1)

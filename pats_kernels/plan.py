@@ -1,11 +1,12 @@
 """Lists of tensors in, tables out: what a kernel needs to know to update all of them in one launch.
 
 A step's tensors are checked once, sorted into launches (one for each combination of device, dtypes and
-variant) and described by two tables of int64: one row for each tensor (`Column`), and one row for each
-dimension of the tensors that are not contiguous. The tables are kept: as long as the tensors stay what
-they were, a step only writes the gradients' addresses anew, since `zero_grad(set_to_none=True)` moves them.
-Whether they are is looked up at every step, of each of them: where it lies and what its bytes mean. A plan
-holds no tensor, and needs none to live: the next at the same address, of the same kind, is as good.
+variant) and described by two int64 tables: one row for each tensor (`Column`), and one row for each
+dimension of the tensors that are not contiguous. The tables are kept. While the tensors stay the same, a
+step writes only the gradients' addresses, because `zero_grad(set_to_none=True)` moves the gradients.
+
+Every step compares each tensor's address and kind (dtype, shape, strides, ...) with the plan's. A plan keeps
+no tensor alive: another tensor of the same kind at the same address is as good.
 """
 
 import random
@@ -31,18 +32,19 @@ T = TypeVar("T")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 VECTOR_BYTES = 16
-OPERANDS = 6  # tensors of the parameter's shape: the first columns, and a layout row's strides
+OPERANDS = 6  # tensors of the parameter's shape: the first columns of a row, and the strides of a layout row
 # An aligned chunk of a tensor smaller than this does not cross a multiple of 2^32 groups of four.
 GROUPS_WITHOUT_CARRY, COARSEST_CHUNK = 2**34, 2**16
-ROW_BYTES, ELEMENTS_A_BYTE = 1300, 128  # of a kept plan: its rows; a GPU's 32 bytes for each 4096 elements
+# The memory of a kept plan: bytes for each row; on a GPU also 32 bytes for each 4096 elements.
+ROW_BYTES, ELEMENTS_A_BYTE = 1300, 128
 
-# What a backend is asked to do with a launch: all of it, or the half before the means of the state just
-# updated are known, or the half after. Each but the last ends with the statistics, and advances t.
+# What a backend does with a launch: the whole step, or only the half before the means of the updated state
+# are known, or only the half after. All but the last end with the statistics and advance t.
 Phase = Literal["one_pass", "averages", "noise"]
 
 
 class Column(IntEnum):
-    """A tensor's row. The kernels read the same names: csrc/table.h and backends/triton.py."""
+    """The columns of a tensor's row. csrc/table.h and backends/triton_kernel.py read the same rows."""
 
     PARAM = 0  # addresses; 0 where a tensor has none
     GRAD = 1
@@ -51,19 +53,17 @@ class Column(IntEnum):
     EXP_AVG = 4
     EXP_AVG_SQ = 5
     STATS = 6  # the means that the normalization reads; 0: a tensor without noise, which only AdamW updates
-    SHARE = 7  # where this tensor's part in the new means is written: the same, but for a shard
-    STEP_COUNT = 8  # 0, or a counter on the device that the kernel advances
-    NONFINITE = 9  # 0, or where to count the elements whose sensitivity is not finite
-    LR_TENSOR = 10  # 0, or where a learning rate lies on the device
-    NOISE_SCALE_TENSOR = 11  # 0, or where a noise_scale does
+    SHARE = 7  # where this tensor's part of the new means is written: STATS, except for a shard
+    STEP_COUNT = 8  # a counter on the device that the kernel advances, or 0
+    NONFINITE = 9  # where to count the elements whose sensitivity is not finite, or 0
+    LR_TENSOR = 10  # a learning rate on the device, or 0
+    NOISE_SCALE_TENSOR = 11  # a noise_scale on the device, or 0
     NUMEL = 12
-    WHOLE = (
-        13  # elements of the unsharded tensor, by which the sums are divided; 0: a share that is not counted
-    )
+    WHOLE = 13  # elements of the unsharded tensor, the sums' divisor; 0: a share that does not count
     OFFSET = 14  # the first element's row-major number in the unsharded tensor
-    NDIM = 15  # 0: contiguous in every operand, numbered so, from a multiple of 4; else its layout rows
-    LAYOUT = 16  # the first of them
-    VECTOR = 17  # 1: NDIM is 0, and every address a multiple of 16 bytes
+    NDIM = 15  # number of layout rows; 0: contiguous in every operand, numbered in order from a multiple of 4
+    LAYOUT = 16  # the first layout row
+    VECTOR = 17  # 1: NDIM is 0, and every address is a multiple of 16 bytes
     TENSOR_ID = 18
     STEP = 19  # t, where there is no counter
     SEED = 20
@@ -85,24 +85,25 @@ class Column(IntEnum):
     GRAD_SIGN = 36  # -1: maximize
 
 
-BLOCK = 128  # tensors of which all is looked at before the next ones' turn, so that it is in a cache by then
-ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}  # hyperparameters that may be
+BLOCK = 128  # tensors that are looked at together, so that they stay in a cache meanwhile
+# The hyperparameters that may be tensors on the device.
+ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}
 
 
 def is_dtensor(kind: type) -> bool:
-    """Whether it is the type of sharded tensors: without importing it for those who have none."""
+    """Whether `kind` is DTensor, without importing DTensor if the program has not done so."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and issubclass(kind, module.DTensor)
 
 
 class Shard(NamedTuple):
-    """Where a tensor lies in the whole one of which it is a part: a box.
+    """Where a tensor lies in the whole tensor that it is a part of; it is a box.
 
     Attributes:
-        offset: its first element's number, as row-major order numbers the whole's elements.
+        offset: number of its first element, in the whole tensor's row-major order.
         strides: how far that number moves along each of its dimensions.
-        numel: of the whole.
-        counts: whether its sums go into the whole's means; of equal replicas one does.
+        numel: of the whole tensor.
+        counts: whether its sums go into the whole tensor's means; of equal replicas only one counts.
     """
 
     offset: int
@@ -112,7 +113,7 @@ class Shard(NamedTuple):
 
 
 class Own(list[T]):
-    """A column of tensors that nobody else is shown: while it is the same list, they are where they were."""
+    """A column of tensors that no other code can reach. While it is the same list, they have not moved."""
 
     __slots__ = ("__weakref__",)
 
@@ -121,13 +122,15 @@ class Own(list[T]):
 class Batch:
     """Parallel lists, one entry for each tensor that takes part in a step.
 
-    `steps` holds either t itself, or 0-d float32 tensors that count the steps taken so far, on their
-    parameters' devices, and that the step advances. `nonfinite` holds 0-d int64 tensors that the step
-    adds to. `name` gives a tensor's name for an error message. Where a form keeps no such state there is
-    None; a tensor without `sens_stats` gets no noise, only AdamW's step. `exp_avg` and `exp_avg_sq` are
-    empty where no AdamW is asked for. Where `shards` is not empty, some of the tensors are parts of others:
-    their part in the new means goes to `shares`, as the means themselves do for the rest (None). `kept`: how
-    many tensors the caller keeps from step to step, where these may be some of them.
+    - `name` gives a tensor's name for an error message.
+    - `steps` holds t itself, or 0-d float32 tensors on the parameters' devices that count the steps taken so
+      far; the step advances them.
+    - `nonfinite` holds 0-d int64 tensors that the step adds to.
+    - State that a form does not keep is None. A tensor without `sens_stats` gets no noise, only AdamW's step.
+    - `exp_avg` and `exp_avg_sq` are empty without AdamW.
+    - If `shards` is not empty, some tensors are parts of others. Their part of the new means is written to
+      `shares`. The others have None in both, and their means go to `sens_stats`.
+    - `kept`: how many tensors the caller keeps from step to step; these may be some of them.
     """
 
     name: Callable[[int], str]
@@ -148,7 +151,7 @@ class Batch:
 
     @property
     def averages(self) -> dict[str, Sequence[Tensor | None]]:
-        """The state of the parameters' shape, by name, in the order of the columns that hold it."""
+        """The state that has the parameters' shape, by name, in the order of its columns."""
         return {
             "exp_avg_sens": self.exp_avg_sens,
             "exp_avg_unc": self.exp_avg_unc,
@@ -158,7 +161,7 @@ class Batch:
 
 
 class LaunchKey(NamedTuple):
-    """What one launch has in common."""
+    """What the tensors of one launch have in common."""
 
     device: torch.device
     param_dtype: torch.dtype
@@ -170,10 +173,13 @@ class LaunchKey(NamedTuple):
 class Launch:
     """One launch: some of a batch's tensors, and the tables that describe them.
 
-    `table` is int64 [tensors, Column], `layout` int64 [rows, 1 + OPERANDS + 1]: a dimension's size, then its
-    stride in elements in each operand and in the whole tensor's numbering, outermost dimension first.
-    `aligned`: rows of which the gradient alone decides `Column.VECTOR`. `on_device`: for each hyperparameter
-    that lies there its column, its few tensors, and each row's among them. `cache` is the backend's own.
+    - `table` is int64 [tensors, Column].
+    - `layout` is int64 [rows, 1 + OPERANDS + 1]: a dimension's size, then its stride in elements in each
+      operand and in the whole tensor's numbering, outermost dimension first.
+    - `aligned`: the rows in which only the gradient's address decides `Column.VECTOR`.
+    - `on_device`: for each hyperparameter on the device its column, its different tensors, and for each row
+      the index of its tensor among them.
+    - `cache` belongs to the backend.
     """
 
     key: LaunchKey
@@ -190,22 +196,22 @@ class Launch:
         return [entry for entry in part if entry is not None]
 
     def point_to(self, grads: np.ndarray) -> None:
-        """Writes where the batch's gradients lie, and with that the widest access that is allowed."""
+        """Writes the addresses of the batch's gradients, and whether they allow access by 16 bytes."""
         own = grads if len(self.index) == len(grads) else grads[self.index]
         self.table[:, Column.GRAD] = own
         self.table[:, Column.VECTOR] = self.aligned & (own % VECTOR_BYTES == 0)
 
 
 class _Block(NamedTuple):
-    """Some of the tensors that users and other code can get hold of: where they lie, and their kinds."""
+    """Addresses and kinds of some of the tensors that users and other code can reach."""
 
     part: slice
-    places: bytes  # but for the gradients, which come last
+    places: bytes  # addresses of all but the gradients, which come last
     kinds: list[Kinds]  # of each column
 
 
 class _Hidden:
-    """What there is to know about a column of tensors that nobody else is shown."""
+    """Addresses of a column of tensors that no other code can reach."""
 
     __slots__ = ("_column", "_places")
 
@@ -226,15 +232,15 @@ class _Hidden:
 
 @dataclass(slots=True)
 class Plan:
-    """What a step needs to know, and of which tensors it is true.
+    """What a step needs to know, and which tensors it is valid for.
 
     Attributes:
-        columns: which tensors there are, of `_columns`.
-        blocks, hidden: of these tensors, and of those that nobody else is shown.
+        columns: the columns of `_columns` that there are.
+        blocks, hidden: addresses and kinds of these tensors, and of those that no other code can reach.
         tensor_ids, shards: the batch's.
-        grads, hyperparameters: those that the tables hold. On them the plan does not depend.
-        without_memory: an error message where a tensor has none of its own, so that no kernel finds it by
-            address; None: there is no such tensor.
+        grads, hyperparameters: those in the tables now. The plan does not depend on them.
+        without_memory: an error message if a tensor has no memory of its own, so that no kernel can find it
+            by address; None: there is no such tensor.
     """
 
     columns: list[Column]
@@ -249,10 +255,10 @@ class Plan:
     without_memory: str | None = None
 
     def is_of(self, batch: Batch) -> bool:
-        """Whether it is true of these tensors. Then it is given their gradients' addresses.
+        """Whether the plan is valid for these tensors. If so, it takes over their gradients' addresses.
 
-        The same object may have come to lie elsewhere, or be other strides' or dtype's view of the same
-        memory (`.data = ...`, `set_`): its identity says nothing.
+        A tensor's identity is not enough: after `.data = ...` or `set_` the same object may lie elsewhere, or
+        have other strides or another dtype.
         """
         columns = _columns(batch)
         if (
@@ -273,14 +279,14 @@ class Plan:
         return True
 
     def point_to(self, grads: np.ndarray) -> None:
-        """Writes where the gradients lie, if they have moved."""
+        """Writes the gradients' addresses, if they have changed."""
         if not np.array_equal(self.grads, grads):
             self.grads = grads
             for launch in self.launches:
                 launch.point_to(grads)
 
     def has_written(self, hyperparameters: Sequence[Hyperparameters]) -> bool:
-        """Whether the tables hold these very ones: equal ones may hold tensors that lie elsewhere."""
+        """Whether the tables hold these very objects: equal ones may hold tensors at other addresses."""
         own = self.hyperparameters
         return len(own) == len(hyperparameters) and all(map(is_, own, hyperparameters))
 
@@ -290,22 +296,22 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """About what it takes to keep it."""
+        """Roughly the memory that keeping it takes."""
         numel = sum(int(launch.table[:, Column.NUMEL].sum()) for launch in self.launches)
         return ROW_BYTES * self.rows + numel // ELEMENTS_A_BYTE
 
 
 class Planner:
-    """Makes plans and keeps many, so that freezing and unfreezing a layer costs nothing either.
+    """Makes plans and keeps many of them, so that freezing and unfreezing a layer costs nothing.
 
-    Beyond what there is room for, plans are forgotten at random: of sets that take turns the share that fits
-    stays, where the longest unused would be the very one that comes next.
+    When there is no more room, random plans are forgotten. If sets of tensors take turns, those that fit
+    then stay; forgetting the least recently used plan would always forget the one that comes next.
 
     Args:
-        owned: the caller keeps state for the tensors: each then has a counter of its steps.
-        capacity: how many plans of all the tensors that the caller keeps there is room for in any case. Each
-            tensor may also be stepped alone: no matter how many they are, each then has its plan.
-        spare: bytes that more plans may take.
+        owned: the caller keeps state for the tensors, so each has a counter of its steps.
+        capacity: how many plans for all the tensors that the caller keeps always have room. The room also
+            suffices for one plan a tensor, if each is stepped alone, however many they are.
+        spare: bytes that further plans may take.
     """
 
     def __init__(self, owned: bool = False, capacity: int = 8, spare: int = 2**25) -> None:
@@ -321,7 +327,7 @@ class Planner:
         """The tables for these tensors, up to date. Gradients with torch's negative bit are resolved.
 
         Raises:
-            TypeError, ValueError: naming the first tensor that no kernel could update, and why.
+            TypeError, ValueError: names the first tensor that no kernel can update, and says why.
         """
         try:
             key = _addresses_of(batch.params).tobytes()
@@ -341,7 +347,7 @@ class Planner:
         return plan
 
     def _kept(self, key: bytes, batch: Batch) -> Plan | None:
-        """The plan that is true of these tensors, if there is one. It becomes the last used."""
+        """The plan that is valid for these tensors, if any. It becomes the most recently used."""
         plans = self._plans.get(key, [])
         for i, plan in enumerate(plans):
             if plan.is_of(batch):
@@ -368,7 +374,7 @@ class Planner:
         return self._rows > self._capacity * self._most and self._bytes > self._spare
 
     def _drop(self, key: bytes) -> None:
-        """Forgets the longest unused of the plans of these parameters."""
+        """Forgets the least recently used plan of these parameters."""
         plan = self._plans[key].pop()
         self._rows -= plan.rows
         self._bytes -= plan.bytes
@@ -377,7 +383,7 @@ class Planner:
 
 
 def _columns(batch: Batch) -> dict[Column, Sequence[Tensor | None]]:
-    """The tensors that others may move, or turn into another view of their memory; the gradients last."""
+    """The tensors that other code may move or turn into another view of their memory; gradients last."""
     columns: dict[Column, Sequence[Tensor | None]] = {
         Column.PARAM: batch.params,
         Column.SENS: batch.exp_avg_sens,
@@ -394,7 +400,7 @@ def _columns(batch: Batch) -> dict[Column, Sequence[Tensor | None]]:
 def _look(
     columns: Mapping[Column, Sequence[Tensor | None]], part: slice
 ) -> tuple[list[Sequence[Tensor]], bytes, np.ndarray]:
-    """A part of each column, without None; where all but the gradients lie; and where these do."""
+    """A part of each column, without None; the addresses of all but the gradients; the gradients'."""
     tensors: list[Sequence[Any]] = [column[part] for column in columns.values()]
     addresses = _addresses_of(list(chain(*tensors)))
     staying = len(addresses) - len(tensors[-1])
@@ -404,7 +410,7 @@ def _look(
 
 
 def _addresses_of(tensors: Sequence[Any]) -> np.ndarray:
-    """int64, 0 for None. By `map`: a call of a Python function for each tensor would cost as much again."""
+    """int64, 0 for None. Uses `map`: calling a Python function for each tensor would take twice as long."""
     try:
         return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     except TypeError:  # some of them are None
@@ -421,10 +427,10 @@ def are_counters(steps: list[Tensor] | list[int]) -> TypeGuard[list[Tensor]]:
 
 
 def check(batch: Batch, owned: bool = False) -> None:
-    """Raises the error that names the first tensor that a kernel could not update.
+    """Raises an error that names the first tensor that no kernel can update.
 
     Args:
-        owned: a number of steps has to be a tensor, which the step advances.
+        owned: a step count must be a tensor, which the step advances.
     """
     for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
         name, variant, stats = batch.name(i), batch.hyperparameters[i].variant, batch.sens_stats[i]
@@ -440,7 +446,7 @@ def check(batch: Batch, owned: bool = False) -> None:
                 if average is None:
                     raise ValueError(f"{name}: {_described(variant)} needs {key}, but it is None")
                 _check_state(name, key, average, param, dtypes)
-                dtypes = (average.dtype,)  # all of a parameter's
+                dtypes = (average.dtype,)  # the same for all of a parameter's averages
         if stats is not None:
             _check_stats(name, param, stats)
         if owned or isinstance(batch.steps[i], Tensor):
@@ -451,7 +457,7 @@ def check(batch: Batch, owned: bool = False) -> None:
 
 
 def averages_of(variant: Variant, noisy: bool = True) -> tuple[str, ...]:
-    """The names of the state of a parameter's shape that it has, with noise or without."""
+    """The names of the state of a parameter's shape that the variant keeps, with noise or without."""
     sensitivity = () if not noisy or variant.form == "moments_adamw" else ("exp_avg_sens", "exp_avg_unc")
     if variant.uncertainty == "none":
         sensitivity = sensitivity[:1]
@@ -490,9 +496,9 @@ def _check_stats(name: str, param: Tensor, stats: Tensor) -> None:
 
 
 def _check_disjoint(batch: Batch) -> None:
-    """Raises ValueError where two written tensors share memory, or one is a gradient.
+    """Raises ValueError if two tensors share memory, unless both are gradients, which are only read.
 
-    Tensors with holes are compared by their first element alone: two of them may well interleave.
+    Tensors with holes are compared by their first element only, because two of them may interleave.
     """
     extents: list[tuple[int, int, int, str]] = []
     columns: dict[str, Sequence[Tensor | None]] = {"params": batch.params, **batch.averages}
@@ -507,7 +513,8 @@ def _check_disjoint(batch: Batch) -> None:
     for (_, end, i, key), (start, _, j, other) in pairwise(extents):
         if start < end and not (key == other == "grads"):
             raise ValueError(
-                f"{batch.name(j)}: overlapping memory: its {other} shares some with {key} of {batch.name(i)}"
+                f"{batch.name(j)}: overlapping memory: its {other} shares some with the {key} of "
+                f"{batch.name(i)}"
             )
 
 
@@ -519,13 +526,13 @@ def _has_no_holes(tensor: Tensor) -> bool:
 
 
 def check_param(name: str, param: Tensor) -> None:
-    """Raises TypeError or ValueError, naming it, where PATS cannot update this parameter."""
+    """Raises a TypeError or ValueError that names the parameter if PATS cannot update it."""
     _check_kind(name, "parameter", param)
     _check_sign(name, "parameter", param)
     if param.dtype not in PARAM_DTYPES:
-        raise TypeError(f"{name}: PATS updates {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
+        raise TypeError(f"{name}: PATS supports {_names(PARAM_DTYPES)}, but the parameter is {param.dtype}")
     if _overlaps_itself(param):
-        raise ValueError(f"{name}: overlapping memory: the parameter has strides {param.stride()}")
+        raise ValueError(f"{name}: overlapping memory: the parameter has strides {param.stride()}; clone it")
 
 
 def _check_kind(name: str, what: str, tensor: Tensor, floating: bool = True) -> None:
@@ -536,7 +543,7 @@ def _check_kind(name: str, what: str, tensor: Tensor, floating: bool = True) -> 
             f"{remedy if what == 'gradient' else ''}"
         )
     if floating and not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: PATS needs real floating point, but the {what} is {tensor.dtype}")
+        raise TypeError(f"{name}: PATS needs real floating-point tensors, but the {what} is {tensor.dtype}")
     try:
         tensor.data_ptr()
     except RuntimeError as error:  # of a transformed function, say
@@ -547,12 +554,12 @@ def _check_sign(name: str, what: str, tensor: Tensor) -> None:
     if tensor.is_neg():
         raise ValueError(
             f"{name}: the {what} has torch's negative bit set (Tensor.is_neg): its memory, which the step "
-            "writes to, holds the opposite of what it says. Tensor.resolve_neg gives one without"
+            "writes to, holds the negated values. Use its resolve_neg() instead"
         )
 
 
 def _without_memory(batch: Batch) -> str | None:
-    """Names the first tensor that has elements and no address, as wrapper subclasses have none."""
+    """A text that names the first tensor with elements but no address, such as a wrapper subclass."""
     columns: dict[str, Sequence[Tensor | None]] = {
         "parameter": batch.params,
         "gradient": batch.grads,
@@ -574,7 +581,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
     _require_same(name, "dtype", param.dtype, "gradient", grad.dtype)
     _require_same(name, "device", param.device, "gradient", grad.device)
     if _overlaps_itself(grad):
-        raise ValueError(f"{name}: overlapping memory: the gradient has strides {grad.stride()}")
+        raise ValueError(f"{name}: overlapping memory: the gradient has strides {grad.stride()}; clone it")
 
 
 def _check_state(name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -586,11 +593,11 @@ def _check_state(name: str, key: str, state: Tensor, param: Tensor, dtypes: Sequ
     _require_same(name, "device", param.device, key, state.device)
     if state.dtype not in dtypes or (state.dtype == torch.float64 and param.dtype != torch.float64):
         raise ValueError(
-            f"{name}: dtype mismatch: {key} is {state.dtype}, "
+            f"{name}: dtype mismatch: {key} is {state.dtype}, but "
             f"for a {param.dtype} parameter it must be one of {_names(dtypes)}"
         )
     if _overlaps_itself(state):
-        raise ValueError(f"{name}: overlapping memory: {key} has strides {state.stride()}")
+        raise ValueError(f"{name}: overlapping memory: {key} has strides {state.stride()}; clone it")
 
 
 def _require_same(name: str, what: str, expected: object, key: str, actual: object) -> None:
@@ -611,7 +618,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         return True
     extent = 1
     for stride, size in dimensions:
-        if stride < extent:  # it does not clear the dimensions inside it: rare, so count the addresses
+        if stride < extent:  # less than the dimensions inside it span: rare, so count the addresses
             offsets = np.zeros(1, dtype=np.int64)
             for step, count in dimensions:
                 offsets = (offsets[:, None] + step * np.arange(count)).ravel()
@@ -643,7 +650,7 @@ def _planned(batch: Batch) -> Plan:
 
 
 def _launches(batch: Batch, addresses: Mapping[Column, np.ndarray]) -> list[Launch]:
-    """Sorts the tensors into launches and fills the columns that stay."""
+    """Sorts the tensors into launches and fills the columns that do not change."""
     indices: dict[LaunchKey, list[int]] = {}
     averages = [column for column in batch.averages.values() if column]
     for i, (param, h) in enumerate(zip(batch.params, batch.hyperparameters, strict=True)):
@@ -657,7 +664,7 @@ def _launch(batch: Batch, key: LaunchKey, index: list[int], addresses: Mapping[C
     table = np.zeros((len(index), len(Column)), dtype=np.int64)
     for column, own in addresses.items():
         table[:, column] = own[index]
-    alone = table[:, Column.SHARE] == 0  # no shard: what it adds to the means is all of them
+    alone = table[:, Column.SHARE] == 0  # not a shard: its sums are the whole means
     table[alone, Column.SHARE] = table[alone, Column.STATS]
     layout: list[tuple[int, ...]] = []
     nothing = [None] * len(batch.params)
@@ -686,13 +693,13 @@ def _launch(batch: Batch, key: LaunchKey, index: list[int], addresses: Mapping[C
 
 @cache
 def whole_shard(shape: tuple[int, ...]) -> Shard:
-    """The shard that a tensor is of itself."""
+    """A whole tensor as a shard of itself."""
     sizes = [1, *accumulate(reversed(shape), mul)]
     return Shard(0, tuple(reversed(sizes[:-1])), sizes[-1])
 
 
 def are_groups_whole(offset: int, numel: int) -> bool:
-    """Whether elements numbered from `offset` on are groups of four that a chunk counts in 32 bits."""
+    """Whether elements numbered from `offset` on form groups of four that a chunk can count in 32 bits."""
     return offset % 4 == 0 and (offset % COARSEST_CHUNK == 0 or offset + numel <= GROUPS_WITHOUT_CARRY)
 
 
@@ -701,7 +708,7 @@ def collapse(
 ) -> list[tuple[int, ...]]:
     """The fewest dimensions that walk all operands in row-major order, as (size, stride, stride, ...).
 
-    None at all where every operand is contiguous, if they `may_vanish`.
+    If they `may_vanish`, none where every operand is contiguous.
     """
     plain = whole_shard(tuple(shape)).strides
     if may_vanish and all(tuple(operand) == plain for operand in strides):  # most tensors are
@@ -720,13 +727,13 @@ def collapse(
 
 
 def _refresh(plan: Plan, batch: Batch) -> None:
-    """Writes what else may change while the tensors stay: t and hyperparameters."""
+    """Writes what else may change while the tensors stay the same: t and hyperparameters."""
     if plan.without_memory is not None or not plan.grads.all():
         plan.without_memory = _without_memory(batch)
     steps = None if are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
     changed = not plan.has_written(batch.hyperparameters)
     if changed:
-        plan.hyperparameters = []  # until all tables have them: what follows may raise
+        plan.hyperparameters = []  # until all tables have the new ones, because the following may raise
     for launch in plan.launches:
         table, index = launch.table, launch.index
         if steps is not None:
@@ -742,15 +749,17 @@ def _refresh(plan: Plan, batch: Batch) -> None:
 
 
 def _check_on_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises ValueError for a hyperparameter that a kernel cannot read where it lies, as it is now."""
+    """Raises ValueError for a hyperparameter that the kernel cannot read on its device."""
     if tensor.device != device:
         raise ValueError(f"device mismatch: {name} is on {tensor.device}, its parameters on {device}")
     if tensor.dtype != torch.float32 or tensor.numel() != 1 or tensor.is_neg() or tensor.data_ptr() == 0:
-        raise ValueError(f"Invalid {name}: {tensor!r} (must have one element, and be float32 on a GPU)")
+        raise ValueError(
+            f"Invalid {name}: {tensor!r} (a tensor must have one element, and be float32 on a GPU)"
+        )
 
 
 def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> None:
-    """Each of the few different ones is put into numbers once: a schedule may come here at every step."""
+    """Converts each different object only once, because with a schedule this runs at every step."""
     kinds = {id(h): h for h in values}
     place = {identity: i for i, identity in enumerate(kinds)}
     rows = [place[id(h)] for h in values]
@@ -768,15 +777,15 @@ def _write_hyperparameters(launch: Launch, values: list[Hyperparameters]) -> Non
 
 
 def chunk_table(numels: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which tensor, and which piece of it, each program of a launch works on.
+    """Which piece of which tensor each program of a launch works on.
 
     Args:
         numels: the tensors' sizes, [tensors].
-        chunk: elements a piece; a tensor's last piece may be smaller.
+        chunk: elements in a piece; a tensor's last piece may be smaller.
 
     Returns:
         int32 [chunks, 2]: row of the table, number of the piece; int64 [tensors + 1]: where each tensor's
-        pieces start, so that its partial sums lie side by side.
+        pieces start. So a tensor's partial sums lie side by side.
     """
     counts = -(-numels // chunk)
     starts = np.concatenate(([0], np.cumsum(counts)))

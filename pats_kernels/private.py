@@ -1,7 +1,7 @@
-"""What torch keeps private and this package uses all the same, each with what stands in for it.
+"""Private parts of torch that this package uses, each with a fallback.
 
-In a torch that has renamed one of these the package imports and steps as before. Where nothing can stand in,
-it says which name is missing before it changes anything.
+If a torch version has renamed one of them, the package still imports and steps. If there is no fallback, an
+error names the missing part before anything changes.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ SAVE_HOOKS = "_optimizer_state_dict_post_hooks"
 LOAD_HOOKS = "_optimizer_load_state_dict_pre_hooks"
 LOADED_HOOKS = "_optimizer_load_state_dict_post_hooks"
 
-# torch's own complaint where a graph is captured without `capturable`: its name today, and the one before.
+# torch's own check for graphs that are captured without `capturable`: its name today, and the former one.
 _CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
@@ -33,7 +33,7 @@ def has_hooks(optimizer: Optimizer) -> bool:
     """Whether it was initialized as a `torch.optim.Optimizer`, and so has hooks.
 
     Raises:
-        RuntimeError: no optimizer of this torch has them under the names that are known here.
+        RuntimeError: no optimizer of this torch has hooks under the names that are known here.
     """
     names = (STEP_HOOKS, SAVE_HOOKS, LOAD_HOOKS, LOADED_HOOKS)
     missing = [name for name in names if not hasattr(optimizer, name)]
@@ -42,13 +42,14 @@ def has_hooks(optimizer: Optimizer) -> bool:
         if unknown := [name for name in missing if not hasattr(initialized, name)]:
             raise RuntimeError(
                 f"torch {torch.__version__} does not keep an optimizer's hooks in {', '.join(unknown)}, "
-                "where PATS puts its own: it cannot be attached. Use PATSAdamW, or PATS with an older torch"
+                "where PATS puts its own, so it cannot be attached. Use PATSAdamW, or PATS with an older "
+                "torch"
             )
     return STEP_HOOKS not in missing
 
 
 def check_capture(optimizer: Optimizer) -> None:
-    """Raises RuntimeError where a graph is being captured of a step without `capturable`."""
+    """Raises RuntimeError if a graph is being captured of a step without `capturable`."""
     for name in _CAPTURE_CHECKS:
         if (check := getattr(optimizer, name, None)) is not None:
             check()
@@ -62,8 +63,8 @@ def check_capture(optimizer: Optimizer) -> None:
 
 
 def hooked_step(optimizer: Optimizer) -> CodeType | None:
-    """The code of the function that torch puts around each class's `step`, to run the hooks."""
-    # Where its maker cannot be asked: what stands in the class's place, as torch has wrapped it by then.
+    """The code of the function that torch wraps around each class's `step`, to run the hooks."""
+    # The fallback is the class's own `step`, which torch has wrapped by then.
     return _HOOKED_STEP or getattr(type(optimizer).step, "__code__", None)
 
 
@@ -78,22 +79,22 @@ _HOOKED_STEP = _hooked_step()
 
 
 def in_backward() -> bool:
-    """Whether this thread is in a backward pass; False where torch does not say.
+    """Whether this thread is in a backward pass; False if torch does not say.
 
-    What depends on it: which warning is given, and whether one optimizer's numbers make way for another's.
+    This decides which warning is given, and whether an optimizer takes other numbers than another one's.
     """
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
 
 
 def local_tensor(tensor: Any) -> Tensor:
-    """What this process holds of a DTensor: the very tensor, where to_local() makes a new view each time."""
+    """The tensor that this process holds of a DTensor; to_local() would make a new view each time."""
     held = getattr(tensor, "_local_tensor", None)
     return tensor.to_local() if held is None else held
 
 
 def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
-    """`local_tensor` of many."""
+    """`local_tensor` of many DTensors."""
     try:
         return list(map(_LOCAL, tensors))
     except AttributeError:
@@ -101,9 +102,9 @@ def local_tensors(tensors: Sequence[Any]) -> list[Tensor]:
 
 
 def split_specs(tensors: Sequence[Any]) -> list[Any]:
-    """What says how each of some DTensors is split: where the same object does, it is split the same way.
+    """The objects that say how each DTensor is split. The same object means that it is split the same way.
 
-    Where torch has no such object each time another: then nothing is ever the same.
+    If torch has no such objects, new ones each time: then nothing ever compares as the same.
     """
     try:
         return list(map(_SPEC, tensors))
@@ -115,7 +116,7 @@ _LOCAL, _SPEC = attrgetter("_local_tensor"), attrgetter("_spec")
 
 
 def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """`torch._foreach_copy_`: at once, where torch can."""
+    """`torch._foreach_copy_`, or one copy after another if torch does not have it."""
     at_once = getattr(torch, "_foreach_copy_", None)
     if at_once is not None:
         at_once(targets, sources)
@@ -125,10 +126,10 @@ def copy_each_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 class Kinds:
-    """What the bytes of some tensors mean: class, dtype, shape, strides, device, sign. It holds no tensor.
+    """What the bytes of some tensors mean: class, dtype, shape, strides, device, sign. Keeps no tensor alive.
 
-    By what compares tensors for torch.compile's guards: all at once, which takes the host a fifth of what it
-    takes to ask each of them for all of that.
+    Uses the comparison behind torch.compile's guards, which checks all tensors at once. That takes the host a
+    fifth of the time of asking each tensor for all these properties.
     """
 
     __slots__ = ("_count", "_facts", "_guard")
@@ -136,12 +137,12 @@ class Kinds:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._count = len(tensors)
         guard = _guard(tensors) if _guards_tell_apart() else None
-        # It lets no list pass in which a tensor is twice, as a gradient may be.
+        # A guard rejects a list that contains a tensor twice, as a list of gradients may.
         self._guard = guard if guard is not None and guard(*tensors) else None
         self._facts = None if self._guard is not None else list(map(_facts, tensors))
 
     def are_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether other tensors, one after another, are of the same kinds."""
+        """Whether other tensors are of the same kinds, in the same order."""
         if len(tensors) != self._count:
             return False
         if self._guard is not None:
@@ -150,9 +151,9 @@ class Kinds:
 
 
 class AllKinds:
-    """Makes `Kinds`, the same for lists that follow one another, as most state is laid out as its gradient.
+    """Makes `Kinds`, and reuses the last few: most state has the same kinds as its gradients.
 
-    So there are few to keep, and a cache has them when they are asked.
+    So only few are kept, and they are in a cache when they are compared.
     """
 
     def __init__(self) -> None:
@@ -167,7 +168,7 @@ class AllKinds:
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
     place = (type(tensor), tensor.layout, tensor.dtype, tensor.device)
-    # A sparse tensor has a stride too: () where it is 0-d.
+    # A sparse tensor has a stride too: () if it is 0-d.
     return (*place, tensor.shape, tensor.stride(), tensor.is_neg())
 
 
@@ -185,7 +186,7 @@ def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
 
 @cache
 def _guards_tell_apart() -> bool:
-    """Whether torch's guards do here what they are asked for, of which there is no promise."""
+    """Whether torch's guards tell apart all that is needed here, which torch does not promise."""
     one = torch.zeros(2, 2, device="cpu")
     negative: Any = getattr(torch, "_neg_view", lambda _: None)
     others = (

@@ -1,4 +1,4 @@
-"""The PATS step in plain PyTorch: the specification in code. Read this first.
+"""The PATS step in plain PyTorch: the specification as code. Read this first.
 
 | # | what           | formula                                                        |
 |---|----------------|----------------------------------------------------------------|
@@ -9,16 +9,16 @@
 | 5 | gate           | a = tanh(max(1/q - gamma, 0)), in [0, 1]                       |
 | 6 | noise          | w <- w + noise_scale * a * z, z ~ N(0, 1)                      |
 
-`PATSAdamW` goes on with AdamW (Loshchilov, Hutter, ICLR 2019) in torch's arithmetic, on the noised w:
+`PATSAdamW` continues with AdamW (Loshchilov, Hutter, ICLR 2019) on the noised w, in torch's arithmetic:
 
 | 7 | moments        | m <- m + (1 - b_1) (g - m), v <- b_2 v + (1 - b_2) g^2         |
 | 8 | step           | w <- (1 - lr wd) w - lr m^ / (sqrt(v^) + eps)                  |
 
-where m^ = m / (1 - b_1^t), v^ = v / (1 - b_2^t). With sensitivity="moments" rows 1 to 3 are
-S = abs(w) sqrt(v^), U = abs(w) sqrt(max(v^ - m^^2, 0)), and nothing of them is kept.
+where m^ = m / (1 - b_1^t), v^ = v / (1 - b_2^t). With sensitivity="moments", rows 1 to 3 are
+S = abs(w) sqrt(v^) and U = abs(w) sqrt(max(v^ - m^^2, 0)), and neither is stored.
 
 Sources: rows 1 to 4 as in PLATON (Zhang et al., ICML 2022) and AdaLoRA (Zhang et al., ICLR 2023); noise
-by sensitivity as in PATS (Zhang et al., EMNLP 2022). docs/algorithm.md says what is whose.
+by sensitivity as in PATS (Zhang et al., EMNLP 2022). docs/algorithm.md names the source of each formula.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ from torch import Tensor
 from pats_kernels.philox import normals, random_words, words_of_groups
 
 KAPPA = 1.0  # weight of the uncertainty in uncertainty="ucb"
-# The means that count as statistics. Below, elements of a hundredth of the mean would be subnormal in
-# float32, in which the means are kept; above, the sums of some thousand elements would leave it.
+# The range of means that count as statistics. Means are kept in float32: below the range, an element of a
+# hundredth of the mean would be subnormal; above it, the sum of a few thousand elements would overflow.
 LEAST_MEAN, MOST_MEAN = 2.0**-120, 2.0**112
-LEAST_SQUARE = 2.0**-110  # of v^, the same with sensitivity="moments"
+LEAST_SQUARE = 2.0**-110  # the same limit for v^ with sensitivity="moments"
 
 
 def philox_normal(seed: int, step: int, tensor_id: int, numel: int, offset: int = 0) -> Tensor:
-    """The exact noise of elements `offset` to `offset + numel` of a tensor: float64, shape [numel]."""
+    """The exact normals z of elements `offset` to `offset + numel` of a tensor: float64, shape [numel]."""
     z = normals(random_words(seed, step, tensor_id, numel, offset)).flatten()
     return z[offset % 4 :][:numel]
 
@@ -45,7 +45,7 @@ def philox_normal(seed: int, step: int, tensor_id: int, numel: int, offset: int 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """float32 to bfloat16: adds a 16-bit integer to the float32 bits, then truncates.
 
-    Unbiased over uniform `bits`; bfloat16 values, zeros and infinities map to themselves, NaN to NaN.
+    Unbiased for uniform `bits`. bfloat16 values, zeros and infinities map to themselves, NaN to NaN.
     """
     rounded = ((x.view(torch.int32) + bits.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(x.isnan(), x.to(torch.bfloat16), rounded)
@@ -71,11 +71,11 @@ def pats_update_(
 ) -> Tensor:
     """One tensor's step, in place. Returns how many elements had a sensitivity that is not finite.
 
-    Of a shard, `numbers` (int64, the parameter's shape) are its elements' row-major numbers in the unsharded
-    tensor, on which its noise depends; the means are its own all the same.
+    For a shard, `numbers` (int64, the parameter's shape) are its elements' row-major numbers in the unsharded
+    tensor, which its noise depends on. Its means are still those of the shard.
 
     Arithmetic is float32, or float64 for float64 parameters. Both averages are rounded to their storage
-    dtype before the means and the gate are computed, so `sens_stats` are the means of what is stored.
+    dtype before the means and the gate are computed, so `sens_stats` are the means of the stored values.
     """
     draw = (seed, step, tensor_id, numbers)
     bits = rounding_bits(param, exp_avg_sens.dtype, *draw) if stochastic_rounding else None
@@ -112,11 +112,11 @@ def pats_adamw_update_(
     maximize: bool,
     numbers: Tensor | None = None,
 ) -> Tensor:
-    """The same, followed by AdamW's step on the noised weights, which are not stored in between.
+    """`pats_update_`, then AdamW's step on the noised weights, which are not stored in between.
 
-    Without `sens_stats` there is no noise; without `exp_avg_sens` the moments are the sensitivity. AdamW
-    goes on with its moments as they were computed, before they are rounded to their storage dtype. A
-    gradient that is not finite does to them and to the weight what it does in `torch.optim.AdamW`.
+    Without `sens_stats` there is no noise; without `exp_avg_sens` the sensitivity comes from the moments.
+    AdamW uses its moments as computed, before they are rounded to their storage dtype. A gradient that is not
+    finite changes the moments and the weight as in `torch.optim.AdamW`.
     """
     draw = (seed, step, tensor_id, numbers)
     bits = rounding_bits(param, exp_avg.dtype, *draw) if stochastic_rounding else None
@@ -147,7 +147,7 @@ def pats_adamw_update_(
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
-    """What a parameter's step is computed in, whatever it is stored in."""
+    """The dtype that a parameter's step is computed in, whatever its storage dtype."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
@@ -159,12 +159,12 @@ def update_averages_(
     sens_betas: tuple[float, float],
     bits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows 1 to 3. Returns S and U (0 where none is kept) as they are stored, and where s is finite."""
+    """Rows 1 to 3. Returns S and U (0 if U is not kept) as stored, and which elements have a finite s."""
     beta_s, beta_u = sens_betas
     S = exp_avg_sens.to(w.dtype)
     s = (w * g).abs()
     finite = s.isfinite()
-    # The averages in the form in which b = 0 gives S = s to the last bit, and U = 0 with it.
+    # In this form of the averages, b = 0 gives S = s to the last bit, and therefore U = 0.
     S_new = torch.where(finite, beta_s * S + (1 - beta_s) * s, S)
     if exp_avg_unc is None:
         U = torch.zeros_like(S)
@@ -179,11 +179,11 @@ def update_averages_(
 def moments_sensitivity(
     w: Tensor, m_hat: Tensor, v_hat: Tensor, uncertainty: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S and U out of AdamW's bias-corrected moments, 0 where they are not finite, and where they are.
+    """S and U from AdamW's bias-corrected moments (0 where not finite), and which elements are finite.
 
-    v^ - m^^2 is 0 in the first step, and computed it is a few roundings: so that these do not decide who
-    gets noise, what is below them counts as 0. So does a v^ near where float32 ends, for a v that is not fed
-    any more comes to rest there.
+    v^ - m^^2 is 0 in the first step, but its computed value is rounding error. So that this error does not
+    decide which elements get noise, values below it count as 0. So does a v^ below `LEAST_SQUARE`, because a
+    v that gets no more gradient stops decaying near the end of float32's range.
     """
     S = w.abs() * v_hat.sqrt()
     finite = S.isfinite()
@@ -195,7 +195,7 @@ def moments_sensitivity(
 
 
 def update_means_(sens_stats: Tensor, S: Tensor, U: Tensor, normalization: str) -> Tensor:
-    """Stores mean(S) and mean(U). Returns those that the normalization asks for, [2]."""
+    """Stores mean(S) and mean(U). Returns the means that the normalization uses, [2]."""
     updated = torch.stack((S.mean(dtype=torch.float64), U.mean(dtype=torch.float64))).to(torch.float32)
     means = updated if normalization == "exact" else sens_stats.clone()
     sens_stats.copy_(updated)
@@ -203,10 +203,10 @@ def update_means_(sens_stats: Tensor, S: Tensor, U: Tensor, normalization: str) 
 
 
 def score(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, uncertainty: str) -> Tensor:
-    """Row 4: q of every element; not finite where the means are 0. "none" does not read U.
+    """Row 4: q of every element; not finite if the means are 0. "none" does not read U.
 
     Args:
-        S, U: the averages, of one shape.
+        S, U: the averages, of the same shape.
         mean_S, mean_U: their means, 0-d.
     """
     if uncertainty == "product":
@@ -217,7 +217,7 @@ def score(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, uncertainty: str
 
 
 def has_statistics(mean_S: Tensor, mean_U: Tensor, uncertainty: str) -> Tensor:
-    """Whether the means by which `score` divides are in the range in which float32 can tell who is below."""
+    """Whether the means that `score` divides by are in the range that float32 can resolve."""
     mean = mean_S + KAPPA * mean_U if uncertainty == "ucb" else mean_S
     known = (mean >= LEAST_MEAN) & (mean <= MOST_MEAN)
     if uncertainty == "product":
@@ -226,10 +226,10 @@ def has_statistics(mean_S: Tensor, mean_U: Tensor, uncertainty: str) -> Tensor:
 
 
 def gate(S: Tensor, U: Tensor, mean_S: Tensor, mean_U: Tensor, *, gamma: float, uncertainty: str) -> Tensor:
-    """Row 5 of `score`'s: the gate a of every element, in [0, 1]; 0 for a tensor without statistics."""
+    """Row 5, from `score`: the gate a of every element, in [0, 1]; 0 for a tensor without statistics."""
     q = score(S, U, mean_S, mean_U, uncertainty)
     a = torch.tanh((1 / q - gamma).clamp(min=0))
-    # q is not finite where S is beyond what float32 can hold of a mean that is a step old.
+    # With a mean that is one step old, S / mean may overflow float32: then q is not finite.
     return torch.where(q.isfinite() & has_statistics(mean_S, mean_U, uncertainty), a, 0)
 
 
@@ -242,13 +242,13 @@ def add_noise(
     tensor_id: int,
     numbers: Tensor | None = None,
 ) -> Tensor:
-    """Row 6. Where the gate is closed, w is what it was to the last bit."""
+    """Row 6. Where the gate is closed, w does not change in any bit."""
     z = normals(group_words(w, numbers, seed, step, tensor_id))
     z = own(z, w, numbers).to(w.dtype)
     return torch.where(a > 0, w + noise_scale * a * z, w)
 
 
-WEIGHT, STATE = 0, 16  # from which bit on a word of `rounding_bits` rounds
+WEIGHT, STATE = 0, 16  # the first of the 16 bits of a word of `rounding_bits` that round each
 
 
 def rounding_bits(
@@ -259,7 +259,7 @@ def rounding_bits(
     tensor_id: int,
     numbers: Tensor | None = None,
 ) -> Tensor | None:
-    """The random words, int64 of the parameter's shape, that round what is stored as bfloat16, if any is."""
+    """The random words for stochastic rounding: int64, the parameter's shape. None if nothing is bfloat16."""
     if torch.bfloat16 not in (param.dtype, state_dtype):
         return None
     return own(group_words(param, numbers, seed, step, tensor_id, rounding=True), param, numbers)
@@ -273,34 +273,34 @@ def group_words(
     tensor_id: int,
     rounding: bool = False,
 ) -> Tensor:
-    """The random words of x's groups of four, [groups, 4]; where elements have numbers, of each one's."""
+    """The random words of x's groups of four, [groups, 4]. With `numbers`, of each element's own group."""
     if numbers is None:
         return random_words(seed, step, tensor_id, x.numel(), rounding=rounding, device=x.device)
     return words_of_groups(seed, step, tensor_id, numbers.flatten() // 4, rounding=rounding)
 
 
 def own(drawn: Tensor, x: Tensor, numbers: Tensor | None) -> Tensor:
-    """What each element takes of what was drawn for its group: x's shape."""
+    """Each element's own value from those drawn for its group: x's shape."""
     if numbers is None:
         return drawn.flatten()[: x.numel()].view(x.shape)
     return drawn.gather(1, numbers.reshape(-1, 1) % 4).view(x.shape)
 
 
 def store_(target: Tensor, value: Tensor, bits: Tensor | None, shift: int) -> Tensor:
-    """Writes `value` as `target`'s dtype: bfloat16 with 16 of the random bits, if there are any."""
+    """Writes `value` in `target`'s dtype; bfloat16 is rounded with 16 of the random bits, if any."""
     if target.dtype == torch.bfloat16 and bits is not None:
         value = round_stochastically(value.to(torch.float32), (bits >> shift) & 0xFFFF)
     return target.copy_(value)
 
 
 def per_tensor(value: Any, count: int) -> list[Any]:
-    """One value, or a sequence of one per tensor, as a list of one per tensor."""
+    """Turns one value, or a sequence of one per tensor, into a list of one per tensor."""
     is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if is_sequence else [value] * count
 
 
 def betas_per_tensor(value: Any, count: int) -> list[Any]:
-    """The same for pairs: two numbers are one value."""
+    """The same for pairs: a sequence of two numbers is one value."""
     is_pair = isinstance(value, Sequence) and len(value) == 2 and not isinstance(value[0], Sequence)
     return [value] * count if is_pair else per_tensor(value, count)
 
@@ -324,7 +324,7 @@ def pats_step_(
     stochastic_rounding: bool | Sequence[bool] = True,
     backend: str = "auto",
 ) -> None:
-    """`pats_kernels.pats_step_` in the same signature, one tensor after another; `backend` is ignored."""
+    """`pats_kernels.pats_step_` with the same signature, one tensor after another; `backend` is ignored."""
     count = len(params)
     columns = {
         "step": per_tensor(step, count),

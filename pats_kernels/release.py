@@ -1,4 +1,4 @@
-"""Gradient release: each parameter is stepped in backward, and its gradient freed."""
+"""Gradient release: steps each parameter during backward and frees its gradient."""
 
 import inspect
 import threading
@@ -16,39 +16,40 @@ from pats_kernels.plan import is_dtensor
 from pats_kernels.private import STEP_HOOKS
 from pats_kernels.state import TENSOR_ID, is_distributed, parameter_names
 
-SCALER = ("grad_scale", "found_inf")  # what a GradScaler leaves at an optimizer for its step
+SCALER = ("grad_scale", "found_inf")  # the attributes that a GradScaler sets on an optimizer for its step
 
 
 def release_gradients(optimizer: Optimizer, *, synchronized: bool = False) -> "GradientRelease":
     """Steps each parameter in backward as soon as its gradient is complete, and frees it.
 
-    Gradients then never exist all at once. The optimizer stays what it is, with its param groups, schedules
-    and checkpoints, and the numbers are those of the plain step, to the bit: `optimizer.step()` and
-    `zero_grad()` stay in the loop, and find nothing left to do.
+    So the gradients never exist all at once. The optimizer keeps its param groups, schedules and checkpoints,
+    and the results have the same bits as with the plain step. `optimizer.step()` and `zero_grad()` stay in
+    the loop; they find nothing left to do.
 
         optimizer = PATSAdamW(model.parameters(), lr=2e-5)
         release_gradients(optimizer)
 
-    What needs all gradients at once cannot work: clipping by a global norm finds none and clips nothing, and
-    a GradScaler, whose decision to skip a step comes too late, is refused. Step hooks run once a parameter.
-    Parameters that are added or unfrozen later are stepped by `optimizer.step()` once, and then released.
-    It ends with the optimizer: somebody has to keep that, or the handle.
+    Nothing that needs all gradients at once works: clipping by a global norm finds no gradients and clips
+    nothing, and a GradScaler is refused, because it decides too late whether to skip a step. Step hooks run
+    once for each parameter. Parameters that are added or unfrozen later are stepped once by
+    `optimizer.step()`, and released from then on. It ends when the optimizer is freed, so keep the optimizer
+    or the handle.
 
     Args:
-        optimizer: a `PATSAdamW`, or any optimizer whose state is each parameter's own, with `PATS` attached
-            or without.
-        synchronized: says that the gradients of plain parameters are complete when backward has accumulated
-            them, in spite of there being several processes: not so under DistributedDataParallel, which
-            averages them afterwards. Sharded parameters (FSDP2) need no word.
+        optimizer: a `PATSAdamW`, or any optimizer that keeps its state for each parameter separately, with or
+            without `PATS` attached.
+        synchronized: with several processes, True says that the gradients of plain parameters are complete
+            when backward has accumulated them. That is not so under DistributedDataParallel, which averages
+            them afterwards. Sharded parameters (FSDP2) do not need it.
 
     Returns:
-        The handle: `accumulate()` and `remove()`.
+        The handle, with `accumulate()` and `remove()`.
 
     Raises:
         TypeError: not a `torch.optim.Optimizer`, or one that needs a closure (LBFGS).
         ValueError: the gradients of the optimizer, or of one of its parameters, are released already.
-        RuntimeError: a parameter, by name, that FSDP1 has flattened; plain parameters in one of several
-            processes; an optimizer that carries a GradScaler's `grad_scale` or `found_inf`.
+        RuntimeError: names a parameter that FSDP1 has flattened, or a plain parameter in one of several
+            processes; or the optimizer carries a GradScaler's `grad_scale` or `found_inf`.
     """
     return GradientRelease(optimizer, synchronized)
 
@@ -72,21 +73,24 @@ class GradientRelease:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
-                f"{type(optimizer).__name__} needs a closure, which evaluates the model within its step"
+                f"{type(optimizer).__name__} needs a closure, which evaluates the model within the step, so "
+                "its gradients cannot be released"
             )
         hooks = getattr(optimizer, STEP_HOOKS, {}).values()
         if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks):
-            raise ValueError(f"the gradients of this {type(optimizer).__name__} are released already")
+            raise ValueError(
+                f"the gradients of this {type(optimizer).__name__} are released already: use that handle"
+            )
         self.optimizer = optimizer
         self._synchronized = synchronized
-        self._holding = 0  # how many `accumulate()` deep
+        self._holding = 0  # how deeply `accumulate()` is nested
         self._stepping = False
         self._lock = threading.RLock()  # each GPU's part of a backward pass runs in a thread of its own
-        self._layout: list[list[int]] = []  # the ids of the groups' parameters, for which `_places` is true
+        self._layout: list[list[int]] = []  # ids of the groups' parameters that `_places` was made for
         self._places: dict[int, _Place] = {}  # by a parameter's id
         self._hooks: dict[int, RemovableHandle] = {}
         self._times: dict[int, int] = {}  # how often each was stepped since the last `optimizer.step()`
-        self._changed: set[tuple[int, str]] = set()  # group and key: what steps have changed since then
+        self._changed: set[tuple[int, str]] = set()  # group and key that steps have changed since then
         self._refuse_scaler()
         self._find_places()
         self._attach()
@@ -94,7 +98,7 @@ class GradientRelease:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within it, backward passes leave their gradients; the next one outside steps on their sum."""
+        """Backward passes in the `with` block keep their gradients. The next one outside steps on the sum."""
         self._holding += 1
         try:
             yield
@@ -102,14 +106,14 @@ class GradientRelease:
             self._holding -= 1
 
     def remove(self) -> None:
-        """Ends it: gradients stay until `optimizer.step()` and `zero_grad()`, as ever."""
+        """Ends the release: gradients stay until `optimizer.step()` and `zero_grad()` again."""
         self._step_hook.remove()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
     def _find_places(self) -> None:
-        """Where each parameter is now; what is no longer the optimizer's loses its hook."""
+        """Notes where each parameter is now. Removes the hooks of parameters that have left the optimizer."""
         groups = self.optimizer.param_groups
         layout = [list(map(id, group["params"])) for group in groups]
         if layout == self._layout:
@@ -123,7 +127,7 @@ class GradientRelease:
         self._layout, self._places = layout, places
 
     def _attach(self) -> None:
-        """Hooks for those that can have a gradient and have none yet."""
+        """Gives a hook to each parameter that requires a gradient and has no hook yet."""
         places = self._places.items()
         new = {key: place for key, place in places if key not in self._hooks and place.param.requires_grad}
         for place in new.values():
@@ -135,7 +139,7 @@ class GradientRelease:
         if getattr(place.param, "_fsdp_flattened", False):
             raise RuntimeError(
                 f"{place.name}: FSDP1 (FullyShardedDataParallel) has flattened it, and completes gradients "
-                "later; FSDP2 (fully_shard) works"
+                "too late for this: use FSDP2 (fully_shard)"
             )
         self._require_complete(place)
         hooks = getattr(place.param, "_post_accumulate_grad_hooks", None) or {}
@@ -143,26 +147,28 @@ class GradientRelease:
             raise ValueError(f"{place.name}: another optimizer releases its gradient already")
 
     def _require_complete(self, place: _Place) -> None:
-        """Raises RuntimeError where nobody knows whether the other processes' gradients are part of it."""
+        """Raises RuntimeError if the gradient may still lack the other processes' part."""
         if self._synchronized or is_dtensor(type(place.param)) or not is_distributed():
             return
         if (size := dist.get_world_size()) > 1:
             raise RuntimeError(
                 f"{place.name}: a plain parameter in one of {size} processes: DistributedDataParallel "
-                "averages gradients after backward has accumulated them, and keeps all in its buckets. "
-                "Shard with FSDP2 (fully_shard), or say synchronized=True if they are complete by then"
+                "averages gradients after backward has accumulated them, and keeps all of them in its "
+                "buckets. Shard with FSDP2 (fully_shard), or pass synchronized=True if gradients are "
+                "complete by then"
             )
 
     def _refuse_scaler(self) -> None:
         for name in SCALER:
             if getattr(self.optimizer, name, None) is not None:
                 raise RuntimeError(
-                    f"the optimizer carries {name} of a GradScaler, which decides to skip a step once it has "
-                    "seen all gradients, when released ones are gone; bfloat16 needs no scaler"
+                    f"the optimizer carries {name} of a GradScaler, which decides whether to skip a step "
+                    "after it has seen all gradients; released ones are gone by then. Use bfloat16 without "
+                    "a scaler"
                 )
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Before the loop's own step, which finds gradients of those only that no hook has released."""
+        """Runs before the loop's own step, which then steps only parameters that no hook has released."""
         if self._stepping:
             return
         times, self._times = self._times, {}
@@ -174,19 +180,19 @@ class GradientRelease:
                 continue
             if place.param.grad is not None:
                 raise RuntimeError(
-                    f"{place.name}: has a gradient again after it was stepped in backward: something fills "
-                    "it later, as DistributedDataParallel does, and the step was taken without it"
+                    f"{place.name}: has a gradient again after it was stepped in backward: something writes "
+                    "it later, as DistributedDataParallel does, so the step was taken with an incomplete one"
                 )
             if count > 1:
                 raise RuntimeError(
-                    f"{place.name}: was stepped {count} times in backward for one optimizer.step(). Of "
-                    "several backward passes all but the last belong in accumulate(); a weight that is used "
-                    "several times may not be in parts checkpointed with use_reentrant=True"
+                    f"{place.name}: was stepped {count} times in backward for one optimizer.step(). Put all "
+                    "backward passes but the last in accumulate(). If there was one only: a weight that is "
+                    "used several times must not be in a part checkpointed with use_reentrant=True"
                 )
         self._attach()
 
     def _release(self, param: Tensor) -> None:
-        """Steps one parameter, whose gradient is complete, and lets go of that."""
+        """Steps one parameter, whose gradient is complete, and frees the gradient."""
         with self._lock:
             if self._holding:
                 self._times.pop(id(param), None)
@@ -200,7 +206,7 @@ class GradientRelease:
             param.grad = None
 
     def _place_of(self, param: Tensor) -> _Place | None:
-        """None for a parameter that is no longer the optimizer's."""
+        """The parameter's place; None if it has left the optimizer."""
         for _ in range(2):
             place, groups = self._places.get(id(param)), self.optimizer.param_groups
             if place is not None and place.group < len(groups):
@@ -217,7 +223,7 @@ class GradientRelease:
         group = groups[place.group]
         own = {"params": [place.param], "param_names": [place.name], TENSOR_ID: _number(group, place)}
         narrowed = {**group, **own}
-        if key in self._times:  # another backward pass, in a loop that does without `optimizer.step()`
+        if key in self._times:  # another backward pass, in a loop without `optimizer.step()`
             self._changed.clear()
         optimizer.param_groups = [narrowed]
         self._stepping = True
@@ -233,14 +239,14 @@ class GradientRelease:
         for name in changed:
             if (place.group, name) in self._changed:
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} changes {name!r} of a param group at every step: what it "
-                    "keeps for all of a group's parameters cannot be stepped for each of them"
+                    f"{type(optimizer).__name__} changes {name!r} of a param group at every step, for all "
+                    "of its parameters together: they cannot be stepped one by one, so do not release them"
                 )
             self._changed.add((place.group, name))
 
 
 class _Hook:
-    """A parameter's hook, which keeps nothing alive: Python cannot collect a cycle that leads through one."""
+    """A parameter's hook. It keeps nothing alive, because Python cannot collect a cycle through a hook."""
 
     def __init__(self, release: GradientRelease) -> None:
         self.release = weakref.ref(release)
@@ -251,7 +257,7 @@ class _Hook:
 
 
 def _number(group: Mapping[str, Any], place: _Place) -> int:
-    """The tensor_id on which the parameter's noise depends."""
+    """The tensor_id that the parameter's noise depends on."""
     numbers = group.get(TENSOR_ID)
     if numbers is None:
         return place.position

@@ -1,4 +1,4 @@
-"""A check for who wants to see that replicas never drift: a debugging aid, for no step needs it."""
+"""A debugging aid that checks that replicas never drift apart; no step needs it."""
 
 from itertools import count
 from typing import Any
@@ -17,16 +17,16 @@ from pats_kernels.state import parameter_names
 
 
 def check_replicas(optimizer: Optimizer | PATS, group: dist.ProcessGroup | None = None) -> None:
-    """Makes sure that replicas have the same bits: parameters, and all state of the optimizer or of PATS.
+    """Checks that replicas have the same bits: in parameters, and in the state of the optimizer and PATS.
 
-    Costs a pass over the memory, and two small all-reduces a process group; every process has to call it.
+    Costs a pass over the memory and two small all-reduces for each process group. Every process must call it.
 
     Args:
         optimizer: a `PATSAdamW`, any other optimizer, or the `PATS` attached to one.
-        group: the processes that hold replicas of plain tensors; None: all. DTensors know theirs.
+        group: the processes that hold replicas of plain tensors; None: all. DTensors know their own.
 
     Raises:
-        RuntimeError: on all of a group's processes, naming the first tensor that is not the same on them.
+        RuntimeError: on all processes of a group, if a tensor is not the same on them; names the first one.
     """
     owner = optimizer.optimizer if isinstance(optimizer, PATS) else optimizer
     states = [owner.state, *([optimizer.state] if isinstance(optimizer, PATS) else [])]
@@ -57,14 +57,20 @@ def check_replicas(optimizer: Optimizer | PATS, group: dist.ProcessGroup | None 
                 f"replicas have drifted apart: {labels[different[0]]} is not the same on all of "
                 f"{dist.get_world_size(replicas)} processes, nor are {len(different) - 1} other tensors"
             )
-    if messages:  # not before: processes of another group would wait for this one
+    if messages:  # not earlier: processes of another group would wait for this one
         raise RuntimeError(messages[0])
 
 
 def watch_replicas(
     optimizer: Optimizer | PATS, every: int = 100, group: dist.ProcessGroup | None = None
 ) -> RemovableHandle:
-    """`check_replicas` after every so many steps, until the handle's `remove()`."""
+    """Runs `check_replicas` after every `every` steps, until `remove()` of the returned handle.
+
+    Args:
+        optimizer: as in `check_replicas`.
+        every: number of steps from one check to the next.
+        group: as in `check_replicas`.
+    """
     owner = optimizer.optimizer if isinstance(optimizer, PATS) else optimizer
     steps = count(1)
 
@@ -76,7 +82,7 @@ def watch_replicas(
 
 
 def _replica_groups(tensor: Tensor, everyone: dist.ProcessGroup) -> list[dist.ProcessGroup]:
-    """The groups whose processes hold the same as this one."""
+    """The groups whose processes hold the same values as this one."""
     if not isinstance(tensor, DTensor):
         return [everyone]
     mesh = tensor.device_mesh

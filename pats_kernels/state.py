@@ -1,4 +1,4 @@
-"""What `PATS` and `PATSAdamW` share: the state they keep for a parameter, and how it is loaded."""
+"""What `PATS` and `PATSAdamW` share: the state that they keep for each parameter, and how it is loaded."""
 
 import math
 import operator
@@ -19,11 +19,11 @@ from pats_kernels.plan import STATE_DTYPES, Own, averages_of, check_param, is_dt
 
 State = dict[str, Tensor]
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
-TENSOR_ID = "tensor_id"  # in a state_dict's entry: the position on which a parameter's noise depends
+TENSOR_ID = "tensor_id"  # in a state_dict's entry: the position that a parameter's noise depends on
 
 
 def parameter_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
-    """Each parameter's name as its optimizer has it, else its place in the param groups, in their order."""
+    """Each parameter's name in its optimizer, or else its place in the param groups, in their order."""
     names: dict[Tensor, str] = {}
     for number, group in enumerate(param_groups):
         places = [f"param_groups[{number}]['params'][{i}]" for i in range(len(group["params"]))]
@@ -32,7 +32,7 @@ def parameter_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, s
 
 
 def name_finder(param_groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], str]:
-    """Gives parameters' names, which it makes when it is first asked for one."""
+    """A function that returns a parameter's name. The names are made at its first call."""
     names: dict[Tensor, str] = {}
 
     def name_of(param: Tensor) -> str:
@@ -46,16 +46,16 @@ def name_finder(param_groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor],
 def nonfinite_counts(
     param_groups: Sequence[Mapping[str, Any]], counters: Mapping[int, Tensor]
 ) -> dict[str, int]:
-    """What the counters, by their parameter's id, have counted, without zeros. Waits for the device."""
+    """The counts above zero, by parameter name; `counters` go by parameter id. Waits for the device."""
     names = parameter_names(param_groups)
     counts = {name: int(counters[id(param)]) for param, name in names.items() if id(param) in counters}
     return {name: count for name, count in counts.items() if count > 0}
 
 
 class Counters(dict[int, Tensor]):
-    """How many elements were not finite, by their parameter's id: its hash would be slow at each step.
+    """How many elements were not finite, by the parameter's id; hashing parameters at each step is slow.
 
-    A parameter that is gone takes its counter along, as the next one may get its id.
+    When a parameter is freed, its counter goes too, because another one may get its id.
     """
 
     __slots__ = ("__weakref__", "_column", "_column_of", "_params")
@@ -78,7 +78,7 @@ class Counters(dict[int, Tensor]):
         self._forget_column()
 
     def watch(self, param: Tensor) -> None:
-        """To be called with each parameter that is given a counter."""
+        """Must be called for each parameter that gets a counter."""
         key, own = id(param), weakref.ref(self)
 
         def forget(reference: weakref.ref[Tensor]) -> None:
@@ -93,11 +93,11 @@ class Counters(dict[int, Tensor]):
     def column(
         self, params: Sequence[Tensor], noisy: list[bool], stats: Sequence[Any], moved: bool
     ) -> Own[Tensor | None]:
-        """The parameters' counters, None for those without noise: the same list as long as nothing changes.
+        """The parameters' counters, None for those without noise. The same list while nothing changes.
 
         Args:
-            stats: what those with noise have on the device where their counters have to be.
-            moved: some are elsewhere.
+            stats: the `sens_stats` of those with noise; the counters belong on their devices.
+            moved: whether some counters are on another device.
         """
         of = list(map(id, params)), noisy
         if moved or of != self._column_of:
@@ -108,7 +108,7 @@ class Counters(dict[int, Tensor]):
 
 
 def counter_of(counters: Counters, param: Tensor, device: torch.device) -> Tensor:
-    """A parameter's counter of elements that were not finite, made anew or moved where it has to be."""
+    """A parameter's counter of elements that were not finite, created or moved to `device` if necessary."""
     count = counters.get(id(param))
     if count is None or count.device != device:
         zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -119,24 +119,24 @@ def counter_of(counters: Counters, param: Tensor, device: torch.device) -> Tenso
 
 
 def have_moved(counters: Mapping[int, Tensor], params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
-    """Whether a group's counters are not where its state is. Looks at the first that has both."""
+    """Whether a group's counters are on another device than its state. Looks at the first with both."""
     for param in params:
         count = counters.get(id(param))
         if count is not None and "step" in (entry := state.get(param, {})):
-            step = entry["step"]  # what is no tensor is named where the step's tensors are checked
+            step = entry["step"]  # the check of the step's tensors names it if it is not a tensor
             return isinstance(step, Tensor) and count.device != step.device
     return False
 
 
 def keep_only(counters: Counters, params: Collection[Tensor]) -> None:
-    """Drops the counters of all other parameters."""
+    """Deletes the counters of all other parameters."""
     kept = set(map(id, params))
     for key in counters.keys() - kept:
         del counters[key]
 
 
 def keys_of(values: Hyperparameters) -> frozenset[str]:
-    """What a parameter with these hyperparameters keeps: of PATS alone nothing where there is no noise."""
+    """The state that a parameter keeps with these hyperparameters; with PATS alone none without noise."""
     return _keys_of(values.variant, values.noisy)
 
 
@@ -147,16 +147,16 @@ def _keys_of(variant: Variant, noisy: bool) -> frozenset[str]:
 
 
 def complete(state: State, name: str, param: Tensor, values: Hyperparameters) -> None:
-    """Allocates what `state` lacks of `keys_of(values)`, all zero; what it has decides the averages' dtype.
+    """Adds to `state` what it lacks of `keys_of(values)`, all zero. Averages it has decide the others' dtype.
 
     Raises:
-        TypeError, ValueError: naming the parameter, where no kernel could update it.
-        RuntimeError: while a CUDA graph is being captured, as every replay would set the state to zero.
+        TypeError, ValueError: names the parameter if no kernel can update it.
+        RuntimeError: a CUDA graph is being captured: every replay would set the state to zero.
     """
     check_param(name, local(name, param))
     if capturing(param.device):
         raise RuntimeError(
-            f"{name}: a CUDA graph is being captured before it has its state: take a step first"
+            f"{name}: a CUDA graph is being captured before it has its state: take a step before the capture"
         )
     present = [state[key] for key in ("exp_avg", "exp_avg_sens") if key in state]
     default = torch.float32 if param.dtype == torch.float16 else param.dtype
@@ -171,10 +171,10 @@ def complete(state: State, name: str, param: Tensor, values: Hyperparameters) ->
 
 
 def saved(param: Tensor, state: State) -> State:
-    """What a state_dict holds of a parameter's state.
+    """The part of a parameter's state that a state_dict holds.
 
-    Of FSDP1's parts not their means, which `FSDP.optim_state_dict` could not gather, as they are neither one
-    number nor of the part's shape: `checked_entry` computes them anew.
+    For FSDP1's parts it leaves out `sens_stats`: `FSDP.optim_state_dict` cannot gather them, because they are
+    neither a single number nor of the part's shape. `checked_entry` computes them again.
     """
     return {key: state[key] for key in state if key != "sens_stats"} if is_flattened(param) else state
 
@@ -185,7 +185,7 @@ def is_distributed() -> bool:
 
 
 def check_structure(state_dict: Any) -> None:
-    """Raises ValueError, naming what is missing, where a state_dict is not built as those of torch.optim."""
+    """Raises a ValueError that names what is missing if a state_dict lacks the structure of torch.optim's."""
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"the state_dict is {_shown(state_dict)}, not a dictionary")
     groups = state_dict.get("param_groups")
@@ -203,7 +203,7 @@ def check_structure(state_dict: Any) -> None:
 
 
 def check_group(values: Hyperparameters, params: Sequence[Tensor]) -> None:
-    """Raises ValueError where a hyperparameter lies on another device than a param group's parameters."""
+    """Raises ValueError if a hyperparameter is on another device than its param group's parameters."""
     for name, value in values.on_device.items():
         other = next((param.device for param in params if param.device != value.device), None)
         if other is not None:
@@ -213,21 +213,22 @@ def check_group(values: Hyperparameters, params: Sequence[Tensor]) -> None:
 
 
 def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where the param groups of a state_dict hold known parameters in another order, or
-    do not tell them apart.
+    """Raises ValueError if the param groups of a state_dict hold known parameters in another order, or one
+    of them twice.
 
-    A parameter's position decides what noise it gets. Other names (of a wrapped model, say) prove nothing.
+    A parameter's position decides which noise it gets. Names that the optimizer does not have, such as those
+    of a wrapped model, prove nothing.
     """
     for number, group in enumerate(saved):
         names, count = group.get("param_names", ()), len(group["params"])
         strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         if not strings or ("param_names" in group and len(names) != count):
             raise ValueError(
-                f"the state_dict's param_groups[{number}]['param_names'] is no list of {count} names"
+                f"the state_dict's param_groups[{number}]['param_names'] is not a list of {count} names"
             )
     keys = [key for group in saved for key in group["params"]]
     if not all(isinstance(key, Hashable) for key in keys):
-        raise ValueError("the state_dict's param_groups hold a parameter that is no key")
+        raise ValueError("the state_dict's param_groups hold a parameter that cannot be a dictionary key")
     if [len(g["params"]) for g in saved] == [len(g["params"]) for g in own] and len({*keys}) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the state_dict's param_groups hold parameter {twice!r} twice")
@@ -237,11 +238,14 @@ def check_order(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, A
     known = set(own_names)
     for position, (theirs, ours) in enumerate(zip(saved_names, own_names, strict=False)):
         if theirs != ours and theirs in known:
-            raise ValueError(f"{ours}: another order: parameter {position} of the state_dict is {theirs}")
+            raise ValueError(
+                f"{ours}: another order: parameter {position} of the state_dict is {theirs}. Give the "
+                "optimizer its parameters in the saved order"
+            )
 
 
 def check_position(name: str, position: int, saved: Any) -> None:
-    """Raises ValueError where the state of a parameter, found by its name, comes from another position."""
+    """Raises ValueError if the state of a parameter, found by its name, comes from another position."""
     if saved is None:
         return
     number = position_of(saved)
@@ -249,12 +253,13 @@ def check_position(name: str, position: int, saved: Any) -> None:
         raise ValueError(f"{name}: {TENSOR_ID} is {_shown(saved)} in the state_dict, not a number")
     if number != position:
         raise ValueError(
-            f"{name}: another order: parameter {number} of the state_dict is the optimizer's {position}"
+            f"{name}: another order: it was parameter {number} in the state_dict, but is the optimizer's "
+            f"{position}. Give the optimizer its parameters in the saved order"
         )
 
 
 def position_of(key: Any) -> int | None:
-    """The number of a parameter, which may have become a string or a tensor on its way; None: it is none."""
+    """The number of a parameter, even if it has become a string or a tensor; None if it is not a number."""
     try:
         return int(key) if isinstance(key, str) else operator.index(key)
     except (TypeError, ValueError, RuntimeError):
@@ -262,21 +267,21 @@ def position_of(key: Any) -> int | None:
 
 
 def local(name: str, param: Tensor) -> Tensor:
-    """What this process holds of a parameter.
+    """The part of a parameter that this process holds.
 
     Raises:
-        ValueError: naming it and a placement that no step could work with.
+        ValueError: names the parameter and a placement that is not supported.
     """
     if not is_dtensor(type(param)):
         return param
-    from pats_kernels import distributed  # half a second, which only they wait who need it
+    from pats_kernels import distributed  # takes half a second, so only if it is needed
 
     distributed.layout_of(name, cast(Any, param))
     return distributed.local(param)
 
 
 def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
-    """A tensor of a parameter's whole shape, split as the parameter is."""
+    """Splits a tensor that has a parameter's whole shape as the parameter is split."""
     if not is_dtensor(type(param)) and not is_dtensor(type(value)):
         return value
     from pats_kernels import distributed
@@ -285,29 +290,28 @@ def laid_out_as(value: Tensor, name: str, param: Tensor) -> Tensor:
 
 
 class Limits:
-    """What the values of a state_dict have to keep to. They are looked at together, so that each device is
-    waited for once."""
+    """Checks the range of a state_dict's values. All at the end, so that each device is waited for once."""
 
     def __init__(self) -> None:
         self._found: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
 
     def add(self, name: str, key: str, low: Tensor, high: Tensor) -> None:
-        """Two numbers of `key` of the parameter `name`: the least and the largest."""
-        if type(low) is Tensor and not low.is_meta:  # others have no values to look at
+        """Adds the smallest and the largest value of `key` of the parameter `name`."""
+        if type(low) is Tensor and not low.is_meta:  # others have no values to check
             pair = torch.stack((low.detach().double(), high.detach().double()))
             self._found.setdefault(low.device, []).append((name, key, pair))
 
     def check(self) -> None:
-        """Raises ValueError, naming parameter and key, where a value is one that no step could have left."""
+        """Raises a ValueError that names parameter and key if a value is one that no step can produce."""
         for found in self._found.values():
             pairs = torch.stack([pair for _, _, pair in found]).tolist()
             for (name, key, _), (low, high) in zip(found, pairs, strict=True):
                 if key == "step":
                     fits = 0 <= low <= MOST_STEPS and low % 1 == 0
                     limits = f"a whole number in [0, {MOST_STEPS}]"
-                elif key == "exp_avg_sq":  # a gradient that is not finite has made these infinite, or NaN
+                elif key == "exp_avg_sq":  # infinite or NaN after a gradient that was not finite
                     fits, limits = not low < 0, ">= 0"
-                elif key == "sens_stats":  # infinite where some elements' sum leaves float32: no statistics
+                elif key == "sens_stats":  # infinite if a sum overflows float32: then there are no statistics
                     fits, limits = low >= 0 and high >= 0, ">= 0"
                 else:
                     fits, limits = low >= 0 and high < math.inf, "finite and >= 0"
@@ -319,12 +323,11 @@ class Limits:
 def checked_entry(
     name: str, param: Tensor, entry: Any, required: Sequence[str], optional: Sequence[str], limits: Limits
 ) -> State:
-    """A copy of one parameter's state on its device, or a ValueError that names what does not fit.
+    """A copy of one parameter's state on its device. Raises a ValueError that names what does not fit.
 
-    Every average keeps its dtype, but for those that no kernel keeps (float16, or float64 of another
-    parameter than float64): they become float32. Other keys than those asked for are left out. Means that
-    are missing, as `saved` leaves them out, are those of the averages. What only the device knows is left to
-    `limits`.
+    An average keeps its dtype if a kernel supports it. Otherwise (float16; float64 of a parameter that is not
+    float64) it becomes float32. Other keys than `required` and `optional` are left out. Missing `sens_stats`,
+    which `saved` may leave out, are computed from the averages. Values on the device go to `limits`.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"{name}: its state in the state_dict is {_shown(entry)}, not a dictionary")
@@ -341,7 +344,7 @@ def checked_entry(
         if copied[key].dtype != copied[averages[0]].dtype:
             raise ValueError(
                 f"{name}: dtype mismatch: {averages[0]} is {copied[averages[0]].dtype} in the state_dict, "
-                f"{key} {copied[key].dtype}: all of a parameter's have one"
+                f"{key} {copied[key].dtype}: a parameter's averages must have one dtype"
             )
     for key in copied.keys() - {"step", "exp_avg"}:
         held = local(name, copied[key])
@@ -351,7 +354,7 @@ def checked_entry(
 
 
 def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limits) -> Tensor:
-    """A copy of one of a state_dict's values as the state keeps it."""
+    """A copy of one of a state_dict's values, in the form in which the state keeps it."""
     if not isinstance(value, Tensor):
         try:
             double = torch.float64 if isinstance(value, float) else None  # not the default, float32
@@ -365,10 +368,12 @@ def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limit
     shape = {"step": (), "sens_stats": (2,)}.get(key, tuple(param.shape))
     if tuple(value.shape) != shape and (key != "step" or value.numel() != 1):
         raise ValueError(
-            f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, {shape} is expected"
+            f"{name}: shape mismatch: {key} is {tuple(value.shape)} in the state_dict, but must be {shape}"
         )
     if not value.dtype.is_floating_point and (key != "step" or value.dtype in (torch.bool, *COMPLEX)):
-        raise ValueError(f"{name}: {key} is {value.dtype} in the state_dict, which is not a float")
+        raise ValueError(
+            f"{name}: {key} is {value.dtype} in the state_dict, which is not a floating-point dtype"
+        )
     if value.is_meta and not param.is_meta:
         raise ValueError(f"{name}: {key} is on the meta device in the state_dict, where it has no values")
     if key.startswith("exp_avg"):
@@ -384,7 +389,7 @@ def _checked_value(name: str, param: Tensor, key: str, value: Any, limits: Limit
 
 
 def _checked_count(name: str, value: Tensor, limits: Limits) -> Tensor:
-    """A step count as the state keeps it; float32 is how it has been kept, anything else a plain number."""
+    """A step count in the form in which the state keeps it. float32 is that form, others a plain number."""
     if value.dtype != torch.float32:
         limits.add(name, "step", value.double(), value.double())
         return value if value.is_meta else counter_at(value)
@@ -395,7 +400,7 @@ def _checked_count(name: str, value: Tensor, limits: Limits) -> Tensor:
 
 
 def _means(state: State, param: Tensor) -> Tensor:
-    """The means of the averages, as `sens_stats` has them."""
+    """The means of the averages, as in `sens_stats`."""
     zero = torch.zeros((), dtype=torch.float64, device=param.device)
     averages = (state["exp_avg_sens"], state.get("exp_avg_unc"))
     means = [zero if a is None or a.numel() == 0 else a.mean(dtype=torch.float64) for a in averages]

@@ -1,4 +1,4 @@
-"""The functional API, and the one road from a batch of tensors to a launch."""
+"""The functional API, and `Launcher`, which turns every batch of tensors into launches."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ PHASES: tuple[dict[str, Phase], ...] = (
 
 
 class Launcher:
-    """The one road from batches to launches, with what is kept from one step to the next.
+    """Turns batches into launches, and keeps what the next step can reuse.
 
     Args:
         owned: see `Planner`.
@@ -43,12 +43,12 @@ class Launcher:
         """Updates a batch in place: one plan, one launch for each device and combination of dtypes.
 
         `grad_scale` and `found_inf` are a GradScaler's one-element tensors: the gradients are divided by the
-        first, and where the second is not 0 nothing is changed. Neither is read on the host. The new means
-        of sharded tensors are on their way when it returns, unless they must not `overlap` with what follows.
-        An interrupt waits until all is launched: between the phases the state is that of no step.
+        first, and if the second is not 0 nothing changes. The host reads neither. With `overlap`, the new
+        means of sharded tensors may still be on their way when this returns. An interrupt waits until all is
+        launched, because between the phases the state is not valid.
 
         Raises:
-            TypeError, ValueError: naming the first tensor that no kernel could update, and why.
+            TypeError, ValueError: names the first tensor that no kernel can update, and says why.
             RuntimeError: a backend that cannot run here.
         """
         if not batch.params:
@@ -63,9 +63,9 @@ class Launcher:
         if "eager" in chosen:
             if backend == backends.AUTO and backends.native.MISSING is not None:
                 backends.warn_of_eager(params)
-            check(batch)  # of shapes that make no difference to a kernel: its operations would stop halfway
+            check(batch)  # a kernel may ignore a wrong shape, but torch's operations would stop halfway
         if chosen != {"eager"} and plan.without_memory is not None:
-            raise TypeError(f"{plan.without_memory}, where kernels could find it; backend='eager' can")
+            raise TypeError(f"{plan.without_memory}, so no kernel can find it; backend='eager' can")
         work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
         with _Uninterrupted():
             self._run(batch, work, grad_scale, found_inf, overlap)
@@ -90,20 +90,20 @@ class Launcher:
                     self.finish()
 
     def finish(self) -> None:
-        """Waits until the statistics of all steps so far are those of all shards."""
+        """Waits until the statistics of all steps so far include all shards."""
         if self._statistics is not None:
             self._statistics.finish()
 
     def _shared(self) -> Any:
         if self._statistics is None:
-            from pats_kernels.distributed import Statistics  # half a second, which only they wait who need it
+            from pats_kernels.distributed import Statistics  # takes half a second, so only if it is needed
 
             self._statistics = Statistics()
         return self._statistics
 
 
 class _OfThread(threading.local):
-    """A launcher for each thread, as a plan's tables are written anew for each of its steps."""
+    """One launcher for each thread, because every step writes into a plan's tables."""
 
     def __init__(self) -> None:
         self.launcher = Launcher()
@@ -113,10 +113,11 @@ _of_thread = _OfThread()
 
 
 class _Uninterrupted:
-    """Puts off signals whose handlers may raise, as Ctrl-C's does, until it is left.
+    """Delays signals whose handlers may raise, such as Ctrl-C's, until the `with` block ends.
 
-    Python runs handlers in the main thread, between two of its instructions; other threads have no need. One
-    that raises while the handlers are exchanged leaves some of these in place, which pass on what comes.
+    Python runs signal handlers only in the main thread, between two instructions, so other threads need no
+    delay. If a handler raises while the handlers are being exchanged, some of the delaying handlers stay in
+    place; they pass every signal on.
     """
 
     _signals = (signal.SIGINT, signal.SIGTERM)
@@ -176,19 +177,20 @@ def pats_step_(
     stochastic_rounding: bool | Sequence[bool] = True,
     backend: str = "auto",
 ) -> None:
-    """One PATS step over lists of tensors, in place. The formula is `pats_kernels.reference`'s.
+    """One PATS step over lists of tensors, in place. The formula is in `pats_kernels.reference`.
 
-    Tensors that are empty, have no gradient (None) or a noise_scale of 0 are skipped. Errors come before any
-    tensor is touched.
+    Tensors that are empty, have no gradient (None) or a noise_scale of 0 are skipped. All errors are raised
+    before any tensor changes.
 
     Args:
         params: float32, bfloat16, float16 or float64, of any shape and strides, on any devices.
         grads: the loss gradients at `params`, unscaled and clipped: same shapes, dtypes, devices.
-        exp_avg_sens: S, the parameters' shapes, >= 0; float32 or bfloat16, or float64 for float64.
-        exp_avg_unc: U, the same; a list of None where uncertainty is "none".
+        exp_avg_sens: S, >= 0, of the parameters' shapes; float32 or bfloat16, or float64 for float64.
+        exp_avg_unc: U, likewise; a list of None if uncertainty is "none".
         sens_stats: mean(S) and mean(U), float32 of shape [2]; zeros before the first step.
-        step: t = 1, 2, ..., the number of this step; one value, or one per tensor, as all that follow.
-        tensor_ids: each tensor's position among all the optimizer's parameters, in [0, 2^32).
+        step: t = 1, 2, ..., the number of this step. This and all further arguments but `tensor_ids` and
+            `backend` are one value, or a list of one per tensor.
+        tensor_ids: each tensor's position among all the optimizer's parameters, in [0, 2^32); a list.
         seed: as in `PATS`.
         noise_scale: as in `PATS`.
         gamma: as in `PATS`.
@@ -199,7 +201,7 @@ def pats_step_(
         backend: "auto", "triton", "cuda", "cpp" or "eager".
 
     Raises:
-        ValueError: a hyperparameter out of range; shapes, dtypes or devices that do not go together;
+        ValueError: a hyperparameter out of range; shapes, dtypes or devices that do not match;
             overlapping memory; lists of different lengths.
         TypeError: sparse, complex or integer tensors.
         RuntimeError: a backend that cannot run here.

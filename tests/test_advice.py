@@ -184,11 +184,11 @@ def test_the_worst_is_named() -> None:
     text = noise_warning(params, large)
     assert text is not None
     assert text.startswith("b: noise_scale=0.01 is 1 of")
-    assert "(and so for 2 more)" in text
+    assert "(the same for 2 more)" in text
     small = [Hyperparameters(noise_scale=scale) for scale in (1e-5, 1e-5, 1e-11, 1e-11)]
     text = noise_warning(params, small)
     assert text is not None
-    assert text.startswith("d: noise_scale=1e-11 is lost in rounding (and so for 1 more)")
+    assert text.startswith("d: noise_scale=1e-11 is lost in rounding (the same for 1 more)")
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -325,7 +325,7 @@ def test_defaults_and_a_resumed_run_say_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_a_misspelt_key_is_named_once(kind: str) -> None:
-    with pytest.warns(UserWarning, match="'noise_scal' is nobody's hyperparameter") as caught:
+    with pytest.warns(UserWarning, match="'noise_scal' is not a hyperparameter and has no effect") as caught:
         optimizer = BOTH[kind]([{"params": [spread(0.05)], "noise_scal": 0.0}, {"params": [spread(0.05)]}])
     assert len(caught) == 1
     assert steps(optimizer) == []

@@ -511,4 +511,4 @@ def test_a_warning_where_nobody_is_ever_uncertain() -> None:
             warnings.simplefilter("always")
             optimizer.step()
             optimizer.step()
-        assert sum("means no noise, ever" in str(w.message) for w in caught) == expected
+        assert sum("never gives any noise" in str(w.message) for w in caught) == expected

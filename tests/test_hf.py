@@ -440,7 +440,7 @@ def test_another_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert seen_by(early, run) == [{}] * 3
         run.train()
     said = [str(warning.message) for warning in caught if "PATSCallback" in str(warning.message)]
-    assert [text.endswith("PATSCallback().add_to(trainer) puts it before them") for text in said] == [True]
+    assert [text.endswith("call PATSCallback().add_to(trainer) before training") for text in said] == [True]
 
     early = Witness()
     run = Run(tmp_path, arguments={"save_strategy": "no"}, trainer_arguments={"callbacks": [early]})

@@ -255,7 +255,7 @@ class WithoutDictionary(SGD):
 def test_a_copy_that_cannot_have_it_says_so() -> None:
     optimizer = WithoutDictionary(parameters(), lr=0.1)
     PATS(optimizer, **SETTINGS)
-    with pytest.warns(UserWarning, match="WithoutDictionary has a __getstate__ that gives no dictionary"):
+    with pytest.warns(UserWarning, match="WithoutDictionary has a __getstate__ that returns no dictionary"):
         other = copy.deepcopy(optimizer)
     assert attached_to(other) is None
 

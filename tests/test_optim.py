@@ -720,7 +720,7 @@ BAD_GROUPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "fewer names": ({"param_names": ["a"]}, ("param_groups[0]", "param_names", "5")),
     "parameters": ({"params": None}, ("param_groups[0]", "params", "None")),
     "a parameter twice": ({"params": [0, 1, 1, 3, 4]}, ("parameter 1 twice",)),
-    "a parameter that is a list": ({"params": [0, 1, [2], 3, 4]}, ("no key",)),
+    "a parameter that is a list": ({"params": [0, 1, [2], 3, 4]}, ("cannot be a dictionary key",)),
 }
 
 

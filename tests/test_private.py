@@ -285,7 +285,7 @@ def test_a_store_that_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_store_that_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.distributed.distributed_c10d, "_get_default_store")
-    with pytest.warns(UserWarning, match="whether processes hold the same cannot be compared"):
+    with pytest.warns(UserWarning, match="PATS cannot compare what the processes hold"):
         assert parts._exchange() is None
 
 

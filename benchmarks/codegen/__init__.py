@@ -1,1 +1,1 @@
-"""What compilers make of the GPU kernels, read on any machine."""
+"""Reads the machine code that compilers generate for the GPU kernels, on any machine."""

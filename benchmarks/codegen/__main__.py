@@ -1,17 +1,17 @@
-"""What the compiler makes of the Triton kernels, on a machine with or without a GPU.
+"""Compiles the Triton kernels and reports on their machine code, on a machine with or without a GPU.
 
     python -m benchmarks.codegen --bound
     python -m benchmarks.codegen [--arch sm_80|sm_90|sm_100|gfx942|gfx1100] [--cuda] [--json FILE]
 
-Every form of the step is compiled offline for the architecture and its machine code is read: registers,
-stack, spills, the widths of loads and stores, instructions an element. An instruction inside the loop over a
-chunk's blocks counts once for each block, the others once for each chunk, so that the figure is what a
-thread really executes on full, aligned chunks, table look-ups and the reduction of the statistics included.
-With --cuda, where nvcc is, the same of the CUDA kernels (`nvcc.py`).
+Every form of the step is compiled offline for the architecture. The report has registers, stack, spills, the
+widths of loads and stores, and instructions per element. An instruction inside the loop over a chunk's blocks
+counts once for each block, the others once for each chunk. So the figure is what a thread executes on full,
+aligned chunks, including table look-ups and the reduction of the statistics. With --cuda, if nvcc is
+installed, the same for the CUDA kernels (`nvcc.py`).
 
-For AMD's architectures (gfx...) it is Triton's AMD backend that compiles, and its assembly that is read
-(`amdgcn.py`): vector and scalar registers, scratch memory, spilled registers. Instructions are not
-counted there: the library's sine and cosine have branches that no angle here takes.
+For AMD's architectures (gfx...) Triton's AMD backend compiles, and the report is read from its assembly
+(`amdgcn.py`): vector and scalar registers, scratch memory, spilled registers. Instructions are not counted
+there, because the library's sine and cosine have branches that no angle here takes.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def print_table(reports: list[Report]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codegen", description="What the compiler makes of the kernels."
+        prog="python -m benchmarks.codegen", description="Reports on the kernels' machine code."
     )
     parser.add_argument(
         "--arch", choices=compiled.ARCHITECTURES + compiled.AMD_ARCHITECTURES, default="sm_90"
     )
-    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels too, by nvcc")
-    parser.add_argument("--bound", action="store_true", help="what instructions leave of GPUs' memory speed")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--cuda", action="store_true", help="also the CUDA kernels, with nvcc")
+    parser.add_argument("--bound", action="store_true", help="share of memory speed that instructions allow")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     if options.cuda and options.arch in compiled.AMD_ARCHITECTURES:
         parser.error(f"nvcc does not compile for {options.arch}")

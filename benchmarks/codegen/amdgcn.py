@@ -1,4 +1,4 @@
-"""What Triton's AMD backend makes of the kernels, read out of its assembly for `benchmarks.codegen`."""
+"""Reads the assembly that Triton's AMD backend generates for the kernels, for `benchmarks.codegen`."""
 
 import re
 from collections import Counter

@@ -1,13 +1,13 @@
-"""What share of its memory's speed a GPU could reach with the kernels: a bound by their instructions.
+"""An upper bound on the share of its memory's speed that a GPU can reach, from the kernels' instructions.
 
     python -m benchmarks.codegen --bound
 
-The machine code of the path for full chunks is read, an instruction inside the loop counted once for each
-block, and shared out over the pipes of a multiprocessor. No pipe may be asked for more than it does in a
-clock, nor the schedulers for more than they issue: the worst of these gives the least time for an element,
-and the bytes at the memory's whole speed another one. Assumed: the boost clock, no waiting for anything, all
-of the bandwidth on the data sheet. So it is a bound, not a prediction: a kernel that it leaves at the
-memory's speed may still be slower, one that it does not cannot be faster.
+It reads the machine code of the path for full chunks, counts an instruction inside the loop once for each
+block, and assigns the instructions to the pipes of a multiprocessor. Each pipe executes only so many
+instructions per clock, and the schedulers issue only so many; the slowest of these gives a least time per
+element. The bytes at full memory speed give another one. It assumes the boost clock, no waiting, and the
+whole bandwidth of the data sheet. So it is a bound, not a prediction: a kernel that can reach the memory's
+speed by this bound may still be slower, but a kernel that cannot is never faster than its bound.
 
 Sources: instructions a clock from the CUDA C++ Programming Guide, "Throughput of Native Arithmetic
 Instructions"; multiprocessors, clocks and bandwidths from NVIDIA's data sheets.

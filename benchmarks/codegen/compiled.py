@@ -1,4 +1,4 @@
-"""The Triton kernels compiled offline, for any architecture on any machine, and described."""
+"""Compiles the Triton kernels offline, for any architecture on any machine, and describes the results."""
 
 from typing import Any, get_args
 

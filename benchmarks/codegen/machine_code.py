@@ -1,4 +1,4 @@
-"""Machine code as a disassembler prints it, and what a report says of a kernel."""
+"""Parses machine code as a disassembler prints it, and the report on a kernel."""
 
 import re
 import subprocess

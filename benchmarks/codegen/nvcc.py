@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels (csrc/cuda_kernel.cu), read as `benchmarks.codegen` reads Triton's."""
+"""Compiles the CUDA kernels (csrc/cuda_kernel.cu) with nvcc and reads their code like that of Triton's."""
 
 import re
 import subprocess

@@ -1,1 +1,1 @@
-"""What every benchmark uses: clocks, machines, models, the results' shape."""
+"""What all benchmarks share: clocks, machines, models, the format of results."""

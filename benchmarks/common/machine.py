@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, and what keeps it from misleading."""
+"""The machine that a benchmark runs on: its description, and settings that keep results from misleading."""
 
 import argparse
 import ctypes
@@ -25,8 +25,8 @@ PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 class Machine(TypedDict):
-    """What a result would mean nothing without. `isa`: the instruction set of this package's CPU kernel, of
-    `ISAS`; `load_before`: how many processes wanted a core."""
+    """What one must know about the machine to interpret a result. `isa`: the instruction set of this
+    package's CPU kernel, one of `ISAS`; `load_before`: how many processes wanted a core."""
 
     device: str
     device_name: str
@@ -42,7 +42,7 @@ class Machine(TypedDict):
 
 
 def prepare(device: torch.device) -> Machine:
-    """Readies this process for a benchmark, before anything big is allocated, and describes the machine."""
+    """Prepares this process for a benchmark, before anything big is allocated, and describes the machine."""
     installed = versions()
     return {
         "device": device.type,
@@ -60,11 +60,11 @@ def prepare(device: torch.device) -> Machine:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep freed memory; says whether it could.
+    """Tells glibc's malloc to keep freed memory. Returns whether that worked.
 
-    By default a big temporary is fetched from the kernel afresh each time and pays a page fault for every
-    4 KiB. Those faults, not the arithmetic, would be most of the time of eager torch operations on a CPU,
-    and a contest against them would flatter every fused kernel.
+    By default each big temporary gets new memory from the kernel, with a page fault for every 4 KiB. Those
+    faults, not the arithmetic, would take most of the time of eager torch operations on a CPU, and a
+    comparison with them would flatter every fused kernel.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -78,7 +78,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux knows it, else as Python does."""
+    """The processor's name from Linux, or else from Python."""
     return _cpu("model name") or platform.processor() or platform.machine()
 
 
@@ -90,20 +90,20 @@ def _cpu(what: str) -> str:
 
 
 def isas() -> list[str]:
-    """The instruction sets that the CPU kernel can be run with here, best first."""
+    """The instruction sets that the CPU kernel can use here, best first."""
     flags = set(_cpu("flags").split()) if platform.machine() == "x86_64" else set[str]()
     return [name for name, needed in ISAS.items() if needed <= flags]
 
 
 def isa() -> str:
-    """The one that the CPU kernel takes: the best that is there and that the environment allows."""
+    """The instruction set that the CPU kernel uses: the best one here that the environment allows."""
     limit = os.environ.get(LIMIT, "avx512")
     allowed = {"avx512": isas(), "baseline": ["baseline"]}.get(limit, [i for i in isas() if i != "avx512"])
     return allowed[0]
 
 
 def isa_title(about: "Machine") -> str:
-    """For a table's title: the instruction set of what was measured on a CPU."""
+    """For a table's title: the instruction set of a measurement on a CPU."""
     return f", {ISA_NAMES[about['isa']]}" if about["device"] == "cpu" else ""
 
 
@@ -111,12 +111,12 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa",
         choices=ISAS,
-        help="instruction set of this package's CPU kernel; default: the best here. torch keeps its own",
+        help="instruction set of this package's CPU kernel; default: the best here. torch chooses its own",
     )
 
 
 def choose_isa(name: str | None) -> None:
-    """Before the first step: the kernel asks once a process.
+    """Sets the instruction set. Call it before the first step: the kernel reads it once in a process.
 
     Raises:
         ValueError: the machine has no such instructions.
@@ -129,9 +129,9 @@ def choose_isa(name: str | None) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of what the results depend on; None for what is not installed.
+    """The versions of the packages that the results depend on; None if not installed.
 
-    Each is the one that what is imported gives: torch's own says of which CUDA it is, its package's need not.
+    Each is the version that the imported module gives: torch's own names its CUDA, its package's may not.
     """
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 

@@ -1,4 +1,4 @@
-"""Real parameters with real gradients, and no network: models by name, one backward pass on text."""
+"""Real parameters with real gradients, without a network: models by name, one backward pass on text."""
 
 import re
 import zlib
@@ -137,7 +137,7 @@ def config(name: str) -> PretrainedConfig:
     """The configuration of a model: from the table above, by full or short name, else from a local cache.
 
     Raises:
-        ValueError: neither knows the model; lists what is known.
+        ValueError: the model is in neither; lists the known ones.
     """
     for known, values in CONFIGS.items():
         if name.lower() in (known.lower(), known.lower().rpartition("/")[2]):
@@ -149,7 +149,7 @@ def config(name: str) -> PretrainedConfig:
 
 
 def build(name: str, device: torch.device | str) -> PreTrainedModel:
-    """The model with random weights: a masked language model where there is one, else a causal one."""
+    """The model with random weights: a masked language model if there is one, else a causal one."""
     model_config = config(name)
     head = AutoModelForMaskedLM if is_masked(model_config) else AutoModelForCausalLM
     torch.manual_seed(SEED)
@@ -163,7 +163,7 @@ def is_masked(model_config: PretrainedConfig) -> bool:
 
 
 def gradients(name: str, text: str, device: torch.device, dtype: torch.dtype) -> Gradients:
-    """What one backward pass on `text` leaves, in `dtype`; the pass itself is float32.
+    """Parameters and gradients after one backward pass on `text`, in `dtype`; the pass itself is float32.
 
     Parameters that the loss does not reach have no gradient and are left out.
     """
@@ -183,10 +183,10 @@ def gradients(name: str, text: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def token_ids(text: str, count: int, vocabulary: int) -> Tensor:
-    """The first `count` words of `text`, repeated where it is shorter, each hashed to a token id.
+    """The first `count` words of `text`, repeated if it is shorter, each hashed to a token id.
 
-    Not a tokenizer's ids, but their distribution: frequent words are frequent rows of the embedding, and
-    most rows get no gradient at all.
+    These are not a tokenizer's ids, but they have a similar distribution: frequent words are frequent rows of
+    the embedding, and most rows get no gradient at all.
     """
     words = re.findall(r"\w+", text.lower())
     if not words:
@@ -197,7 +197,7 @@ def token_ids(text: str, count: int, vocabulary: int) -> Tensor:
 
 
 def mask(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of masked language modelling: the loss is on the masked tokens alone."""
+    """Inputs and labels of masked language modelling: only masked tokens count in the loss."""
     generator = torch.Generator().manual_seed(SEED)
     masked = (torch.rand(tokens.shape, generator=generator) < MASKED_SHARE).to(tokens.device)
     return tokens.masked_fill(masked, SPECIAL_TOKENS // 2), tokens.masked_fill(~masked, IGNORED)

@@ -1,4 +1,4 @@
-"""What a benchmark is doing, while it does it: it would else be silent for minutes."""
+"""Prints what a benchmark is doing meanwhile; otherwise it would be silent for minutes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ Tell = Callable[[str], None]
 
 @contextmanager
 def progress(console: Console | None = None) -> Iterator[Tell]:
-    """Gives what is to be told what is being done now. On a terminal one line that goes away at the end; in a
-    file or a pipe a line now and then.
+    """Gives a function that is called with what is being done now. On a terminal it shows one line, removed
+    at the end; in a file or a pipe it writes a line now and then.
 
     Args:
-        console: where to; default: standard error, so that a result may be piped on.
+        console: where to write; default: standard error, so that the result can be piped.
     """
     console = Console(stderr=True) if console is None else console
     if console.is_terminal:

@@ -1,4 +1,4 @@
-"""What a benchmark reports: the JSON's shape, and the figures that follow from the measured ones."""
+"""What a benchmark reports: the format of the JSON, and the figures computed from the measured ones."""
 
 from typing import TypedDict
 
@@ -30,8 +30,8 @@ class Row(TypedDict):
 
 
 class Report(Machine):
-    """One run; `errors` says why a contestant could not take part, `rechecked` how far this package's were
-    off in a step after all rounds, as a share of what is allowed: see `recheck`."""
+    """One run. `errors` says why a contestant could not take part. `rechecked` says how far this package's
+    contestants were off in a step after all rounds, as a share of what is allowed: see `recheck`."""
 
     model: str
     params: int
@@ -69,16 +69,16 @@ ACCESSES["pats, adamw"] = {  # one after the other
 
 
 def adamw_bytes(dtype: torch.dtype) -> int:
-    """The least that AdamW alone moves for a parameter with its state in the same dtype."""
+    """The fewest bytes that AdamW alone moves for a parameter, with its state in the same dtype."""
     return ADAMW * dtype.itemsize
 
 
 def bytes_per_param(dtype: torch.dtype, normalization: str, form: str) -> int:
-    """The least that a step of this form, a key of `ACCESSES`, moves for a parameter and its state.
+    """The fewest bytes that a step of this form, a key of `ACCESSES`, moves for a parameter and its state.
 
-    A form is how many passes the step is made of, not how well it is done. Steps that are separate for the
-    user are "pats, adamw", however many passes torch makes of them; one compiled graph is "pats_adamw", even
-    where the compiler makes several. Both then show a smaller share of the bandwidth, as they should.
+    The form says how many passes the step needs, not how many are made. Steps that are separate for the user
+    are "pats, adamw", however many passes torch makes; one compiled graph is "pats_adamw", even if the
+    compiler makes several. More passes then show as a smaller share of the bandwidth, as they should.
     """
     return ACCESSES[form][normalization] * dtype.itemsize
 
@@ -102,7 +102,7 @@ def row(
     copy_gbps: float,
     peak_extra_bytes: int,
 ) -> Row:
-    """A contestant's times with what follows from them."""
+    """A contestant's times and the figures that follow from them."""
     moved = bytes_per_param(dtype, normalization, form)
     gbps = gigabytes_per_second(moved * params, times.median)
     return {

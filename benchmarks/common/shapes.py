@@ -1,4 +1,4 @@
-"""Tensors of models' shapes with random numbers in them: no network, no backward pass, no transformers."""
+"""Tensors with models' shapes and random values: needs no network, no backward pass, no transformers."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Gradients(NamedTuple):
 
 
 def _bert(width: int, layers: int, vocabulary: int, positions: int, types: int) -> Iterator[Shape]:
-    """BERT or RoBERTa with its head for masked words, whose matrix is that of the embedding."""
+    """BERT or RoBERTa with its head for masked words, which shares the embedding's matrix."""
     norm, square = [(width,), (width,)], [(width, width), (width,)]
     yield from [(vocabulary, width), (positions, width), (types, width), *norm]
     for _ in range(layers):
@@ -61,7 +61,7 @@ def random_gradients(name: str, device: torch.device, dtype: torch.dtype) -> Gra
     """Normal weights and, three decades apart, gradients of normals cubed: as unequal as real ones.
 
     Raises:
-        ValueError: an unknown name; lists what is known.
+        ValueError: an unknown name; lists the known ones.
     """
     if name not in SHAPES:
         raise ValueError(f"Unknown shapes: {name!r} (known: {', '.join(SHAPES)})")

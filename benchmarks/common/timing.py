@@ -1,7 +1,7 @@
-"""Times and memory of steps, taken so that the contestants of one run can be compared.
+"""Measures time and memory of steps, so that the contestants of one run can be compared.
 
-Interleaved: each round runs every contestant once, so that a machine that slows down slows all of them.
-Cold: before each step a buffer larger than any cache is written, so that nothing is left from the last one.
+Interleaved: each round runs every contestant once, so a machine that slows down slows all of them.
+Cold: before each step a buffer larger than any cache is written, so nothing of the last step is left in one.
 """
 
 import json
@@ -29,7 +29,7 @@ LEAD, MOST_LEAD = 0.2, 30.0  # milliseconds
 
 
 class Times(NamedTuple):
-    """Of many runs, in milliseconds."""
+    """Times of many runs, in milliseconds."""
 
     median: float
     p10: float
@@ -41,8 +41,8 @@ class Times(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one contestant, on a GPU: the device's own time for a step that was queued while it was busy; the
-    host's until the call returns; from an idle device to an idle device. On a CPU all three are the same."""
+    """Times of one contestant on a GPU: of the device, for a step queued while it was busy; of the host,
+    until the call returns; and from an idle device to an idle device. On a CPU all three are the same."""
 
     device: Times
     host: Times
@@ -50,10 +50,10 @@ class Measured(NamedTuple):
 
 
 def milliseconds(step: Step, device: torch.device, lead: float = 0.0) -> float:
-    """How long one step takes: on a GPU between two events on its stream, else on the clock.
+    """The time of one step: on a GPU between two events on its stream, else by the clock.
 
-    For `lead` milliseconds before, the GPU is kept waiting, so that a host that needs no longer to queue the
-    step is not part of its time, as it is not in training, where the backward pass keeps the GPU busy.
+    Before the step, the GPU is kept busy for `lead` milliseconds. If the host queues the step in that time,
+    the host's time does not count; nor does it in training, where the backward pass keeps the GPU busy.
     """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -70,7 +70,7 @@ def milliseconds(step: Step, device: torch.device, lead: float = 0.0) -> float:
 
 
 def from_idle(step: Step, device: torch.device) -> tuple[float, float]:
-    """Milliseconds until a step's call returns, and until its work is done, on a device that had none."""
+    """Milliseconds until a step's call returns, and until its work is done, on an idle device."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -90,7 +90,7 @@ def _keep_waiting(device: torch.device, duration: float) -> None:
 
 @cache
 def _cycles(device: torch.device) -> float:
-    """Of the GPU's clock in a millisecond, as it runs when it has been busy for a little."""
+    """Cycles of the GPU's clock in a millisecond, after the GPU has been busy for a short time."""
     taken = [milliseconds(lambda: torch.cuda._sleep(10_000_000), device) for _ in range(2)]
     return 10_000_000 / taken[-1]
 
@@ -103,10 +103,10 @@ def contest(
     seconds: float = math.inf,
     cold: bool = True,
 ) -> dict[str, Measured]:
-    """Runs every step `repeats` times in turn, from cold caches; `tell` hears whose turn it is. Not `cold`:
-    from what the step before has left there.
+    """Runs every step `repeats` times in turn and calls `tell` with the one whose turn it is. With `cold`,
+    each step starts with cold caches; otherwise with what the previous step has left in them.
 
-    After `seconds` no other round is begun, once there were `FEWEST`.
+    After `seconds` no new round begins, if there were at least `FEWEST`.
     """
     scratch = torch.empty(SCRATCH_BYTES if cold else 0, dtype=torch.uint8, device=device)
     leads: dict[str, float] = {}
@@ -146,10 +146,10 @@ def interleave(
 
 
 def capture(step: Step) -> Step:
-    """A replay of the step as a CUDA graph; it is run first, on the stream that captures.
+    """Captures the step as a CUDA graph and returns its replay. First runs the step on the capturing stream.
 
     Raises:
-        RuntimeError: what torch or CUDA has against it.
+        RuntimeError: torch or CUDA cannot capture it.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -163,15 +163,15 @@ def capture(step: Step) -> Step:
 
 
 def copy_step(device: torch.device) -> tuple[Step, int]:
-    """A copy that no cache can hold, and how many bytes it reads and writes."""
+    """A copy too large for any cache, and the number of bytes that it reads and writes."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
 
 
 class Memory(NamedTuple):
-    """Of one step, in bytes by torch's allocator: the most that it held beyond what it held before, and what
-    of it was still held afterwards."""
+    """Memory of one step, in bytes by torch's allocator: the peak above what was held before, and what of
+    that was still held afterwards."""
 
     peak: int
     kept: int
@@ -205,7 +205,7 @@ def _cpu_allocations(step: Step) -> list[int]:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Some builds of torch announce every profile there, from C++, and no setting stops them."""
+    """Silences stderr: some builds of torch announce every profile, from C++, and no setting stops it."""
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,1 +1,1 @@
-"""Whether the GPU kernels are right and how fast they are, on a machine with nothing of ours installed."""
+"""Tests and times the GPU kernels on a machine on which this package is not installed."""

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.gpu_check --out DIR`: proves and times the GPU kernels in a plain checkout.
+"""`python -m benchmarks.gpu_check --out DIR`: tests and times the GPU kernels in a plain checkout.
 
-For a machine with a GPU and nothing of ours installed. Every part (the build, the GPU tests,
-compute-sanitizer, one benchmark after another, ncu) runs in a process of its own with a time limit, so that
-each survives the failure of another; all together stay within ten minutes. What is not installed there is
-left out and named. Leaves DIR/gpu_check.json and prints a summary, the targets last.
+It runs on a machine with a GPU on which this package is not installed. Every part (the build, the GPU tests,
+compute-sanitizer, one benchmark after another, ncu) runs in a process of its own with a time limit, so a
+failure does not affect the other parts. All together take at most ten minutes. Parts whose tools are not
+installed are left out and named. Writes DIR/gpu_check.json and prints a summary, with the targets last.
 """
 
 import argparse
@@ -79,10 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU, kernels interpreted")
-    parser.add_argument("--only", default="", metavar="REGEX", help="parts in whose name it is found")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU, with interpreted kernels")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="run only parts whose name contains a match"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for all parts together")
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,6 @@
 """A plugin for pytest, `-p benchmarks.gpu_check.outcomes --outcomes FILE`: a line of JSON for each test.
 
-What a run that is killed has proved until then is kept.
+If a run is killed, the results until then are kept.
 """
 
 import json

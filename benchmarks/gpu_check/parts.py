@@ -1,8 +1,8 @@
-"""What `gpu_check` runs beside tests and benchmarks: `python -m benchmarks.gpu_check.parts NAME FILE`.
+"""The parts of `gpu_check` besides tests and benchmarks: `python -m benchmarks.gpu_check.parts NAME FILE`.
 
-`build` compiles the extension in place and asks which backends there are. `short` takes a few small steps of
-every kind, for compute-sanitizer. `profile` takes one big step of each, for ncu, with a kernel that only
-spins before each, by which their figures are told apart.
+`build` compiles the extension in place and lists the backends that can run. `short` takes a few small steps
+of every kind, for compute-sanitizer. `profile` takes one big step of each kind, for ncu. Before each step it
+runs a kernel that only spins, which separates the steps in ncu's output.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.parts", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--model", default="bert-base-uncased", choices=shapes.SHAPES, help="of the profile")
+    parser.add_argument(
+        "--model", default="bert-base-uncased", choices=shapes.SHAPES, help="shapes for the profile"
+    )
     parser.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
     result = PARTS[options.part](torch.device(options.device), options.model)

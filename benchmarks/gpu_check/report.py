@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu_report FILE [--plot FILE.png]`: the README's tables and picture of a gpu_check.
+"""`python -m benchmarks.gpu_report FILE [--plot FILE.png]`: the README's tables and picture from a gpu_check.
 
-FILE is what `python -m benchmarks.gpu_check` has left. Prints Markdown; draws only what was measured.
+FILE is the result of `python -m benchmarks.gpu_check`. Prints Markdown; draws only what was measured.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the GPU kernels are to reach, each a ratio of two sides of one run of `benchmarks.suite`."""
+"""Targets for the GPU kernels; each is a ratio of two results of one run of `benchmarks.suite`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

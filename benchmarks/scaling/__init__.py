@@ -1,1 +1,1 @@
-"""What a step costs on one of many GPUs."""
+"""The cost of a step on one of many GPUs."""

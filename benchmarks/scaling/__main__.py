@@ -1,10 +1,10 @@
-"""A step on one of 8 to 4,096 GPUs, on paper, and its host's work, measured.
+"""The cost of a step on one of 8 to 4,096 GPUs, computed, and of its work on the host, measured.
 
     python -m benchmarks.scaling [--json FILE] [--plot FILE] [--experts N,...] [--no-host]
 
-Three kinds of figures, kept apart: counted (bytes, launches, messages, tables: exact, from the planner's own
-tables), measured here (the host's time) and modelled (times on GPUs, none of which was measured: the
-assumptions are printed with them).
+There are three kinds of figures: counted (bytes, launches, messages, tables; exact, from the planner's own
+tables), measured here (the host's time), and modelled (times on GPUs, none of them measured; the assumptions
+are printed with them).
 """
 
 import argparse
@@ -208,10 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results into this PNG")
     parser.add_argument("--experts", default=",".join(map(str, EXPERTS)), metavar="N,...")
-    parser.add_argument("--no-host", action="store_true", help="measure nothing: counts and model alone")
+    parser.add_argument("--no-host", action="store_true", help="measure nothing; only counts and model")
     options = parser.parse_args(arguments)
     counts = tuple(int(count) for count in options.experts.split(",") if count)
     console = Console(width=None if sys.stdout.isatty() else report.WIDTH + 40)

@@ -1,5 +1,6 @@
-"""What a step reads, writes, launches and sends on one of many GPUs: counted from the tensors' shapes, by the
-planner that the step itself uses; and a model of the time, whose assumptions are all in `Assumptions`.
+"""Counts what a step reads, writes, launches and sends on one of many GPUs. The counts come from the tensors'
+shapes, through the planner that the step itself uses. Also a model of the time; `Assumptions` has all of its
+assumptions.
 """
 
 import math

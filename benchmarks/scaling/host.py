@@ -1,6 +1,6 @@
-"""What the host does for a step over very many tensors, measured: a rank of 4,096 in a process group that
-sends nothing, with tensors that have no memory where their number is the question, and small real ones where
-the step itself is.
+"""Measures the host's work for a step over very many tensors. The process is one rank of 4,096, in a process
+group that sends nothing. The tensors have no memory where only their number matters; where a real step runs,
+they are small and real.
 """
 
 import gc

@@ -1,1 +1,1 @@
-"""The noise's randomness, on record: docs/statistics.md."""
+"""Tests of the noise's randomness; docs/statistics.md has the results."""

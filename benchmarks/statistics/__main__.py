@@ -1,10 +1,10 @@
-"""The noise's randomness: batteries over its words, the normals that backends add, what shared bits cost.
+"""Tests the noise's randomness: batteries of tests on its words, the backends' normals, shared rounding bits.
 
     python -m benchmarks.statistics [--samples N] [--batteries NAME,...] [--read FOLDER] [--json FILE]
                                     [--rounding-steps N] [--flags=FLAG,...]
 
-Seeds are fixed, so a run repeats to the bit. `--read` takes the batteries' reports that are in a folder in
-place of running them. `--flags` go to the compiler, where TestU01 is not where it looks.
+Seeds are fixed, so each run gives the same bits. `--read` reads the batteries' reports from a folder instead
+of running the batteries. `--flags` are for the compiler, if it does not find TestU01 by itself.
 """
 
 import argparse
@@ -118,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where all p-values are above `LEVEL` together, else 1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.statistics")
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--trials", type=int, default=2**16, help="of the avalanche")
+    parser.add_argument("--trials", type=int, default=2**16, help="number of trials of the avalanche test")
     parser.add_argument("--rounding-steps", type=int, default=2000)
     parser.add_argument("--rounding-elements", type=int, default=2**13)
-    parser.add_argument("--batteries", default=",".join(RUNS), help="separated by commas; empty for none")
-    parser.add_argument("--read", type=Path, help="a folder with the batteries' reports")
-    parser.add_argument("--flags", default="", help="for the compiler, separated by commas")
+    parser.add_argument("--batteries", default=",".join(RUNS), help="names, separated by commas; empty: none")
+    parser.add_argument("--read", type=Path, help="folder with the batteries' reports")
+    parser.add_argument("--flags", default="", help="flags for the compiler, separated by commas")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     names = [name for name in options.batteries.split(",") if name]

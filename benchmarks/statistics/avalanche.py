@@ -1,4 +1,5 @@
-"""One bit of seed, step, tensor or element changes: each bit of the words changes with probability 1/2."""
+"""Avalanche test: if one bit of seed, step, tensor or element changes, each bit of the words changes with
+probability 1/2."""
 
 from typing import TypedDict
 

@@ -1,7 +1,7 @@
-"""The random words through dieharder and TestU01, where they are installed.
+"""Runs dieharder and TestU01 on the random words, if they are installed.
 
-words.cpp writes the words as the kernels consume them, testu01.cpp hands them to TestU01. PractRand's
-`RNG_test stdin32` reads the same stream; no package of Debian or PyPI has it.
+words.cpp writes the words in the order in which the kernels use them; testu01.cpp passes them to TestU01.
+PractRand's `RNG_test stdin32` reads the same stream; no package of Debian or PyPI has it.
 """
 
 import re

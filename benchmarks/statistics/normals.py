@@ -1,6 +1,6 @@
-"""The normals that a backend really adds: their distribution, their tails, and how they depend on each other.
+"""Tests the normals that a backend really adds: their distribution, their tails, and their correlations.
 
-With w = g = S = 0 under a mean of 1 the gate is exactly 1, and one step of noise_scale 1 leaves z in w.
+With w = g = S = 0 and a mean of 1 the gate is exactly 1, so one step with noise_scale 1 writes z to w.
 """
 
 import math

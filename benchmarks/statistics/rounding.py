@@ -1,7 +1,7 @@
-"""What it costs that S and U, and m and v, are rounded by the same random bits.
+"""Measures the effect of rounding S and U, and m and v, with the same random bits.
 
-Three runs over the same gradients: float32 averages, bfloat16 with the bits that are shared by contract, and
-bfloat16 with bits of its own for the second of each pair. The arithmetic is the update's, float32.
+Three runs over the same gradients: float32 averages; bfloat16 with shared bits, as specified; and bfloat16
+with separate bits for the second of each pair. The arithmetic is that of the update, in float32.
 """
 
 from typing import TypedDict

@@ -1,8 +1,8 @@
-"""The PATS step, and AdamW's after it, as users of torch would write them: what the baselines run.
+"""The baselines: the PATS step, and AdamW's after it, as users of torch would write them.
 
-All move S and U exactly as `pats_kernels.reference` does and draw their noise as is usual for them. They
-leave out what costs them extra: the guard against gradients that are not finite, and noise that does not
-depend on the order of the draws. `h.uncertainty` is "product", the default, in all of them.
+All update S and U exactly as `pats_kernels.reference` does and draw noise with torch's generators. They
+leave out what would cost them extra: the guard against gradients that are not finite, and noise that does
+not depend on the order of the draws. `h.uncertainty` is "product", the default, in all of them.
 """
 
 # pyright: reportPrivateImportUsage=false

@@ -1,4 +1,4 @@
-"""Whether what was timed still is the step: one more of it, beside eager PyTorch's from the same tensors."""
+"""Checks that the timed code still is the right step: compares one more step with eager PyTorch's."""
 
 import warnings
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ RELATIVE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2.0**-6, 2.0**-7)}
 
 
 class Wrong(RuntimeError):
-    """A contestant's step is not the one that it was timed for."""
+    """A contestant's step is not the step that it was timed for."""
 
 
 def recheck(contestant: Contestant, task: Task) -> float:
@@ -28,7 +28,7 @@ def recheck(contestant: Contestant, task: Task) -> float:
     as a share of what is allowed.
 
     Raises:
-        Wrong: that is above 1, naming what differs.
+        Wrong: that is above 1; names what differs.
     """
     tensors, values = contestant.tensors, variants._values(task, _sensitivity(contestant))
     chosen = _sample(tensors.params)
@@ -68,7 +68,7 @@ def _sensitivity(contestant: Contestant) -> Any:
 
 
 def _sample(params: Sequence[Tensor]) -> list[int]:
-    """From the first to the last, of those that are not too big; else the smallest."""
+    """Evenly from the first to the last tensor that is not too big; if all are, the smallest."""
     small = [i for i, param in enumerate(params) if 0 < param.numel() <= MOST]
     if not small:
         return [min(range(len(params)), key=lambda i: params[i].numel())]
@@ -77,7 +77,7 @@ def _sample(params: Sequence[Tensor]) -> list[int]:
 
 
 def _share(found: Tensor, expected: Tensor, more: float) -> float:
-    """The largest difference, as a share of what is allowed; NaN where one is no number and the other is."""
+    """The largest difference, as a share of what is allowed; NaN if either has a NaN."""
     of_each, of_largest = RELATIVE[torch.bfloat16 if found.dtype == torch.bfloat16 else torch.float32]
     found, expected = found.double(), expected.double()
     allowed = of_each * expected.abs() + of_largest * expected.abs().max() + more

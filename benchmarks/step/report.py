@@ -1,4 +1,4 @@
-"""A run for the eye: a table on the screen, and two charts in a PNG."""
+"""Shows a run: a table on the screen, and two charts in a PNG."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One contest: the contestants, a copy and fused AdamW over the same parameters, timed in turn."""
+"""Runs one contest: times the contestants, a copy and fused AdamW in turn, on the same parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

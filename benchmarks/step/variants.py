@@ -1,8 +1,8 @@
-"""The contestants: the same step as a first draft, a careful rewrite, a compiled one, and this package's.
+"""The contestants: the same step as a first draft, carefully rewritten, compiled, and from this package.
 
-The first three are `formulas.py`. Where AdamW follows, each takes the AdamW that goes with it, and
-this package takes part three times: attached to torch's AdamW, in one pass, and without any state of its own.
-All work on the same parameters and gradients, with state of the same size and dtype.
+The first three are in `formulas.py`. If AdamW follows, each uses the matching AdamW, and this package has
+three contestants: attached to torch's AdamW, in one pass, and without any state of its own. All work on the
+same parameters and gradients, with state of the same size and dtype.
 """
 
 import signal
@@ -37,7 +37,7 @@ Row = tuple[Tensor, Tensor, list[Tensor], Tensor]  # one parameter's w, g, [S, U
 
 @dataclass(slots=True)
 class Tensors:
-    """What a step reads and writes, as parallel lists, but for `steps`: as many counters as one keeps."""
+    """What a step reads and writes, as parallel lists. `steps`: as many counters as the optimizer has."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -72,14 +72,14 @@ class Tensors:
 
 
 class Task(NamedTuple):
-    """What every contestant has to do.
+    """The task of every contestant.
 
     Attributes:
-        h: those of AdamW matter only where it follows.
-        optimizer: what follows the PATS step, one of `OPTIMIZERS`.
+        h: hyperparameters; those of AdamW matter only if AdamW follows.
+        optimizer: the step that follows the PATS step, one of `OPTIMIZERS`.
         backend: of this package's contestants.
-        shared: whether they update the task's own state, as the others do, instead of copies: a big model's
-            would not fit many times.
+        shared: whether they update the task's own state, as the others do, instead of copies. Copies of a big
+            model's state would not fit into memory.
     """
 
     tensors: Tensors
@@ -93,8 +93,8 @@ class Contestant(NamedTuple):
     """A step, what runs it, and the tensors it updates.
 
     Attributes:
-        form: what it has to move, one of `results.ACCESSES`.
-        configuration: the one it chose, where it has several.
+        form: what it must read and write, one of `results.ACCESSES`.
+        configuration: the one it chose, if it has several.
     """
 
     name: str
@@ -111,15 +111,15 @@ def contestant(name: str, task: Task) -> Contestant:
 
 
 def names(optimizer: str) -> tuple[str, ...]:
-    """Who takes part where this optimizer follows the PATS step."""
+    """The contestants if this optimizer follows the PATS step."""
     return tuple(name for name in NAMES if optimizer == "adamw" or name not in ADAMW_ONLY)
 
 
 def torch_adamw(task: Task, *, foreach: bool | None = None, fused: bool | None = None) -> torch.optim.AdamW:
-    """torch's AdamW in the form that is asked for, with the task's moments as its own.
+    """torch's AdamW in the requested form, with the task's moments as its own.
 
-    The contestants that use it share them: they see the same gradients, and a big model's would not fit
-    many times.
+    The contestants that use it share the moments: they see the same gradients, and a big model's moments
+    would not fit many times.
     """
     h, tensors = task.h, task.tensors
     keywords: dict[str, Any] = {"lr": h.lr, "betas": h.betas, "eps": h.eps, "weight_decay": h.weight_decay}
@@ -132,7 +132,7 @@ def torch_adamw(task: Task, *, foreach: bool | None = None, fused: bool | None =
 
 
 def _followed(name: str, backend: str, task: Task, step: Step, **form: bool | None) -> Contestant:
-    """A contestant whose PATS step is `step`; torch's AdamW follows in this form, where one does."""
+    """A contestant whose PATS step is `step`, followed by torch's AdamW in this form, if the task has one."""
     if task.optimizer == "none":
         return Contestant(name, backend, "pats", step, task.tensors)
     optimizer = torch_adamw(task, **form)
@@ -147,7 +147,7 @@ def _both(first: Step, second: Step) -> None:
 
 
 def eager(task: Task) -> Contestant:
-    """What a user would write first: a loop over the parameters, the formula line by line, AdamW's too."""
+    """What a user would write first: a loop over the parameters, with each line of the formula, AdamW too."""
     rows = task.tensors.rows("none")
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ def eager(task: Task) -> Contestant:
 
 
 def foreach(task: Task) -> Contestant:
-    """What a careful user would write: few calls over all tensors, the noise drawn in one; AdamW the same."""
+    """What a careful user would write: few calls over all tensors, one call for the noise; AdamW likewise."""
     tensors = task.tensors
     sizes = [param.numel() for param in tensors.params]
 
@@ -176,13 +176,13 @@ def foreach(task: Task) -> Contestant:
 
 
 def compiled(task: Task) -> Contestant:
-    """`torch.compile` of the above: several ways to ask for it, and the fastest of them here.
+    """`torch.compile` of the above in several ways, of which the fastest on this machine takes part.
 
     On a GPU the foreach form fuses horizontally. On a CPU it compiles for minutes and gains nothing, and
     inductor's own random numbers may be far slower than ATen's, which `fallback_random` keeps.
 
-    Where AdamW follows, each way is tried twice: with AdamW in the same graph, so that the compiler may do
-    both in one pass, and with torch's fused AdamW after it.
+    If AdamW follows, each way is tried twice: with AdamW in the same graph, so that the compiler may do both
+    in one pass, and with torch's fused AdamW after it.
     """
     makers: dict[str, Callable[[Task], Contestant]] = {
         "one tensor at a time": partial(_compiled_update, {}),
@@ -202,13 +202,13 @@ def compiled(task: Task) -> Contestant:
 
 
 def _then_adamw(make: Callable[[Task], Contestant], task: Task) -> Contestant:
-    """Made for PATS alone, and followed by torch's fused AdamW."""
+    """A step of PATS alone, followed by torch's fused AdamW."""
     made = make(task._replace(optimizer="none"))
     return _followed(made.name, made.backend, task, made.step, fused=True)
 
 
 def _compiled_update(options: dict[str, Any], task: Task) -> Contestant:
-    """`update_` compiled for flat tensors of any length; the longest first, as it sets the tuning."""
+    """`update_` compiled for flat tensors of any length. The longest runs first, as it sets the tuning."""
     rows = sorted(task.tensors.rows(task.optimizer), key=lambda row: -row[0].numel())
     flat_rows = [
         (param.view(-1), grad.view(-1), [average.view(-1) for average in state], stats)
@@ -227,7 +227,7 @@ def _compiled_update(options: dict[str, Any], task: Task) -> Contestant:
 
 
 def _compiled_foreach(task: Task) -> Contestant:
-    """`foreach_update_` compiled as a whole, its noise drawn where it is used."""
+    """`foreach_update_` compiled as a whole, with its noise drawn in the same graph."""
     tensors = task.tensors
     averages = tensors.averages(task.optimizer)
 
@@ -242,7 +242,7 @@ def _compiled_foreach(task: Task) -> Contestant:
 
 
 def _in_one_graph(task: Task, update: Callable[[Tensor | None], None]) -> Contestant:
-    """A compiled step out of one that takes AdamW's bias corrections, or None: PATS alone."""
+    """Compiles a step that takes AdamW's bias corrections as its argument, or None for PATS alone."""
     if task.optimizer == "none":
         return Contestant("compile", "inductor", "pats", torch.no_grad()(partial(update, None)), task.tensors)
     count = torch.zeros((), dtype=torch.float64, device=task.tensors.device)
@@ -256,7 +256,7 @@ def _in_one_graph(task: Task, update: Callable[[Tensor | None], None]) -> Contes
 
 
 def _trials(ready: dict[str, Contestant], device: torch.device) -> tuple[dict[str, float], list[str]]:
-    """Each way's milliseconds; what did not work is left out and named, if only something did."""
+    """Each way's milliseconds. Ways that failed are left out and named; raises if all failed."""
     taken: dict[str, float] = {}
     failed: list[str] = []
     end = time.monotonic() + COMPILE_SECONDS[device.type]
@@ -272,16 +272,16 @@ def _trials(ready: dict[str, Contestant], device: torch.device) -> tuple[dict[st
 
 
 def _trial(step: Step, device: torch.device) -> float:
-    """A first impression of a step's milliseconds, once it is compiled."""
+    """A first measurement of a step's milliseconds, after it is compiled."""
     step()
     return median(milliseconds(step, device) for _ in range(TRIALS))
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the main thread where what is inside takes longer, as compilers may.
+    """Raises TimeoutError in the main thread if the `with` block takes longer, as compilers may.
 
-    Nothing happens while a call into C runs; it does between a compiler's many.
+    It cannot interrupt a call into C, only act between such calls; a compiler makes many.
     """
 
     def ring(number: int, frame: object) -> None:
@@ -299,7 +299,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 class NoOptimizer(Optimizer):
-    """Holds parameters and leaves them alone, so that its step is that of the PATS attached to it."""
+    """Has parameters but does not change them, so its step is only that of the PATS attached to it."""
 
     def __init__(self, params: list[Tensor]) -> None:
         super().__init__(params, {})
@@ -309,7 +309,7 @@ class NoOptimizer(Optimizer):
 
 
 def fused(task: Task) -> Contestant:
-    """This package, by the road that a user takes: PATS alone, or with AdamW in one pass."""
+    """This package as a user would use it: PATS alone, or with AdamW in one pass."""
     optimizer, keeper = _fused_optimizer(task.tensors.params, task)
     form = "pats" if task.optimizer == "none" else "pats_adamw"
     return _ours("fused", form, task, optimizer, keeper, _values(task))
@@ -326,14 +326,14 @@ def attached(task: Task) -> Contestant:
 
 
 def moments(task: Task) -> Contestant:
-    """PATSAdamW(sensitivity="moments"): one pass, and no state but AdamW's."""
+    """PATSAdamW(sensitivity="moments"): one pass, with no state besides AdamW's."""
     values = _values(task, "moments")
     optimizer = _pats_adamw(task.tensors.params, values, task)
     return _ours("moments", "moments_adamw", task, optimizer, optimizer, values)
 
 
 def _fused_optimizer(params: list[Tensor], task: Task) -> tuple[Optimizer, PATS | PATSAdamW]:
-    """The optimizer to step, and who keeps the state."""
+    """The optimizer to step, and the object that keeps the state."""
     values = _values(task)
     if task.optimizer == "none":
         optimizer = NoOptimizer(params)
@@ -343,7 +343,7 @@ def _fused_optimizer(params: list[Tensor], task: Task) -> tuple[Optimizer, PATS 
 
 
 def _pats_adamw(params: list[Tensor], values: Hyperparameters, task: Task) -> PATSAdamW:
-    """To be captured as well where there is a GPU, as `torch_adamw`."""
+    """On a GPU it can also be captured, like `torch_adamw`."""
     capturable = task.tensors.device.type == "cuda"
     return PATSAdamW(params, **_keywords(values), backend=task.backend, capturable=capturable)
 
@@ -367,7 +367,7 @@ def _ours(
     keeper: PATS | PATSAdamW,
     values: Hyperparameters,
 ) -> Contestant:
-    """A contestant of this package. `keeper` loads its state, which would else come with the first step."""
+    """A contestant of this package. `keeper` loads its state, which the first step would create otherwise."""
     tensors = task.tensors
     columns = {key: getattr(tensors, key) for key in keys_of(values) - {"step"}}
     columns["step"] = [torch.zeros(())] * len(tensors.params)
@@ -386,8 +386,8 @@ def host_us_per_tensor(count: int, task: Task) -> float:
     """Microseconds of the host's time per tensor and step of the fused contestant: a step over `count`
     one-element tensors.
 
-    They leave a kernel nothing to do, and neither a GPU nor a second thread is waited for. Gradients move
-    from step to step, as `zero_grad` makes them.
+    A kernel has almost nothing to do for these, and nothing waits for a GPU or a second thread. Gradients
+    move from step to step, as after `zero_grad`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""The implementations of one launch, and which of them can run where.
+"""The backends, which run one launch each, and which of them can run where.
 
-A backend is two functions: `unavailable(device)` gives the reason why it cannot run there, or None;
+A backend is two functions: `unavailable(device)` returns the reason why it cannot run there, or None;
 `step_(launch, batch, phase, grad_scale, found_inf)` updates the launch's tensors in place.
 """
 
@@ -24,7 +24,7 @@ class Backend(NamedTuple):
 
 
 AUTO = "auto"
-FEW = 10_000  # elements, for which eager is fast enough
+FEW = 10_000  # elements; for so few, eager is fast enough
 _BACKENDS = {  # in the order in which "auto" prefers them
     "triton": Backend(triton.unavailable, triton.step_),
     "cuda": Backend(cuda.unavailable, cuda.step_),
@@ -35,22 +35,22 @@ NAMES = (AUTO, *_BACKENDS)
 
 
 def check_name(backend: str) -> None:
-    """Raises ValueError for a name that is none of a backend's."""
+    """Raises ValueError if there is no backend of this name."""
     if backend not in NAMES:
         raise ValueError(f"Invalid backend: {backend!r} (must be one of {', '.join(map(repr, NAMES))})")
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """For each backend None where this machine can run it on tensors of `device`, else the reason.
+    """For each backend None if this machine can run it on tensors on `device`, else the reason.
 
-    "auto" is always there: it takes the first of "triton", "cuda", "cpp", "eager" that can run.
+    "auto" is always available: it takes the first of "triton", "cuda", "cpp", "eager" that can run.
     """
     device = torch.device(device)
     return {AUTO: None} | {name: backend.unavailable(device) for name, backend in _BACKENDS.items()}
 
 
 def resolve(backend: str, device: torch.device) -> Step:
-    """The step function that `backend` names on this device; raises what `choose` does."""
+    """The step function of the backend that `choose` returns; raises the same errors."""
     return _BACKENDS[choose(backend, device)].step_
 
 
@@ -58,21 +58,21 @@ def choose(backend: str, device: torch.device) -> str:
     """The name of the backend that `backend` stands for on this device: itself, unless it is "auto".
 
     Raises:
-        ValueError: no such backend.
-        RuntimeError: it cannot run here; says why, and what can.
+        ValueError: there is no such backend.
+        RuntimeError: it cannot run here; the message says why, and which backends can.
     """
     check_name(backend)
     return _choose(backend, device.type)
 
 
 def warn_of_eager(params: Sequence[Tensor]) -> None:
-    """Says once in a process that "auto" found nothing better than eager for many elements on the CPU."""
+    """Warns once in a process that "auto" uses eager for many elements on the CPU."""
     global _said
     if not _said and sum(param.numel() for param in params if param.device.type == "cpu") > FEW:
         _said = True
         warnings.warn(
             "PATS: backend='auto' takes 'eager' on the CPU, some ten times slower than 'cpp': "
-            f"{native.MISSING}. backend='eager' says that this is meant",
+            f"{native.MISSING}. To keep 'eager' without this warning, set backend='eager'",
             stacklevel=2,
         )
 

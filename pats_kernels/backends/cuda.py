@@ -11,7 +11,7 @@ from pats_kernels.backends.tables import DeviceTables, narrowed
 from pats_kernels.compiling import refuse_functionalization
 from pats_kernels.plan import Batch, Column, Launch, Phase
 
-CHUNK = 4096  # elements a block: csrc/cuda_kernel.h
+CHUNK = 4096  # elements for each block, as in csrc/cuda_kernel.h
 
 
 # Why there are no CUDA kernels, or None. Only a CUDA build of torch can load their library.
@@ -26,7 +26,7 @@ if MISSING is None:
 
     @torch.library.register_fake("pats_kernels::launch_")
     def _(*_arguments: object) -> None:
-        """Updates what its tables name and returns nothing: there is no output to describe."""
+        """It updates the tensors in its tables and returns nothing, so there is no output to describe."""
 
     refuse_functionalization("launch_")
 

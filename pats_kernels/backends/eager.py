@@ -1,4 +1,4 @@
-"""The reference as a backend: plain PyTorch operations, on any device, for when nothing else can run."""
+"""The reference as a backend: plain PyTorch operations on any device, if nothing else can run."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ def step_(
 ) -> None:
     """The reference's update, one tensor after another, without a sync.
 
-    Exact normalization is delayed normalization that is told the means of the state just updated: its first
-    phase updates copies, to learn them.
+    Exact normalization is delayed normalization with the means of the state just updated. Its first phase
+    computes these means by updating copies.
     """
     for i in launch.index:
         grad = batch.grads[i]
@@ -35,7 +35,7 @@ def step_(
 
 
 def _updated(batch: Batch, i: int, grad: Tensor, phase: Phase, copies: bool) -> list[tuple[Tensor, Tensor]]:
-    """What the phase writes of one tensor, and what: without `copies`, it may be there already."""
+    """The phase's writes for one tensor, as (target, value); without `copies`, some are done already."""
     h, count, stats = batch.hyperparameters[i], batch.steps[i], batch.sens_stats[i]
     shard = batch.shards[i] if batch.shards else None
     update_: Any = pats_update_
@@ -69,7 +69,7 @@ def _updated(batch: Batch, i: int, grad: Tensor, phase: Phase, copies: bool) -> 
 
 
 def _share(means: Tensor | None, grad: Tensor, shard: Shard | None) -> Tensor | None:
-    """A tensor's part in the means of the whole of which it is a shard."""
+    """A shard's part of the whole tensor's means."""
     if means is None or shard is None:
         return means
     if not shard.counts or grad.numel() == 0:
@@ -87,7 +87,7 @@ def numbers_of(shard: Shard, like: Tensor) -> Tensor:
 
 
 def _arguments(h: Hyperparameters) -> dict[str, Any]:
-    """What the reference asks for; the other two are in the tensors that it is given."""
+    """The reference's hyperparameters. It gets the two others through the tensors."""
     return {
         name: getattr(h, name) for name in defaults_of(type(h)) if name not in ("state_dtype", "sensitivity")
     }

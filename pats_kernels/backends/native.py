@@ -16,11 +16,11 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def load(library: str, what: str) -> str | None:
-    """Imports one of the package's libraries, which registers its operator. Returns why it cannot, or None.
+    """Imports one of the package's libraries, which registers its operator. Returns None, or why it failed.
 
     Args:
         library: "_C" or "_CUDA".
-        what: its name in the reason, and in `pats_kernels/_build.py`, where setup.py left its own reasons.
+        what: its name in the returned reason. It also selects setup.py's reason in `pats_kernels/_build.py`.
     """
     try:
         if _module(library) is None:
@@ -34,9 +34,9 @@ def load(library: str, what: str) -> str | None:
 
 
 def _module(name: str) -> ModuleType | None:
-    """Imports one of the package's modules from this very folder, or returns None.
+    """Imports one of the package's modules from this folder only, or returns None.
 
-    An editable installation of another tree would offer its own modules for those that this one lacks.
+    Otherwise an editable installation of another source tree would supply the modules that this one lacks.
     """
     spec = PathFinder.find_spec(f"pats_kernels.{name}", [str(PACKAGE)])
     if spec is None or spec.loader is None:
@@ -59,7 +59,7 @@ def _not_built(what: str) -> str:
 
 
 def _again() -> str:
-    """What builds the package anew, there where this one lies."""
+    """The command that builds the package again, where this one is installed."""
     source = PACKAGE.parent
     if (source / "setup.py").is_file():
         return f"build it with pip install --no-deps -e {source}"
@@ -72,7 +72,7 @@ if MISSING is None:
 
     @torch.library.register_fake("pats_kernels::step_")
     def _(*_arguments: object) -> None:
-        """Updates its arguments in place and returns nothing: there is no output to describe."""
+        """It updates tensors in place and returns nothing, so there is no output to describe."""
 
     refuse_functionalization("step_")
 
@@ -86,7 +86,7 @@ def unavailable(device: torch.device) -> str | None:
 def step_(
     launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """One call for all of a launch's tensors, which the batch keeps alive: the operator is told addresses."""
+    """One call for all of a launch's tensors. The operator gets addresses; the batch keeps them valid."""
     key, variant = launch.key, launch.key.variant
     torch.ops.pats_kernels.step_(
         torch.from_numpy(launch.table),

@@ -1,4 +1,4 @@
-"""A launch's tables on the device that runs it."""
+"""A launch's tables on the device that runs the launch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from pats_kernels.plan import Column, Launch, chunk_table
 
-# What the graphs that were captured copy from whenever they are replayed. Nobody tells when a graph is gone.
+# Memory that captured graphs copy from at every replay. It is kept for ever: nothing says when a graph is
+# gone.
 _captured: list[Tensor] = []
-_constants: list[
-    Tensor
-] = []  # what they read that was uploaded once: the plan it belongs to may be forgotten
+# Tables that captured graphs read and that were uploaded once. Their plan may be forgotten.
+_constants: list[Tensor] = []
 
 
 class Tables(NamedTuple):
-    """What a kernel is given.
+    """The tables that a kernel gets.
 
     Attributes:
-        table: int64 [tensors, Column], as the backend has packed it.
+        table: int64 [tensors, Column], as packed by the backend.
         layout: int64 [rows, 1 + OPERANDS].
         chunks: int32 [chunks, 2], the table's row and the number of the piece.
         starts: int64 [tensors + 1], where each tensor's chunks start in `chunks` and `partials`.
-        partials: float64 [3, chunks], scratch memory: a chunk's sums.
+        partials: float64 [3, chunks], scratch memory for each chunk's sums.
     """
 
     table: Tensor
@@ -37,22 +37,22 @@ class Tables(NamedTuple):
 
 @dataclass(slots=True)
 class _OfStream:
-    uploaded: np.ndarray  # what the table holds: it travels again only where something changed
+    uploaded: np.ndarray  # the uploaded table, to upload again only if something has changed
     tables: Tables
 
 
 class DeviceTables:
-    """A launch's tables on its device, for one backend; the device has to be the current one.
+    """A launch's tables on its device, for one backend. The device must be the current one.
 
-    What the tensors' sizes decide is uploaded once. The rows and the scratch memory are there once for each
-    stream, as a step may still be under way on another, and once for each graph that is captured.
+    The tables that depend only on the tensors' sizes are uploaded once. Each stream has its own rows and
+    scratch memory, because a step may still be running on another stream; so has each captured graph.
 
     Args:
-        chunk: elements a chunk.
-        pack: writes the launch's table as the kernels read it into an array of the same shape.
+        chunk: elements in a chunk.
+        pack: writes the launch's table, in the form that the kernels read, into an array of the same shape.
 
     Raises:
-        RuntimeError: while a graph is being captured.
+        RuntimeError: a graph is being captured.
     """
 
     def __init__(self, launch: Launch, chunk: int, pack: Callable[[Launch, np.ndarray], None]) -> None:
@@ -68,11 +68,11 @@ class DeviceTables:
             torch.from_numpy(array).to(self._device) for array in (chunks, starts, launch.layout)
         )
         self._streams: dict[int, _OfStream] = {}
-        # Memory cannot be pinned while a graph is being captured: a graph takes this.
+        # Memory cannot be pinned during a capture, so a captured graph takes this.
         self._spare: Tensor | None = self._pinned(launch)
 
     def current(self, launch: Launch) -> Tables:
-        """The tables of `launch`, which is as the plan has refreshed it, for work on the current stream."""
+        """The tables of `launch`, as the plan has last refreshed it, for work on the current stream."""
         if capturing(self._device):
             return self._for_graph(launch)
         if self._spare is None:
@@ -89,7 +89,7 @@ class DeviceTables:
         return kept.tables
 
     def _for_graph(self, launch: Launch) -> Tables:
-        """Tables in the graph's own memory: a replay uploads first, since another graph may share it."""
+        """Tables in the graph's memory. Each replay uploads them, because other graphs may share it."""
         staging = self._pinned(launch) if self._spare is None else self._spare
         self._spare = None
         _captured.append(staging)
@@ -113,8 +113,10 @@ class DeviceTables:
 
 
 def narrowed(launch: Launch, packed: np.ndarray) -> None:
-    """The table with its numbers in what the kernels compute in: on many GPUs an instruction in float64, a
-    conversion even, takes as long as 64 others."""
+    """Packs the table with its numbers in the dtype of the arithmetic.
+
+    On many GPUs one float64 instruction, even a conversion, takes as long as 64 others.
+    """
     np.copyto(packed, launch.table)
     if launch.key.param_dtype != torch.float64:
         numbers = launch.table.view(np.float64)[:, Column.NOISE_SCALE :]
@@ -122,5 +124,5 @@ def narrowed(launch: Launch, packed: np.ndarray) -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is started on this device now becomes part of a CUDA graph."""
+    """Whether work started on this device now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,6 +1,6 @@
 """The Triton backend: starts a launch's kernels over its tables on the device.
 
-Triton takes a third of a second to import: that waits until a step, or a question that needs it, asks for it.
+Importing Triton takes a third of a second, so it is imported only when a step or a query needs it.
 """
 
 import importlib
@@ -23,33 +23,35 @@ from pats_kernels.plan import Batch, Column, Launch, LaunchKey, Phase, chunk_tab
 
 _KERNELS = "pats_kernels.backends.triton_kernel"
 
-# Registers of a thread, at most, by the bytes of an element: as few as full chunks can do with, so
-# that many programs have loads under way. Measured on an H200: docs/performance.md.
+# Most registers of a thread, by the bytes of an element: as few as full chunks need, so that many programs
+# have loads under way. Measured on an H200: docs/performance.md.
 MAX_REGISTERS = {
     4: {"pats": 64, "pats_adamw": 80, "moments_adamw": 80},
     2: {"pats": 80, "pats_adamw": 96, "moments_adamw": 80},
 }
-CHUNKS = {4: 4096, 2: 8192}  # elements, by their width
-STATISTICS_BLOCK = 256  # partial sums an iteration
-ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, and for others
-# Where a multiply-add is fused the source says so, for the same bits on every path: triton_kernel.py.
+CHUNKS = {4: 4096, 2: 8192}  # elements in a chunk, by the bytes of an element
+STATISTICS_BLOCK = 256  # partial sums in each iteration
+ALIGNMENT = 16  # bytes; Triton compiles separate kernels for pointers that are multiples of it
+# The source says where a multiply-add is fused, for the same bits on every path: triton_kernel.py.
 UNFUSED: dict[str, int] = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the kernels are launched; nothing in it changes a result's bits, but for `chunk`, which sets the
-    order in which the statistics are summed.
+    """How the kernels are launched. Only `chunk` changes a result's bits, because it sets the order in which
+    the statistics are summed.
 
     Attributes:
-        chunk: elements a program, or a program's turn; 0: as in `CHUNKS`.
-        block: elements an iteration; 32 num_warps threads share them.
-        max_registers: of a thread, at most; None: as in `MAX_REGISTERS`; 0: as the compiler likes.
-        hints: eviction policy of loads, eviction policy of the gradient's, cache modifier of stores.
-        persistent: programs to a multiprocessor, each of which takes chunk after chunk; 0: one a chunk.
-        reversed: exact normalization's second phase begins where the first ended, with what L2 still holds.
-        group_bytes: exact normalization finishes tensor after tensor, in groups whose second phase reads at
-            most so many bytes, so that it finds them in L2; 0: all in one group.
+        chunk: elements in a chunk; 0: as in `CHUNKS`.
+        block: elements in an iteration, shared by 32 num_warps threads.
+        max_registers: most registers of a thread; None: as in `MAX_REGISTERS`; 0: the compiler decides.
+        hints: eviction policy of loads, eviction policy of the gradient's load, cache modifier of stores.
+        persistent: programs per multiprocessor, which each take one chunk after another; 0: one program per
+            chunk.
+        reversed: exact normalization's second phase begins where the first ended, with data that L2 still
+            holds.
+        group_bytes: exact normalization finishes one group of tensors after another. A group's second phase
+            reads at most so many bytes, so that it finds them in L2; 0: one group.
     """
 
     chunk: int = 0
@@ -68,7 +70,7 @@ _tuning = [_DEFAULT]
 
 @contextmanager
 def tuned(tuning: Tuning) -> Iterator[None]:
-    """Steps inside are launched so, for `benchmarks.tune`."""
+    """Steps in the `with` block use this tuning; for `benchmarks.tune`."""
     _tuning.append(tuning)
     try:
         yield
@@ -80,7 +82,7 @@ def kernels() -> Any:
     """The module of the kernels, `triton_kernel`, imported at the first call.
 
     Raises:
-        RuntimeError: it could not be, in the words of `unavailable`.
+        RuntimeError: the import failed; with the reason that `unavailable` returns.
     """
     module, reason = _imported()
     if module is None:
@@ -90,10 +92,10 @@ def kernels() -> Any:
 
 @cache
 def _imported() -> tuple[Any, str | None]:
-    """The module of the kernels, or None and why there is none."""
+    """The module of the kernels, or None and the reason."""
     try:
         return importlib.import_module(_KERNELS), None
-    except Exception as error:  # of any kind, from a Triton that does not fit its Python
+    except Exception as error:  # a Triton that does not match its Python may raise any kind
         return None, f"triton could not be imported ({error})"
 
 
@@ -101,7 +103,7 @@ def unavailable(device: torch.device) -> str | None:
     if sys.modules.get("triton") is None and find_spec("triton") is None:
         return "triton is not installed"
     if _KERNELS in sys.modules or os.environ.get("TRITON_INTERPRET"):
-        # Triton decides by its own reading of the variable, as it compiles or wraps a kernel: at the import.
+        # Triton itself reads the variable when it compiles or wraps a kernel, which is at the import.
         module, reason = _imported()
         if module is None:
             return reason
@@ -115,7 +117,7 @@ def unavailable(device: torch.device) -> str | None:
 def step_(
     launch: Launch, batch: Batch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """One launch over all chunks and, but for the noise phase, one over all tensors."""
+    """One launch over all chunks and, except in the noise phase, one over all tensors."""
     device = launch.key.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _start(launch, phase, grad_scale, found_inf)
@@ -143,7 +145,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
         count = group.last_chunk - group.first_chunk
         programs = min(count, tuning.persistent * _multiprocessors(launch.key.device)) or count
         pointers = {"table": tables.table, "partials": tables.partials, "found_inf": found_inf}
-        if count > 0:  # there are none where all shards are empty
+        if count > 0:  # there are no chunks if all shards are empty
             work.start(
                 module.pats_kernel,
                 phase,
@@ -172,14 +174,14 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
 
     if not grouped:
         run(phase, groups[0])
-    elif phase == "averages":  # and at once what would be the next phase
+    elif phase == "averages":  # and the next phase at once
         for group in groups:
             run("averages", group)
             run("noise", group)
 
 
 class _Group(NamedTuple):
-    """Tensors that go through all phases before the next group's begin, and their chunks."""
+    """Tensors that go through all phases before the next group begins, and their chunks."""
 
     first_row: int
     last_row: int
@@ -189,10 +191,10 @@ class _Group(NamedTuple):
 
 @dataclass(slots=True)
 class _Work:
-    """What a launch keeps, and starts.
+    """What a launch keeps and starts.
 
     Attributes:
-        compiled: kernels, by all that Triton tells one from another by.
+        compiled: kernels, by everything that Triton specializes them for.
     """
 
     tables: DeviceTables
@@ -209,17 +211,17 @@ class _Work:
         constants: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
-        """kernel[(programs,)](...), the second time without Triton's way to what it compiled at the first.
+        """kernel[(programs,)](...); from the second time on it calls the compiled kernel directly.
 
-        It binds, specializes and looks up anew for each launch: most of the host's time for a step of few
-        tensors. `constants` and `options` are the same for all of a launch's kernel and phase.
+        Triton binds, specializes and looks up the kernel for each launch, which is most of the host's time in
+        a step of few tensors. `constants` and `options` are the same for a kernel and phase of a launch.
         """
         seen = [x if x is None else (x.dtype, x.data_ptr() % ALIGNMENT) for x in pointers.values()]
         key = (id(kernel), phase, *seen, *numbers.values())
         arguments = {**constants, **pointers, **numbers}
         if key in self.compiled:
             compiled, names = self.compiled[key]
-            compiled[(programs, 1, 1)](*map(arguments.get, names))  # a constant's place is not read
+            compiled[(programs, 1, 1)](*map(arguments.get, names))  # the constants' places are not read
             return
         compiled = kernel[(programs,)](**arguments, **options)
         if compiled is not None:  # under the interpreter nothing is compiled
@@ -227,9 +229,9 @@ class _Work:
 
 
 def _groups(launch: Launch, tuning: Tuning) -> list[_Group]:
-    """All tensors in one group, or what `Tuning.group_bytes` asks for; a bigger tensor is one by itself.
+    """All tensors in one group, or the groups of `Tuning.group_bytes`; a bigger tensor is a group by itself.
 
-    Where there are shards other processes' shares come between the phases: they are one group.
+    Shards are always one group, because the other processes' shares arrive between the phases.
     """
     numels = launch.table[:, Column.NUMEL]
     starts = chunk_table(numels, chunk_of(launch.key, tuning))[1].tolist()
@@ -254,18 +256,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def chunk_of(key: LaunchKey, tuning: Tuning = _DEFAULT) -> int:
-    """Elements of a program of such a launch."""
+    """Elements in a chunk of such a launch."""
     return tuning.chunk or CHUNKS.get(_width(key), CHUNKS[4])
 
 
 def _width(key: LaunchKey) -> int:
-    """Bytes of an element, of parameters and averages alike; 0 where they differ."""
+    """Bytes of an element of both parameters and averages; 0 if they differ."""
     param, state = key.param_dtype.itemsize, key.state_dtype.itemsize
     return param if param == state else 0
 
 
 def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
-    """The kernel's compile-time arguments for such a launch, but for those that depend on the device, and
+    """The kernel's compile-time arguments for such a launch, without those that depend on the device, and
     for an ordinary eps."""
     module = kernels()
     dtypes = {
@@ -295,10 +297,10 @@ def specialization(key: LaunchKey, tuning: Tuning = _DEFAULT) -> dict[str, Any]:
 
 
 def compiler_options(key: LaunchKey, tuning: Tuning = _DEFAULT, arch: str = "sm_90") -> dict[str, int]:
-    """What the compiler is told for such a GPU; AMD's have no limit of registers."""
+    """The compiler's options for such a GPU; on AMD's there is no limit on registers."""
     limit = tuning.max_registers
     if limit is None:
-        # On Blackwell 16 bits spill with what an H200 is fastest with, and nobody has measured there.
+        # On Blackwell 16 bits spill with the limits that are fastest on an H200. Not measured there.
         unlimited = _width(key) == 2 and arch.startswith("sm_1")
         limit = 0 if unlimited else MAX_REGISTERS.get(_width(key), {}).get(key.variant.form, 0)
     limits = {"maxnreg": limit} if limit and arch.startswith("sm_") else {}
@@ -307,21 +309,21 @@ def compiler_options(key: LaunchKey, tuning: Tuning = _DEFAULT, arch: str = "sm_
 
 @cache
 def _architecture(device: torch.device) -> str:
-    """As "sm_90", or AMD's "gfx942"."""
+    """The device's architecture, such as "sm_90", or AMD's "gfx942"."""
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _small_eps(launch: Launch) -> bool:
-    """Whether some tensor's eps does not hide that the root of what is subnormal is 0 to sqrt.approx."""
+    """Whether some tensor's eps is so small that sqrt.approx matters: it takes subnormal numbers for 0."""
     if launch.key.variant.form == "pats" or launch.key.param_dtype == torch.float64:
         return False
     return bool(launch.table.view(np.float64)[:, Column.EPS].min() < 2.0**-40)
 
 
 def _approximate(launch: Launch) -> bool:
-    """Whether PTX's approximate instructions are there (tanh.approx came with sm_75) and exact enough."""
+    """Whether PTX's approximate instructions exist (tanh.approx since sm_75) and are exact enough."""
     if launch.key.device.type != "cuda" or torch.version.hip is not None:
         return False
     capable = torch.cuda.get_device_capability(launch.key.device) >= (7, 5)

@@ -356,7 +356,7 @@ def refused(what: str, kind: str) -> str:
 
 
 REFUSALS = {
-    "placement": "w: PATS updates what is replicated or sharded, but a placement is Partial(sum)",
+    "placement": "w: PATS supports replicated and sharded parameters, but a placement is Partial(sum)",
     "plain gradient": "w: the parameter is a DTensor, its gradient a plain tensor",
     "sharded gradient": "w: the parameter is a plain tensor, its gradient a DTensor",
 }
