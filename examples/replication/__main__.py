@@ -2,7 +2,6 @@
 
 import argparse
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -13,7 +12,7 @@ from typing import Any
 from replication import lines
 from replication.grid import Configuration, Study, identity, is_of
 from replication.lines import Line
-from replication.studies import STUDIES
+from replication.studies import STUDIES, select
 from replication.train import Places, finetune
 
 SAID = (
@@ -47,14 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", action="store_true", help="say what there is to do, and do nothing")
     parser.add_argument("--minutes", type=float, help="begin no run after this many minutes")
     options = parser.parse_args(argv)
-    unknown = [name for name in options.study if name not in STUDIES]
-    if unknown:
-        parser.error(f"no such study: {', '.join(unknown)} (there are {', '.join(STUDIES)})")
-    studies = [
-        study for name in options.study for study in STUDIES[name] if re.search(options.only, study.name)
-    ]
-    if not studies:
-        parser.error(f"no study's name matches {options.only!r}")
+    try:
+        studies = select(options.study, options.only)
+    except ValueError as error:
+        parser.error(str(error))
     if options.plan:
         print(plan(studies, lines.read(options.out), options.processes))
         return

@@ -16,14 +16,16 @@ from scipy import stats
 
 from replication import lines
 from replication.__main__ import RESULTS
-from replication.comparisons import Difference, Spread, difference, holm, spread
+from replication.comparisons import Difference, Spread, clustered, difference, holm, spread
 from replication.grid import Study, Trial, configuration, identity, quoted, setting_of
 from replication.lines import Line
-from replication.studies import STUDIES
+from replication.studies import STUDIES, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+ALL, MEANS, WITHIN = "all runs", "means of methods", "runs less their method's mean"
 AGAINST = ("adamw", "isotropic")  # labels that methods are compared with; the second only PATS
 COLOURS = ("#333333", "#999999", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#882255")
 INK, QUIET = "#333333", "#999999"
@@ -114,7 +116,11 @@ def hyperparameters(cell: Cell) -> str:
     """What the trials chose, or what was given, beside the setting's."""
     if cell.trial is None:
         return "not chosen yet"
-    return ", ".join(f"{name} {_shown(value)}" for name, value in cell.trial.items() if name != "method")
+    return _named({name: value for name, value in cell.trial.items() if name != "method"})
+
+
+def _named(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
 
 
 def _shown(value: Any) -> str:
@@ -177,47 +183,99 @@ def trial_table(study: Study, found: Mapping[str, Line]) -> str:
         for trial in trials if len(trials) > 1 else ():
             names = [identity(configuration(study.setting, trial, seed)) for seed in study.trial_seeds]
             scores = [found[name]["metrics"]["select"][metric] for name in names if name in found]
-            what = ", ".join(f"{k} {_shown(v)}" for k, v in trial.items() if k != "method")
+            what = _named({name: value for name, value in trial.items() if name != "method"})
             mark = "chosen" if chosen.get(label) is trial else ""
             mean, sd, _ = _cells(scores)
             rows.append([label, what, f"{len(scores)} of {len(names)}", mean, sd, mark])
     return table(["method", "trial", "seeds", "mean", "sd", ""], rows) if rows else ""
 
 
+def equal_rates(study: Study, found: Mapping[str, Line], against: str) -> list[tuple[str, str, list[float]]]:
+    """Of each method and value of its own, its score less another's at the same learning rate and seed.
+
+    On the half that selected nothing, of the trials. What a method was chosen by plays no part in it: two
+    trial seeds may choose another learning rate for one method than for another, by chance. Isotropic noise
+    is paired with PATS of the same noise_scale, whose energy it has.
+    """
+    metric, decay = quoted(study.setting.task), study.setting.weight_decay
+
+    def scores(label: str) -> dict[tuple[str, float, float, int], float]:
+        """By what it has of its own, noise_scale, learning rate and seed."""
+        of: dict[tuple[str, float, float, int], float] = {}
+        for trial in study.methods.get(label, ()):
+            own = {k: v for k, v in trial.items() if k not in ("method", "learning_rate", "weight_decay")}
+            for seed in study.trial_seeds:
+                line = found.get(identity(configuration(study.setting, trial, seed)))
+                if line is not None and trial.get("weight_decay", decay) == decay:
+                    rate = trial.get("learning_rate", study.setting.learning_rate)
+                    place = (_named(own), own.get("noise_scale", 0.0), rate, seed)
+                    of[place] = line["metrics"]["report"][metric]
+        return of
+
+    noisy = against != AGAINST[0]
+    base = {(scale if noisy else 0.0, *at): y for (_, scale, *at), y in scores(against).items()}
+    rows: dict[tuple[str, str], list[float]] = {}
+    for label in study.methods:
+        for (own, scale, *at), score in scores(label).items() if label not in (against, AGAINST[0]) else ():
+            key = (scale if noisy else 0.0, *at)
+            if key in base:
+                rows.setdefault((label, own), []).append(score - base[key])
+    return [(label, own, pairs) for (label, own), pairs in rows.items()]
+
+
+def rate_table(study: Study, found: Mapping[str, Line]) -> str:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for place, against in enumerate(AGAINST):
+        for label, own, pairs in equal_rates(study, found, against):
+            of = spread(pairs)
+            row = rows.setdefault((label, own), [label, own, str(of.n), "", "", "", ""])
+            row[3 + 2 * place] = f"{of.mean:+.4f}"
+            row[4 + 2 * place] = "" if of.n < 2 else f"{of.sd:.4f}"
+    header = ["method", "its own", "pairs", *(name for other in AGAINST for name in (f"less {other}", "sd"))]
+    return table(header, list(rows.values())) if rows else ""
+
+
 def concentration_table(of_studies: Sequence[Sequence[Cell]]) -> str:
-    """Whether runs with more concentrated sensitivities score higher, three ways in each study."""
-    rows, tests = [], []
+    """Whether runs with more concentrated sensitivities score higher, three ways in each study.
+
+    All runs together have no p-value: they mix what differs between methods with what differs between seeds.
+    """
+    rows: list[list[str]] = []
+    tests: list[float] = []
+    tested: list[list[str]] = []
     for of_study in of_studies:
-        for way, x, y in concentration_pairs(of_study):
-            if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
-                found = stats.spearmanr(x, y)
-                rows.append([of_study[0].study.name, way, str(len(x)), f"{found.statistic:+.3f}"])  # pyright: ignore
-                tests.append(float(found.pvalue))  # pyright: ignore
-    adjusted = holm(tests)
-    rows = [[*row, f"{p:.3f} ({q:.3f})"] for row, p, q in zip(rows, tests, adjusted, strict=True)]
+        for way, points in concentration_pairs(of_study).items():
+            x, y, seeds = zip(*points, strict=True) if points else ((), (), ())
+            if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+                continue
+            statistic = float(stats.spearmanr(x, y).statistic)  # pyright: ignore
+            row = [of_study[0].study.name, way, str(len(x)), f"{statistic:+.3f}"]
+            rows.append(row)
+            if way == MEANS:
+                tests.append(float(stats.spearmanr(x, y).pvalue))  # pyright: ignore
+                tested.append(row)
+            elif way == WITHIN and len(set(seeds)) > 3:
+                tests.append(clustered(x, y, seeds))
+                tested.append(row)
+    for row, p, q in zip(tested, tests, holm(tests), strict=True):
+        row.append(f"{p:.3f} ({q:.3f})")
+    rows = [row if len(row) == 5 else [*row, ""] for row in rows]
     return table(["study", "over", "n", "Spearman", "p (Holm)"], rows) if rows else ""
 
 
-def concentration_pairs(of_study: Sequence[Cell]) -> list[tuple[str, list[float], list[float]]]:
-    """Gini coefficients and scores: of all runs; of the methods' means; of runs less their method's mean.
-
-    The first mixes what differs between methods with what differs between seeds; the others tell them apart.
-    """
-    every: tuple[list[float], list[float]] = ([], [])
-    means: tuple[list[float], list[float]] = ([], [])
-    within: tuple[list[float], list[float]] = ([], [])
-    for cell in of_study:
+def concentration_pairs(of_study: Sequence[Cell]) -> dict[str, list[tuple[float, float, int]]]:
+    """Gini coefficients, scores and seeds, three ways; of means the method's place is in the seed's."""
+    found: dict[str, list[tuple[float, float, int]]] = {ALL: [], MEANS: [], WITHIN: []}
+    for place, cell in enumerate(of_study):
         gini, scores = cell.concentration(), cell.scores()
-        seeds = sorted(gini)
-        if not seeds:
+        if not gini:
             continue
-        for place, of in enumerate((gini, scores)):
-            values = [of[seed] for seed in seeds]
-            mean = float(np.mean(values))
-            every[place].extend(values)
-            means[place].append(mean)
-            within[place].extend(value - mean for value in values)
-    return [("all runs", *every), ("means of methods", *means), ("runs less their method's mean", *within)]
+        points = [(gini[seed], scores[seed], seed) for seed in sorted(gini)]
+        x, y = (float(np.mean([point[i] for point in points])) for i in (0, 1))
+        found[ALL] += points
+        found[MEANS].append((x, y, place))
+        found[WITHIN] += [(a - x, b - y, seed) for a, b, seed in points]
+    return found
 
 
 def gini_table(of_study: Sequence[Cell]) -> str:
@@ -267,6 +325,8 @@ def tables(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
         parts += [score_table(of_study, every, adjusted)]
         trials = trial_table(study, found)
         parts += [f"Trials, on the selection half:\n\n{trials}"] if trials else []
+        rates = rate_table(study, found)
+        parts += [f"At equal learning rates, trials on the report half:\n\n{rates}"] if rates else []
         parts += [f"Concentration of |w g| after training:\n\n{gini_table(of_study)}"]
     related = concentration_table(of_studies)
     parts += [f"### Concentration and score\n\n{related}"] if related else []
@@ -278,44 +338,42 @@ def tables(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
 
 def draw_differences(of_studies: Sequence[Sequence[Cell]], path: Path) -> None:
     """Each method less AdamW, with its 95% interval; a panel a study."""
-    from matplotlib.figure import Figure
-
     shown = [of_study for of_study in of_studies if any(c.label == AGAINST[0] and c.runs for c in of_study)]
     if not shown:
         return
-    height = 1.2 + 0.26 * max(len(of_study) for of_study in shown)
-    figure = Figure(figsize=(3.1 * len(shown) + 1.2, height), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    names = list(dict.fromkeys(cell.label for of_study in shown for cell in of_study))
+    figure, panels = _panels(len(shown), 3.1, 1.0 + 0.2 * max(len(of_study) for of_study in shown))
     for axes, of_study in zip(panels, shown, strict=True):
         base = next(cell for cell in of_study if cell.label == AGAINST[0]).scores()
-        labels = [cell.label for cell in of_study if cell.label != AGAINST[0]]
-        for row, label in enumerate(labels):
-            cell = next(cell for cell in of_study if cell.label == label)
-            common = base.keys() & cell.runs.keys()
-            if len(common) > 1:
+        others = [cell for cell in of_study if cell.label != AGAINST[0]]
+        for row, cell in enumerate(others):
+            if len(base.keys() & cell.runs.keys()) > 1:
                 of = difference(cell.scores(), base).spread
-                colour = COLOURS[(row + 1) % len(COLOURS)]
                 axes.errorbar(
-                    of.mean, row, xerr=[[of.mean - of.low], [of.high - of.mean]], color=colour, marker="o",
-                    markersize=4, capsize=2, linewidth=1.4,
+                    of.mean, row, xerr=[[of.mean - of.low], [of.high - of.mean]], marker="o", markersize=4,
+                    color=COLOURS[names.index(cell.label) % len(COLOURS)], capsize=2, linewidth=1.4,
                 )  # fmt: skip
         axes.axvline(0, color=QUIET, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(labels)), labels if axes is panels[0] else [""] * len(labels))
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        task = of_study[0].study.setting
-        _dress(axes, f"{task.name}", f"{quoted(task.task)} less AdamW's")
+        axes.set_yticks(range(len(others)), [cell.label for cell in others])
+        axes.set_ylim(len(others) - 0.5, -0.5)
+        setting = of_study[0].study.setting
+        _dress(axes, setting.name, f"{quoted(setting.task)} less AdamW's")
+    limits = [axes.get_xlim() for axes in panels]
+    for axes in panels:  # what is far on one is far on all
+        axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
     figure.savefig(path, dpi=130)
 
 
 def draw_concentration(of_studies: Sequence[Sequence[Cell]], path: Path) -> None:
     """A point a run: its score against the Gini coefficient of its sensitivities; a panel a study."""
-    from matplotlib.figure import Figure
-
-    shown = [of_study for of_study in of_studies if any(cell.concentration() for cell in of_study)]
+    shown = [
+        of_study
+        for of_study in of_studies
+        if any(cell.concentration() and cell.label == AGAINST[0] for cell in of_study)
+    ]
     if not shown:
         return
-    figure = Figure(figsize=(3.4 * len(shown) + 0.6, 3.9), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    figure, panels = _panels(len(shown), 3.4, 3.3)
     for axes, of_study in zip(panels, shown, strict=True):
         for place, cell in enumerate(of_study):
             gini, scores = cell.concentration(), cell.scores()
@@ -326,22 +384,21 @@ def draw_concentration(of_studies: Sequence[Sequence[Cell]], path: Path) -> None
         setting = of_study[0].study.setting
         _dress(axes, setting.name, "Gini coefficient of |w g|, word embeddings left out")
         axes.set_ylabel(quoted(setting.task), fontsize=8, color=INK)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1])
+    )
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
 def draw_noise(studies: Sequence[Study], found: Mapping[str, Line], path: Path) -> None:
     """The trials' means and standard deviations over their seeds, against noise_scale; a panel a study."""
-    from matplotlib.figure import Figure
-
     shown = [
         study for study in studies if any("noise_scale" in t for ts in study.methods.values() for t in ts)
     ]
     if not shown:
         return
-    figure = Figure(figsize=(3.4 * len(shown) + 0.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    figure, panels = _panels(len(shown), 3.4, 3.0)
     for axes, study in zip(panels, shown, strict=True):
         metric = quoted(study.setting.task)
         for place, (label, trials) in enumerate(study.methods.items()):
@@ -361,9 +418,30 @@ def draw_noise(studies: Sequence[Study], found: Mapping[str, Line], path: Path) 
         axes.set_xscale("log")
         _dress(axes, study.setting.name, "noise_scale")
         axes.set_ylabel(f"{metric}, selection half", fontsize=8, color=INK)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1])
+    )
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _panels(count: int, width: float, height: float) -> tuple["Figure", list["Axes"]]:
+    """So many of this size in inches, up to four in a row."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.6), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every[count:]:
+        axes.set_axis_off()
+    return figure, every[:count]
+
+
+def _legend(figure: "Figure", panels: Sequence["Axes"]) -> None:
+    """One for all panels, of the one that shows most."""
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda of: len(of[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
 
 
 def _dress(axes: "Axes", title: str, below: str) -> None:
@@ -378,6 +456,7 @@ def _dress(axes: "Axes", title: str, below: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m replication.report", description=__doc__)
     parser.add_argument("study", nargs="*", help=f"one or more of {', '.join(STUDIES)}")
+    parser.add_argument("--only", metavar="REGEX", default="", help="the studies whose names match")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="where the lines are (default: %(default)s)"
     )
@@ -385,7 +464,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tables", type=Path, help="a file for the Markdown; else it is printed")
     parser.add_argument("--figures", type=Path, help="a folder for the figures")
     options = parser.parse_args(argv)
-    studies = [study for name in options.study for study in STUDIES[name]]
+    try:
+        studies = select(options.study, options.only)
+    except ValueError as error:
+        parser.error(str(error))
     found = lines.read(options.out)
     if options.adamw:
         print(adamw_table(found))
