@@ -130,8 +130,9 @@ def test_tables_drop_nothing() -> None:
     scores = {**SCORES, "pats": SCORES["pats"][:3]}
     found = lines(scores)
     text = report.tables([STUDY], found)
+    of_study = text[text.index("### small") :]
     rows = [
-        [part.strip() for part in row.split("|")[1:-1]] for row in text.split("\n") if row.startswith("|")
+        [part.strip() for part in row.split("|")[1:-1]] for row in of_study.split("\n") if row.startswith("|")
     ]
     adamw, isotropic, pats = rows[2:5]
     assert adamw[:5] == [
@@ -286,6 +287,18 @@ def test_methods_are_compared_at_equal_rates() -> None:
         study, found
     )
     assert report.rate_table(study, {}) == ""
+
+
+def test_the_summary_has_a_row_a_cell() -> None:
+    """The mean differences of `test_a_difference_is_of_pairs`, under the right heads."""
+    study = replace(STUDY, methods={**STUDY.methods, "pats product": STUDY.methods["pats"]})
+    text = report.tables([study], lines(SCORES))
+    (row,) = [line for line in text.splitlines() if line.startswith("| random, cola | matthews |")][:1]
+    head = next(line for line in text.splitlines() if line.startswith("| cell | score |"))
+    columns = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert columns["adamw"] == "0.4100 ± 0.0258"
+    assert columns["pats product less adamw"].startswith("+0.0500 (")
+    assert columns["isotropic less adamw"].startswith("+0.0050 (")
 
 
 def test_a_run_that_diverged_has_a_score_and_no_concentration() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL, MEANS, WITHIN = "all runs", "means of methods", "runs less their method's mean"
+SHORT = ("isotropic", "pats product", "pats relative")  # labels of the summary
 AGAINST = ("adamw", "isotropic")  # labels that methods are compared with; the second only PATS
 COLOURS = ("#333333", "#999999", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#882255")
 INK, QUIET = "#333333", "#999999"
@@ -235,6 +236,44 @@ def rate_table(study: Study, found: Mapping[str, Line]) -> str:
     return table(header, list(rows.values())) if rows else ""
 
 
+def summary_table(
+    of_studies: Sequence[Sequence[Cell]], every: Sequence[Comparison], adjusted: Sequence[float]
+) -> str:
+    """A row a study: AdamW, and what the methods of `SHORT` differ from it by."""
+    rows = []
+    for of_study in of_studies:
+        cells = {cell.label: cell for cell in of_study}
+        base = cells.get(AGAINST[0])
+        if base is None or len(base.runs) < 2 or not any(label in cells for label in SHORT):
+            continue
+        row = [
+            base.study.setting.name,
+            quoted(base.study.setting.task),
+            " ± ".join(_cells(list(base.scores().values()))[:2]),
+        ]
+        for label in SHORT:
+            at = [i for i, c in enumerate(every) if c.cell is cells.get(label) and c.against == AGAINST[0]]
+            row += _compared(every[at[0]].found, adjusted[at[0]])[:2] if at else ["", ""]
+        rows.append(row)
+    names = [name for label in SHORT for name in (f"{label} less adamw", "p (Holm)")]
+    return table(["cell", "score", "adamw", *names], rows) if rows else ""
+
+
+def summary_of_rates(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
+    """A row a study: the methods of `SHORT` less AdamW at equal learning rates, by their own values."""
+    every: dict[str, dict[tuple[str, str], float]] = {}
+    for study in studies:
+        for label, own, pairs in equal_rates(study, found, AGAINST[0]):
+            if label in SHORT:
+                every.setdefault(study.setting.name, {})[label, own] = float(np.mean(pairs))
+    columns = sorted({column for row in every.values() for column in row}, key=lambda c: (c[1], c[0]))
+    rows = [
+        [name, *(f"{row[column]:+.4f}" if column in row else "" for column in columns)]
+        for name, row in every.items()
+    ]
+    return table(["cell", *(f"{label}, {own}" for label, own in columns)], rows) if rows else ""
+
+
 def concentration_table(of_studies: Sequence[Sequence[Cell]]) -> str:
     """Whether runs with more concentrated sensitivities score higher, three ways in each study.
 
@@ -320,6 +359,10 @@ def tables(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
         "of them; detectable is the smallest true difference that these seeds would show with a power of 0.8 "
         "at 0.05 divided by the number of comparisons.\n"
     ]
+    if summary := summary_table(of_studies, every, adjusted):
+        parts += [f"### All cells\n\n{summary}"]
+    if rates := summary_of_rates(studies, found):
+        parts += [f"The trials at equal learning rates, means over rates and seeds, report half:\n\n{rates}"]
     for study, of_study in zip(studies, of_studies, strict=True):
         parts += [f"### {study.name}: {study.setting.name}\n", baselines(study, of_study)]
         parts += [score_table(of_study, every, adjusted)]
