@@ -126,18 +126,11 @@ def step_(
 def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     tuning, module = _tuning[-1], kernels()
     place = "triton", tuning
-    if place not in launch.cache:
-        launch.cache[place] = _Work(
-            DeviceTables(launch, chunk_of(launch.key, tuning), narrowed), _groups(launch, tuning)
-        )
-    work: _Work = launch.cache[place]
+    work: _Work | None = launch.cache.get(place)
+    if work is None:
+        work = launch.cache[place] = _Work.of(launch, tuning)
     tables, groups, small_eps = work.tables.current(launch), work.groups, _small_eps(launch)
-    constants = specialization(launch.key, tuning) | {"APPROX": _approximate(launch)}
-    options = {}
-    if launch.key.device.type == "cuda":
-        options = compiler_options(launch.key, tuning, _architecture(launch.key.device))
     num_chunks, grouped = len(tables.chunks), len(groups) > 1
-    phases = {"one_pass": module.ONE_PASS, "averages": module.AVERAGES, "noise": module.NOISE}
 
     def run(phase: Phase, group: _Group) -> None:
         backwards = tuning.reversed and phase == "noise"
@@ -158,8 +151,8 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
                     "REVERSED": backwards,
                     "SMALL_EPS": small_eps,
                 },
-                {"PHASE": phases[phase], **constants},
-                options,
+                work.constants[phase],
+                work.options,
             )
         if phase != "noise":
             work.start(
@@ -169,7 +162,7 @@ def _start(launch: Launch, phase: Phase, grad_scale: Tensor | None, found_inf: T
                 {**pointers, "starts": tables.starts},
                 {"num_chunks": num_chunks, "first": group.first_row if grouped else None},
                 {"BLOCK": STATISTICS_BLOCK},
-                UNFUSED if options else {},
+                UNFUSED if work.options else {},
             )
 
     if not grouped:
@@ -194,12 +187,33 @@ class _Work:
     """What a launch keeps and starts.
 
     Attributes:
+        constants: of `pats_kernel`, by phase.
+        options: the compiler's.
         compiled: kernels, by everything that Triton specializes them for.
     """
 
     tables: DeviceTables
     groups: list[_Group]
+    constants: dict[Phase, dict[str, Any]]
+    options: dict[str, int]
     compiled: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, launch: Launch, tuning: Tuning) -> "_Work":
+        key, module = launch.key, kernels()
+        phases: dict[Phase, Any] = {
+            "one_pass": module.ONE_PASS,
+            "averages": module.AVERAGES,
+            "noise": module.NOISE,
+        }
+        common = specialization(key, tuning) | {"APPROX": _approximate(launch)}
+        on_gpu = key.device.type == "cuda"
+        return cls(
+            DeviceTables(launch, chunk_of(key, tuning), narrowed),
+            _groups(launch, tuning),
+            {phase: {"PHASE": value, **common} for phase, value in phases.items()},
+            compiler_options(key, tuning, _architecture(key.device)) if on_gpu else {},
+        )
 
     def start(
         self,
