@@ -10,26 +10,15 @@ installed. What is wrong ends with a report and a status that is not 0. Linux, G
 """
 
 import os
-import platform
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-NATIVE, BUILD = ROOT / "tests" / "native", ROOT / "build"
+from program import BUILD, INSTRUCTION_SETS, ROOT, built, run
+
 CHECKS = "address,undefined,float-cast-overflow"
 ADDRESS_FLAGS = f"-fsanitize={CHECKS} -fno-sanitize-recover={CHECKS.removeprefix('address,')} "
 ADDRESS_FLAGS += "-fno-omit-frame-pointer"
-SIMD_FLAGS = "-std=c++17 -Wall -Wextra -ffp-contract=off -fopenmp-simd -fno-math-errno -fno-trapping-math "
-SIMD_FLAGS += "-ffinite-math-only -fno-signed-zeros"  # setup.py's
 THREAD_FLAGS = "-fsanitize=thread -g1 -O1"
-INSTRUCTION_SETS = {"baseline": ""}
-if platform.machine() == "x86_64":
-    INSTRUCTION_SETS |= {
-        "avx2": "-mavx2 -mfma",
-        "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512",
-    }
 
 TESTS = ["backends", "operator", "adamw", "reads", "plan", "rounding", "shards", "step", "noise"]
 TESTS += ["optim", "adamw_optim", "release", "reference", "fork", "guard_pages"]
@@ -54,20 +43,15 @@ print("done")
 """
 
 
-def run(command: list[str], environment: dict[str, str] | None = None, folder: Path = ROOT) -> None:
-    print("+", " ".join(command), flush=True)
-    subprocess.run(command, cwd=folder, env=os.environ | (environment or {}), check=True)
-
-
 def library(name: str) -> str:
     found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     return found.stdout.strip()
 
 
 def address() -> None:
-    built = BUILD / "sanitize"
+    place = BUILD / "sanitize"
     flags = {"CFLAGS": ADDRESS_FLAGS, "CXXFLAGS": ADDRESS_FLAGS, "LDFLAGS": f"-fsanitize={CHECKS}"}
-    folders = [f"--build-lib={built / 'lib'}", f"--build-temp={built / 'temp'}"]
+    folders = [f"--build-lib={place / 'lib'}", f"--build-temp={place / 'temp'}"]
     run([sys.executable, "setup.py", "-q", "build", *folders], flags)
     # What is preloaded first sees all memory that torch allocates. Python keeps much until it ends: no leaks.
     preloaded = [library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
@@ -75,41 +59,29 @@ def address() -> None:
         "LD_PRELOAD": " ".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(built / "lib"),
+        "PYTHONPATH": str(place / "lib"),
         "OMP_NUM_THREADS": "2",
     }
     for numel, expected in ((100, "done"), (101, "heap-buffer-overflow")):
         command = [sys.executable, "-c", BEYOND.format(numel=numel)]
         done = subprocess.run(
-            command, cwd=built, env=os.environ | environment, capture_output=True, text=True, check=False
+            command, cwd=place, env=os.environ | environment, capture_output=True, text=True, check=False
         )
         if expected not in done.stdout + done.stderr:
             sys.exit(f"{numel} of 100 elements, and no {expected}:\n{done.stdout}{done.stderr}")
     # From another folder: Python would find the package in this one first.
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
     rootdir = [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
-    run([sys.executable, *PYTEST, *rootdir, "-k", "not eager", *tests], environment, built)
+    run([sys.executable, *PYTEST, *rootdir, "-k", "not eager", *tests], environment, place)
     for name in list(INSTRUCTION_SETS)[:-1]:
         chosen = [str(ROOT / "tests" / f"test_{part}.py") for part in ("backends", "rounding")]
         lesser = environment | {"PATS_KERNELS_ISA": name}
-        run([sys.executable, *PYTEST, *rootdir, "-k", OF_EACH_SET, *chosen], lesser, built)
+        run([sys.executable, *PYTEST, *rootdir, "-k", OF_EACH_SET, *chosen], lesser, place)
 
 
 def threads() -> None:
-    built = BUILD / "threads"
-    built.mkdir(parents=True, exist_ok=True)
-
-    def compile_(name: str) -> str:
-        flags = [*THREAD_FLAGS.split(), *SIMD_FLAGS.split(), *INSTRUCTION_SETS[name].split()]
-        target = str(built / f"{name}.o")
-        run(["g++", *flags, f"-DPATS_CHUNK=chunk_{name}", "-c", "csrc/cpu_kernel.cpp", "-o", target])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_, INSTRUCTION_SETS))
-    program = str(built / "threads")
-    flags = [*THREAD_FLAGS.split(), "-std=c++17", "-Wall", "-Wextra", f"-I{NATIVE / 'stand_in'}", "-pthread"]
-    run(["g++", *flags, str(NATIVE / "threads.cpp"), *objects, "-o", program])
+    flags = THREAD_FLAGS.split()
+    program = str(built(BUILD / "threads" / "threads", flags=flags, link=[*flags, "-Wall", "-Wextra"]))
     run([program])
     raced = subprocess.run([program, "race"], capture_output=True, text=True, check=False)
     if "data race" not in raced.stderr:
