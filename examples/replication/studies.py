@@ -155,6 +155,11 @@ STUDIES: dict[str, list[Study]] = {
         pilot(setting("l6", "mrpc", 1000), (1e-4,), (1,)),
         pilot(setting("tiny", "stsb"), (2e-4, 5e-4)),
     ],
+    # Whether RTE tells anything: l6 has seen MultiNLI, its near relative.
+    "pilot-3": [
+        pilot(setting("tiny", "rte"), (3e-4, 1e-3)),
+        pilot(setting("l6", "rte", 1000), (1e-4, 5e-5)),
+    ],
     # About four hours of one core, nearly all of them the larger model's.
     "first": [
         compare(TINY_SST2, seconds=8),
