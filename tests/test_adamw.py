@@ -1,4 +1,4 @@
-"""PATSAdamW's numbers: against the oracle, against torch's AdamW, and against PATS attached to it."""
+"""PATSAdamW's numbers, compared with the oracle, with torch's AdamW, and with PATS attached to it."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Distributions of sensitivities against brute force and closed forms; the gates against the oracle."""
+"""Distributions of sensitivities, compared with brute force and closed forms; gates, with the oracle."""
 
 import json
 import subprocess

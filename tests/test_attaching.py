@@ -1,4 +1,4 @@
-"""To what PATS can be attached, what it refuses by name, and who loads its state."""
+"""What PATS can be attached to, what it refuses by name, and how its state is loaded."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Every backend against the oracle: each number of each step, over shapes, strides, dtypes and variants."""
+"""Each number of each backend's steps against the oracle, over shapes, strides, dtypes and variants."""
 
 from dataclasses import replace
 from itertools import product

@@ -1,9 +1,9 @@
-"""The same bits, whatever the path, within one backend: docs/bits.md has the list, and which test holds what.
+"""Within one backend, all paths give the same bits. docs/bits.md lists the paths and their tests.
 
-For the same means a tensor steps to the same bits where it is contiguous and aligned (a kernel's path for
-full chunks, and at its end that for tails), misaligned (tails' path alone), with holes (strides) or cut into
-shards, with a GradScaler or without. Instruction sets are in test_isa.py, threads in test_backends.py, other
-shards in test_shards.py; what the compiled GPU kernels compute on each path is in test_codegen.py.
+With the same means, a tensor gets the same bits if it is contiguous and aligned (a kernel's path for full
+chunks, then the path for tails), misaligned (only the path for tails), strided or sharded, with a GradScaler
+or without. test_isa.py tests instruction sets, test_backends.py threads, test_shards.py other shards, and
+test_codegen.py what the compiled GPU kernels compute on each path.
 """
 
 from typing import Any

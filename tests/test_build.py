@@ -1,4 +1,4 @@
-"""What setup.py finds, refuses and leaves out, and what the package says of a library that it lacks."""
+"""What setup.py finds, refuses and leaves out, and what the package says about a missing library."""
 
 import importlib.util
 import platform

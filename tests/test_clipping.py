@@ -1,4 +1,4 @@
-"""`PATSAdamW.clip_grad_norm_` against torch's, which multiplies the gradients."""
+"""`PATSAdamW.clip_grad_norm_`, compared with torch's, which multiplies the gradients."""
 
 import weakref
 from typing import Any

@@ -1,4 +1,4 @@
-"""torch.compile around a step: the same bits as without, no graph of the step, no recompilation."""
+"""torch.compile around a step: the same bits as without it, no graph of the step, no recompilation."""
 
 import copy
 import subprocess

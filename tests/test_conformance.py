@@ -1,13 +1,13 @@
-"""What PyTorch asks of each of its optimizers, asked of `PATSAdamW` and of `PATS` on torch's optimizers.
+"""PyTorch's own tests of its optimizers, applied to `PATSAdamW` and to `PATS` on torch's optimizers.
 
 The categories are those of PyTorch's test/test_optim.py (`TestOptimRenewed`) in torch 2.7.
-docs/conformance.md has all of them, and the tests in other files that cover some. Inputs, schedulers and
-errors are the installed torch's own, here 2.13's, from `torch.testing._internal.common_optimizers`. That
-module is private: only what PyTorch's tests have used of it since 2.6 is used, and an optimizer that the
-installed torch lacks is left out.
+docs/conformance.md lists all of them, and the tests in other files that cover some. Inputs, schedulers and
+errors come from the installed torch (here 2.13), from `torch.testing._internal.common_optimizers`. That
+module is private, so these tests use only what PyTorch's tests have used since 2.6. Optimizers that the
+installed torch lacks are left out.
 
-The noise is real and loud, so that its absence would show, and drawn from a fixed seed: where two runs have
-to agree, they agree to the bit.
+The noise is large, so that missing noise would show. Its seed is fixed, so two runs that must agree do so to
+the bit.
 """
 
 import copy

@@ -1,8 +1,7 @@
-"""The CUDA kernels' own source, run on the CPU, against the oracle: that they index right needs no GPU.
+"""The CUDA kernels' source, run on the CPU and compared with the oracle: tests indexing without a GPU.
 
-tests/cuda_emulation/ stands in for CUDA: threads are fibers, barriers and shuffles really wait. What it
-cannot show is the GPU's approximate instructions (tests/gpu/) and what the compiler makes of it
-(test_cuda_build.py).
+tests/cuda_emulation/ replaces CUDA: threads are fibers, and barriers and shuffles really wait. It does not
+cover the GPU's approximate instructions (tests/gpu/) nor the compiled code (test_cuda_build.py).
 """
 
 import ctypes

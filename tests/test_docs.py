@@ -1,6 +1,6 @@
-"""What the pages show is what their code does: their Python is run as it stands, and what it prints compared.
+"""Runs the Python of the documentation's pages, and compares its output with what the pages show.
 
-Numbers may differ as far as another CPU rounds otherwise, which each test says; the text around them may not.
+Numbers may differ by what other CPUs round differently; each test has its tolerance. The text must be equal.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""Where numbers end: statistics that die out, the loss's scale, closed gates, roots of what is subnormal.
+"""Extreme numbers: vanishing statistics, the loss's scale, closed gates, roots of subnormal numbers.
 
-Every backend, each number against the oracle or a closed form.
+On every backend, each number is compared with the oracle or a closed form.
 """
 
 import warnings

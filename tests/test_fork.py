@@ -1,8 +1,8 @@
-"""A process that has stepped on two threads forks, as DataLoaders and fork-start launchers do.
+"""A process that has taken steps with two threads forks, as DataLoaders and fork-start launchers do.
 
-GNU's OpenMP, which torch's own operations run on, then waits in the child for threads that are not there:
-whoever computes in a forked child calls `torch.set_num_threads(1)`, as DataLoader's workers do. The C++
-kernel does not need it. Whatever hangs here is killed after a while, and fails.
+In the child, GNU's OpenMP, which torch's operations use, waits for threads that do not exist. So code that
+computes in a forked child must call `torch.set_num_threads(1)`, as DataLoader's workers do. The C++ kernel
+does not need it. A test that hangs is killed after a while, and fails.
 """
 
 import multiprocessing

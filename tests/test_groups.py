@@ -1,4 +1,4 @@
-"""Param groups by name: lists by hand, patterns, tied parameters, embeddings that rest, the Trainer."""
+"""Param groups by name: lists written by hand, patterns, tied parameters, unused embeddings, the Trainer."""
 
 import copy
 import math

@@ -1,7 +1,7 @@
-"""Memory over long runs: what a step leaves behind, it leaves behind once.
+"""Memory in long runs must not grow.
 
-Sets of frozen parameters, schedules and gradients that come and go make a step's plans, hyperparameters and
-tables new again and again. All that is kept of them has a limit, which is reached in the first part of a run.
+Changing sets of frozen parameters, schedules and gradients that come and go make new plans, hyperparameters
+and tables again and again. What is kept of them is limited, and the first part of a run reaches the limit.
 """
 
 import gc

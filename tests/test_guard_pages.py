@@ -1,8 +1,8 @@
-"""No backend touches what lies beyond a tensor, or before it: an operand ends or begins at a forbidden page.
+"""No backend accesses memory before or after a tensor: operands begin or end at an inaccessible page.
 
-A tensor's memory is usually followed by more of the process's own, so that a few elements too many are read
-without a word, and written over what belongs to others. Here they end the process. The bits are those of
-ordinary memory. `PATS_GUARD_PAGES=1` takes all sizes and storages, a few minutes' worth.
+Ordinarily more of the process's memory follows a tensor, so reading a few elements too many goes unnoticed,
+and writing them damages other data. Here it ends the process. The bits are the same as in ordinary memory.
+`PATS_GUARD_PAGES=1` tests all sizes and storages, which takes a few minutes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A stock Hugging Face Trainer with PATS: it resumes to the bit, accumulates, and logs what PATS does."""
+"""A stock Hugging Face Trainer with PATS: resumes to the bit, accumulates gradients, logs PATS's figures."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a param group may hold: every value that is allowed passes, every other is named with its range."""
+"""What a param group may hold: allowed values pass, and errors name all others with the allowed range."""
 
 import math
 from collections import UserList

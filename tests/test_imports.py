@@ -1,4 +1,4 @@
-"""What an import takes along, and what the package says of what is missing."""
+"""What importing the package imports, and its messages about missing packages."""
 
 import os
 import subprocess

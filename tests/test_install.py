@@ -1,7 +1,7 @@
-"""The package installs with its extension where there are a compiler and torch, else says what is missing.
+"""The package installs with its extension if a compiler and torch are present, and else says what is missing.
 
-Nothing is downloaded. The environments that are installed into see the packages of the one that runs the
-tests by links; setuptools, which pip wants for its isolated builds, is packed up again from there.
+Nothing is downloaded. The environments link to the packages of the one that runs the tests. setuptools, which
+pip needs for isolated builds, is repacked from there.
 """
 
 import json

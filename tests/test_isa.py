@@ -1,4 +1,4 @@
-"""The CPU kernel's other instruction sets: PATS_KERNELS_ISA takes a lesser one than the machine has."""
+"""The CPU kernel with other instruction sets: PATS_KERNELS_ISA asks for a lesser one than the machine's."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What keeps what alive: everything goes with its last reference, and copies take everything along."""
+"""Lifetimes: objects are freed with their last reference, and copies are complete."""
 
 import copy
 import gc

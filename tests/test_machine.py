@@ -1,6 +1,6 @@
-"""What users do to an optimizer, in any order: see machine.py for what is held against what.
+"""What users do to an optimizer, in any order. machine.py says what is compared.
 
-A few hundred steps in each run of the tests, always the same; `make fuzz` for other ones, and many more.
+Each run of the tests takes the same few hundred steps; `make fuzz` takes many more, and others each time.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The figures of examples/moments_fidelity.py, against scikit-learn's and scipy's and against the kernels."""
+"""The figures of examples/moments_fidelity.py, compared with scikit-learn, scipy and the kernels."""
 
 from typing import Any
 

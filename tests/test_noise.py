@@ -1,8 +1,8 @@
-"""Every backend's noise, isolated: right at every element, normal, and independent of all its neighbours.
+"""The noise of every backend: right at every element, normal, and independent of all its neighbours.
 
-With w = 0, g = 0 and S = 0 under a mean of 1, q = 0 and the gate is exactly 1: one step with noise_scale = 1
-leaves z itself in w. The seeds are fixed, so each statistical bound was passed once and for all; it is set
-where a true normal fails once in a million draws (five standard deviations) to keep out luck.
+With w = g = S = 0 and a mean of 1, q = 0 and the gate is exactly 1, so one step with noise_scale = 1 writes z
+to w. The seeds are fixed, so a statistical test that passes once always passes. The bounds are those that a
+true normal exceeds once in a million draws (five standard deviations).
 """
 
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""No two elements of a model draw the same noise: numbers given, made where positions repeat, warned of."""
+"""No two elements of a model draw the same noise: tensor numbers given by the user, made, or warned about."""
 
 import copy
 import warnings

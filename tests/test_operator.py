@@ -1,4 +1,4 @@
-"""torch.ops.pats_kernels.step_ as the dispatcher sees it, and the row that Python and C++ share."""
+"""torch.ops.pats_kernels.step_ in the dispatcher, and the table row that Python and C++ share."""
 
 import re
 from pathlib import Path

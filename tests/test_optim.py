@@ -1,4 +1,4 @@
-"""PATS attached to torch's optimizers: what `pats_step_` by hand does, its state kept, and nothing else."""
+"""PATS attached to torch's optimizers does what `pats_step_` by hand does, keeps its state, and no more."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The random bits: published vectors, then an independent NumPy over the whole range of the counter."""
+"""The random bits: published vectors, then an independent NumPy version over the counter's whole range."""
 
 import numpy as np
 import oracle

@@ -1,4 +1,4 @@
-"""The tables: dimensions merged, chunks that cover, alignment; kept while they are true and not longer."""
+"""The tables: merged dimensions, complete chunks, alignment; kept only as long as they are valid."""
 
 import gc
 import weakref

@@ -1,5 +1,5 @@
-"""The example that pretrains a small BERT, and what is done with its model: fine-tuning, pictures, sweeps,
-comparisons of dtypes and of sensitivities."""
+"""The example that pretrains a small BERT, and the examples that use its model: fine-tuning, pictures,
+sweeps, comparisons of dtypes and of sensitivities."""
 
 import gzip
 import json

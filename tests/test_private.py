@@ -1,4 +1,4 @@
-"""A torch that has renamed what it keeps private: the same import and steps, or an error that says so."""
+"""A torch with renamed private parts: the package imports and steps as before, or an error says why not."""
 
 import importlib
 import os

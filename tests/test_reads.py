@@ -1,4 +1,4 @@
-"""What the kernels read by address: where it lies now, what its bytes mean, and what nobody may interrupt."""
+"""What the kernels read by address: tensors that move, what their bytes mean, and interrupts."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""The reference against the oracle, and both against what can be said without either."""
+"""The reference compared with the oracle, and both with results known without them."""
 
 from itertools import pairwise, product
 from typing import Any

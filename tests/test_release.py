@@ -1,4 +1,4 @@
-"""Released gradients: the same bits as the plain step, no two gradients at once, one plan a parameter."""
+"""Released gradients: the same bits as the plain step, no two gradients at once, one plan per parameter."""
 
 import copy
 import gc

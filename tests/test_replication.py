@@ -1,4 +1,4 @@
-"""The replication: its grid, its runs with a tiny random model, its resumption and its methods."""
+"""The replication: its grid, runs with a tiny random model, resumption and methods."""
 
 import gc
 import io

@@ -1,4 +1,4 @@
-"""The statistics and the tables of the replication, against values worked out by hand and by simulation."""
+"""The statistics and tables of the replication, compared with values by hand and from simulations."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Stochastic rounding: a model proven unbiased, every store of every backend held to it bit by bit, and what
-it is for: noise and averages that rounding to nearest loses."""
+"""Stochastic rounding: a model shown to be unbiased, every store of every backend compared with it bit by
+bit, and its purpose: noise and averages that rounding to nearest loses."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The example that fine-tunes on GLUE: its readers, its grammar, its metrics, and every method end to end."""
+"""The example that fine-tunes on GLUE: its readers, grammar and metrics, and every method end to end."""
 
 import gzip
 import json

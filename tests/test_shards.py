@@ -1,7 +1,7 @@
-"""A part of a tensor gets the noise, the rounding and the statistics that the whole would have given it.
+"""A shard of a tensor gets the same noise, rounding and statistics as in a step on the whole tensor.
 
-What `distributed` makes of a sharded parameter, without any other process: a batch whose tensors are boxes of
-others. Every backend is held against its own step over the whole, and against the numbers of the contract.
+The tests use what `distributed` makes of a sharded parameter, without other processes: a batch whose tensors
+are boxes of whole tensors. Every backend is compared with its own step on the whole, and with the contract.
 """
 
 from typing import Any

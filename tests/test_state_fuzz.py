@@ -1,8 +1,8 @@
-"""State dictionaries with errors in them: refused by name without a trace, or loaded and stepped from.
+"""State dictionaries with errors: refused by name without side effects, or loaded and used.
 
-What is refused leaves a run whose next steps are those of one that never tried. What is loaded is loaded into
-the three runs of machine.py, which then go on in lockstep.
-A few hundred in each run of the tests; `make fuzz` has more, of other seeds in each run.
+After a refusal, the next steps are those of a run that never tried to load. What is accepted is loaded into
+the three runs of machine.py, which then continue in lockstep. Each run of the tests tries a few hundred;
+`make fuzz` tries more, with other seeds each time.
 """
 
 import copy

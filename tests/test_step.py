@@ -1,4 +1,4 @@
-"""The functional API and `PATS` given what they must refuse, or skip: the contract's table, row by row."""
+"""Input that the functional API and `PATS` must refuse or skip: the contract's table, row by row."""
 
 import inspect
 from collections.abc import Callable, Iterator

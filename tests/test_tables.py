@@ -1,4 +1,4 @@
-"""A launch's tables on the device: what is uploaded when, and what a captured graph copies from."""
+"""A launch's tables on the device: what is uploaded when, and what a captured graph reads."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""However a launch is tuned, its results are the same bits."""
+"""Every tuning of a launch gives the same bits."""
 
 from dataclasses import replace
 from functools import cache
