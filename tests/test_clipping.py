@@ -36,9 +36,10 @@ def tensors(optimizer: PATSAdamW) -> list[Tensor]:
 def test_a_step_is_that_of_clipped_gradients(
     backend: str, options: dict[str, Any], norm_type: float, max_norm: float
 ) -> None:
-    """Torch multiplies g by a rounded coefficient and rounds the product; here the reciprocal's reciprocal is
-    taken: a few roundings of 2^-24 of g, which the moments' quotient and the averages inherit. The noise,
-    2e-3 at most, inherits them through the gate's slope, times 1/q. Not clipped: the same bits."""
+    """torch multiplies g by a rounded coefficient and rounds the product. Here g is multiplied by the
+    reciprocal of the coefficient's reciprocal. The difference is a few roundings of 2^-24 of g. The moments'
+    quotient and the averages inherit them, and so does the noise, at most 2e-3, through the gate's slope,
+    times 1/q. Without clipping the bits are the same."""
     pair: list[tuple[list[Tensor], Tensor]] = []
     for clip in (True, False):
         params = params_of()
@@ -68,9 +69,10 @@ def test_a_step_is_that_of_clipped_gradients(
 @pytest.mark.parametrize("unscale", [True, False])
 @pytest.mark.parametrize("factor", [1.0, float("inf")])
 def test_with_a_grad_scaler(backend: str, factor: float, unscale: bool) -> None:
-    """max_norm is that of the unscaled gradients, whether they have been unscaled or the step is to do it.
+    """max_norm refers to the unscaled gradients, whether they are unscaled already or the step does it.
 
-    What the scaler skips changes nothing, and the norm is not the next step's."""
+    A step that the scaler skips changes nothing, and its norm is not used for the next step.
+    """
     params, reference = params_of(), params_of()
     ours = PATSAdamW(params, lr=1e-2, noise_scale=0.0, backend=backend)
     theirs = PATSAdamW(reference, lr=1e-2, noise_scale=0.0, backend=backend)
@@ -96,7 +98,7 @@ def test_with_a_grad_scaler(backend: str, factor: float, unscale: bool) -> None:
 
 
 def test_another_gradient_than_the_norm_s_is_refused() -> None:
-    """As of a backward in between, or of a step that was not taken; nothing is changed."""
+    """As after another backward, or after a step that was not taken. Nothing changes."""
     params = params_of()
     optimizer = PATSAdamW(params, noise_scale=0.0)
     give_grads(params, 1)
@@ -153,7 +155,7 @@ def test_released_gradients_are_refused() -> None:
 
 
 def test_behind_accelerate_s_wrapper() -> None:
-    """docs/trainer.md: at the end of an accumulation, on the optimizer within."""
+    """As in docs/trainer.md: at the end of an accumulation, on the wrapped optimizer."""
     accelerate = pytest.importorskip("accelerate")
     # A Trainer of another test may have left its precision in the environment, and in Accelerate's state.
     accelerate.state.AcceleratorState._reset_state()

@@ -107,7 +107,7 @@ PHASES = ["one_pass", "averages", "noise"]
 
 
 def compiled(dtype: torch.dtype, folder: Path) -> Any:
-    """The kernels for parameters of `dtype` as a function of the host's."""
+    """The kernels for parameters of `dtype`, as a function on the host."""
     library = folder / f"{DTYPES[dtype]}.so"
     command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-shared", "-fPIC", f"-DPATS_PARAM={DTYPES[dtype]}", "-DPATS_LAUNCH=launch_it"]
@@ -120,7 +120,7 @@ def compiled(dtype: torch.dtype, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")  # no longer: "auto" would take it in other tests of the process
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """ "cuda", on the CPU: the operator that csrc/cuda.cpp defines, with the emulated kernels behind it."""
+    """ "cuda" on the CPU: the operator of csrc/cuda.cpp, with the emulated kernels."""
     folder = tmp_path_factory.mktemp("cuda_emulation")
     with ThreadPoolExecutor(2) as pool:
         kernels = dict(zip(DTYPES, pool.map(lambda dtype: compiled(dtype, folder), DTYPES), strict=True))
@@ -173,7 +173,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_averages_and_moments_have_the_cpu_s_bits(
     backend: str, form: str, storage: str, scale: float | None
 ) -> None:
-    """One formula, one order, the same random bits: the noise alone is each backend's own."""
+    """The formula, its order and the random bits are the same. Only the noise depends on the backend."""
     grad_scale = None if scale is None else torch.tensor(scale)
     found = []
     for name in (backend, "cpp"):
@@ -185,7 +185,7 @@ def test_averages_and_moments_have_the_cpu_s_bits(
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reason each: a library that is missing, another device, no GPU."""
+    """One reason each: a missing library, another device, no GPU."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cuda, "MISSING", "a build without CUDA")

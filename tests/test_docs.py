@@ -36,7 +36,7 @@ COMMAND = re.compile(
 
 
 def blocks(page: str) -> list[tuple[str, list[str]]]:
-    """A page's Python in order, and with each the indented lines that show what it prints."""
+    """A page's Python blocks in order, each with the indented lines that show its output."""
     found = []
     for code, rest in BLOCK.findall((ROOT / page).read_text()):
         shown = re.match(r"\n((?:    .*\n)+)", rest)
@@ -45,7 +45,7 @@ def blocks(page: str) -> list[tuple[str, list[str]]]:
 
 
 def assert_shows(shown: str, printed: str, **tolerance: float) -> None:
-    """A line of a page, in which "..." stands for anything, against what was printed."""
+    """Compares a line of a page, in which "..." stands for anything, with the printed line."""
     text, numbers = NUMBER.split(shown.strip()), NUMBER.findall(shown)
     pattern = f"({NUMBER.pattern})".join(re.escape(t).replace(re.escape("..."), ".*?") for t in text)
     match = re.fullmatch(pattern, printed.strip())
@@ -72,10 +72,10 @@ def test_assert_shows(shown: str, printed: str, good: bool) -> None:
 
 
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    """docs/trainer.md from its first block to its last, as one script.
+    """Runs docs/trainer.md from its first block to its last, as one script.
 
-    To 0.2%: a few gradients are nothing but rounding, as of attention's key biases, and so are their gates;
-    instruction sets and numbers of threads have made a difference of 0.02%.
+    To 0.2%: a few gradients are only rounding errors, such as those of attention's key biases, and so are
+    their gates. Instruction sets and numbers of threads have made a difference of 0.02%.
     """
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None)
 
 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its snippets run, given what they take for granted: a model, arguments, another optimizer."""
+    """Runs its snippets, given what they assume: a model, arguments, another optimizer."""
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(3, 2)
     names: dict[str, Any] = {"Trainer": Trainer, "args": TrainingArguments(str(tmp_path)), "model": model}
@@ -131,7 +131,7 @@ def in_folder(folder: str) -> Iterator[None]:
 
 
 def run_script(folder: str, script: str, arguments: list[str]) -> str:
-    """A script as torchrun starts it on this rank, with the process group that the pool has made for it."""
+    """Runs a script on this rank as torchrun would, with the process group of the pool."""
     output = io.StringIO()
     with (
         in_folder(folder),
@@ -145,7 +145,8 @@ def run_script(folder: str, script: str, arguments: list[str]) -> str:
 
 
 def test_distributed(pool: Pool, tmp_path: Path) -> None:
-    """The scripts by the commands of the page. A unit of the last digit: the last may round either way."""
+    """Runs the scripts by the commands of the page. Allows a unit in the last digit, which may round either
+    way."""
     page = (ROOT / "docs/distributed.md").read_text()
     for name, code in re.findall(
         r"^`(\w+\.py)`[^\n]*\n\n```python\n(.*?)^```\n", page, re.MULTILINE | re.DOTALL
@@ -176,8 +177,8 @@ def names_of_tests(file: str) -> set[str]:
 
 
 def test_conformance() -> None:
-    """Every test that the table names exists, every test of tests/test_conformance.py is in it, and no row is
-    without a test or a reason."""
+    """Every test that the table names exists, every test of tests/test_conformance.py is in it, and every row
+    has a test or a reason."""
     page = (ROOT / "docs/conformance.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]

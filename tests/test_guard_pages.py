@@ -138,7 +138,7 @@ def test_adamw(
 
 @pytest.mark.parametrize("end", get_args(End))
 def test_a_guard_ends_the_process(end: End) -> None:
-    """One element beyond, read from where the copy ends, or before where it begins."""
+    """One element read after the copy's end, or before its beginning."""
     code = (
         "import ctypes, torch; from guarded import guards\n"
         "with guards() as made:\n"

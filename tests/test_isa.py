@@ -27,9 +27,8 @@ def digests(isa: str) -> dict[str, str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="there is but one instruction set")
 def test_vectors_of_any_width_give_the_same_bits() -> None:
-    """AVX2 and AVX-512 (where the machine has it): weights, averages, moments and means of every variant. The
-    baseline has no fused multiply-add: there the numbers are rounded once more, which shows that bits are
-    compared."""
+    """AVX2, and AVX-512 if the machine has it: weights, averages, moments and means of every variant. The
+    baseline has no fused multiply-add, so its numbers are rounded once more and differ: bits are compared."""
     widest, avx2, baseline = (digests(isa) for isa in ("avx512", "avx2", "baseline"))
     assert len(widest) == 4 * 2 * 2 * 3 * 3
     assert widest == avx2
@@ -42,7 +41,7 @@ def test_vectors_of_any_width_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_backend_with_a_lesser_instruction_set(isa: str) -> None:
-    """The numbers of every variant and layout again; which function runs is decided once a process."""
+    """Every variant and layout, in another process, because a process chooses its function once."""
     command = [
         sys.executable,
         "-m",

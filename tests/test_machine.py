@@ -31,7 +31,8 @@ shapes = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3)
 
 
 def action(**strategies: Any) -> Any:
-    """A rule that is counted. After what is no step there may be one at once, so that there are enough."""
+    """A rule that is counted. After an action that is no step, a step may follow at once, so that there are
+    enough steps."""
 
     def decorated(function: Callable[..., None]) -> Any:
         is_step = function.__name__.startswith("step")
@@ -205,7 +206,7 @@ class AdamWMachine(Machine):
 
 
 class AttachedMachine(Machine):
-    """PATS attached to torch's own."""
+    """PATS attached to torch's optimizers."""
 
     forms = tuple(form for form in FORMS if form != "PATSAdamW" and "fused" not in form)
     names = ("lr", *(name for name in HYPERPARAMETERS if name not in OF_ADAMW))
@@ -216,7 +217,7 @@ class AttachedMachine(Machine):
 
 
 class FusedMachine(AttachedMachine):
-    """PATS attached to torch's fused ones, which obey a GradScaler, and take all memory to be contiguous."""
+    """PATS attached to torch's fused optimizers, which obey a GradScaler and assume contiguous memory."""
 
     forms = tuple(form for form in FORMS if "fused" in form)
     layouts = ("contiguous", "misaligned")

@@ -27,7 +27,7 @@ COLUMNS = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "exp_avg", "exp_avg
 def tensors_of(
     shape: tuple[int, ...], dtype: torch.dtype, state: torch.dtype, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """A tensor in the middle of its training: no element's number is like another's."""
+    """A tensor in the middle of training; all its elements have different numbers."""
     random = torch.Generator().manual_seed(7)
     drawn = {key: torch.randn(shape, generator=random, dtype=torch.float64) for key in COLUMNS}
     dtypes = {"params": dtype, "grads": dtype}
@@ -47,7 +47,7 @@ def step(
     stats: Tensor,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
-    """One step in place; returns the share of the new means."""
+    """Takes one step in place; returns the shard's part of the new means."""
     keys = ["params", "grads", *averages_of(h.variant)]
     columns: dict[str, Any] = {key: [tensors[key]] for key in keys}
     missing: dict[str, Any] = {key: [None] for key in ("exp_avg_sens", "exp_avg_unc") if key not in keys}
@@ -74,7 +74,7 @@ def box_of(whole: tuple[int, ...], box: Box) -> Shard:
 
 @st.composite
 def partitions(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
-    """A shape, and boxes that are all of it: cut once along each of some dimensions."""
+    """A shape, and boxes that make up all of it: cut once along some of the dimensions."""
     shape = tuple(draw(st.lists(st.integers(1, 13), min_size=1, max_size=3)))
     if draw(st.booleans()):
         shape = (
@@ -143,7 +143,7 @@ FIRSTS = [0, 1, 4, 2**33 - 6, 2**34 - 8, 2**34 - 6, 2**34 + 4, 2**36, 2**63 - 81
 @pytest.mark.parametrize("first", FIRSTS[1::2] if INTERPRETED else FIRSTS)
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
 def test_the_noise_is_that_of_the_numbers(backend: str, first: int, dtype: torch.dtype) -> None:
-    """With no sensitivity at all the gate is open: what comes to w = 0 is the noise alone."""
+    """Without any sensitivity the gate is open: w = 0 becomes the noise itself."""
     numel, scale = 1024 + 30 if INTERPRETED else 4096 + 30, 0.5
     tensors = {key: torch.zeros(numel, dtype=dtype) for key in COLUMNS}
     h = Hyperparameters(noise_scale=scale, seed=SEED)

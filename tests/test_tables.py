@@ -22,7 +22,7 @@ CHUNK = 4
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Switches: from now on everything happens as if a graph were being captured, or no longer."""
+    """A switch: from now on, or no longer, everything happens as if a graph were being captured."""
     monkeypatch.setattr(tables, "_captured", [])
     monkeypatch.setattr(tables, "_constants", [])
     capturing = {"now": False}
@@ -111,7 +111,7 @@ def test_a_graph_copies_from_memory_of_its_own(graph: Any) -> None:
 
 
 def test_a_graph_outlives_the_plan_that_it_was_captured_with(graph: Any) -> None:
-    """A planner forgets plans, and a replay still reads what they have uploaded."""
+    """A planner forgets plans, but a replay still reads what they have uploaded."""
     launch, _, _ = launch_of()
     kept = DeviceTables(launch, CHUNK, pack)
     kept.current(launch)
