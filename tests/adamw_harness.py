@@ -158,7 +158,7 @@ def check_step(
     g, finite = old.pats.g, np.isfinite(old.pats.g)
     with np.errstate(invalid="ignore", over="ignore"):
         m, v = oracle.moments(g, old.m, old.v, a)
-    # (1 - b_1) (g - m) is off by 3 u of the larger of both, the sum by one; v, all terms >= 0, by 5 u.
+    # Errors: (1 - b_1) (g - m) 3 u of the larger of both, the sum 1 u; v, with all terms >= 0, 5 u.
     error_m, error_v = 4 * u * np.maximum(np.abs(old.m), np.abs(g)) + TINY, 5 * u * v + TINY
     for key, got, value, error in (("exp_avg", new.m, m, error_m), ("exp_avg_sq", new.v, v, error_v)):
         bits = None if high_bits is None else high_bits[finite]
@@ -179,8 +179,8 @@ def check_step(
     with np.errstate(invalid="ignore"):
         m_hat, v_hat = oracle.corrected(m, v, a, h.step)
         w = oracle.adamw(noisy_w, m_hat, v_hat, a)
-        # torch's factor 1 - lr wd is rounded, then the product, then the sum. The update: a dozen operations,
-        # less than 16 roundings, and inherits the error of m; 1 - b^t, here too, cancels in float64.
+        # torch rounds the factor 1 - lr wd, then the product, then the sum. The update, a dozen operations,
+        # has less than 16 roundings, and inherits the error of m. 1 - b^t cancels: here too it is in float64.
         slopes = a.lr / (np.sqrt(v_hat) + a.eps)
         corrections = [1 - beta**h.step for beta in a.betas]
         roundings = 16 * u + sum(4 * ROUNDOFF[torch.float64] / correction for correction in corrections)

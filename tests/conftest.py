@@ -27,7 +27,7 @@ NO_EXTENSION = os.environ.get("PATS_KERNELS_NO_EXTENSION") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["eager"] if NO_EXTENSION else ["eager", "cpp"]
 KERNEL = BACKENDS[-1]
 
-FUZZ = int(os.environ.get("PATS_FUZZ", "0"))  # how many examples `make fuzz` tries of each kind; 0: the tests
+FUZZ = int(os.environ.get("PATS_FUZZ", "0"))  # examples of each kind that `make fuzz` tries; 0: in tests
 
 REHEARSAL = os.environ.get("PATS_GPU_REHEARSAL") == "1"  # of tests/gpu, on the CPU: tests/gpu/device.py
 
@@ -40,24 +40,24 @@ def client_is_missing(file: Path) -> bool:
     return all(find_spec(name) is None for name in names)
 
 
-# `make test-clients` has all of them, and where PATS_CLIENTS=1 says so, one that is missing is a failure.
+# `make test-clients` installs all of them, and sets PATS_CLIENTS=1, with which a missing one is a failure.
 if os.environ.get("PATS_CLIENTS") != "1":
     clients = Path(__file__).parent.glob("clients/test_*.py")
     collect_ignore += [f"clients/{file.name}" for file in clients if client_is_missing(file)]
 if INTERPRETED:
-    collect_ignore += ["test_cuda_emulation.py", "clients", "ptx"]  # prove other backends, once
+    collect_ignore += ["test_cuda_emulation.py", "clients", "ptx"]  # they test other backends
 
 settings.register_profile(
     "pats",
     deadline=None,  # a first call may compile
-    derandomize=True,  # a failure that comes and goes is nobody's
+    derandomize=True,  # failures must be reproducible
     max_examples=8 if INTERPRETED else 60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile(
     "fuzz",
     settings.get_profile("pats"),
-    derandomize=False,  # other examples in each run; what fails is kept in .hypothesis, and tried first
+    derandomize=False,  # new examples in each run; failing ones are kept in .hypothesis, and tried first
     print_blob=True,
     max_examples=max(FUZZ, 1),
     stateful_step_count=60,
@@ -73,7 +73,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     fixtures = getattr(item, "fixturenames", ())
     if "backend" in fixtures:
         item.add_marker(pytest.mark.backend)
-    if "pool" in fixtures:  # all in one of xdist's processes, which so starts the only pool
+    if "pool" in fixtures:  # all in one of xdist's processes, so there is only one pool
         item.add_marker(pytest.mark.xdist_group("pool"))
 
 

@@ -8,7 +8,7 @@ between paths.
 import re
 from typing import NamedTuple
 
-# Where floating-point numbers are computed; moves, selections, comparisons and conversions round nothing.
+# The instructions that round. Moves, selections, comparisons and conversions do not.
 ARITHMETIC = {"add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt"}
 ARITHMETIC |= {"lg2", "ex2", "sin", "cos", "tanh", "max", "min"}
 LEAF = "x"
@@ -79,9 +79,9 @@ def expressions(ptx: str) -> set[str]:
             return of(operands[0]) or frozenset({LEAF})  # the zero of a masked load
         if not instruction.is_float or kind not in ARITHMETIC | {"neg", "abs"}:
             return frozenset({LEAF})
-        if kind == "neg":  # before a selection or after it
+        if kind == "neg":  # a negation may come before or after a selection
             return frozenset(map(negative, of(operands[0])))
-        if kind == "mul":  # the same of a selection's sine and cosine
+        if kind == "mul":  # a selection's sine and cosine, each multiplied by the same
             first, second = operands  # pyright: ignore[reportAssignmentType]
             for one, other in ((first, second), (second, first)):
                 if len(of(one)) == 2 and all(re.match("cos|sin", e) for e in of(one)):
@@ -99,7 +99,7 @@ def expressions(ptx: str) -> set[str]:
 
 def joined(instruction: Instruction, operands: list[frozenset[str]]) -> str:
     texts = [" | ".join(sorted(operand)) or "0" for operand in operands]
-    if instruction.kind in ("mul", "add", "fma"):  # whose first two may change places
+    if instruction.kind in ("mul", "add", "fma"):  # the first two are interchangeable
         texts[:2] = sorted(texts[:2])
     return f"{instruction.name}({', '.join(texts)})"
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-End = Literal["first", "last"]  # which element lies at a guard: the page before it, or the one behind
+End = Literal["first", "last"]  # the element next to a guard: the page before it, or the page after
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0  # the module mmap has the others

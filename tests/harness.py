@@ -102,7 +102,7 @@ class Case:
     seed: Any = 20240607
     tensor_ids: list[int] | None = None
     first_step: int = 1
-    steps: int = 2 if INTERPRETED else 3  # delayed normalization adds noise from the second on
+    steps: int = 2 if INTERPRETED else 3  # delayed normalization adds noise from the second step on
     poison: tuple[float, ...] = ()  # values put into some gradient elements
 
     def hyper(self, i: int, step: int) -> Hyper:
@@ -322,7 +322,7 @@ def stored_bounds(
     return stored(value - error, dtype, random), stored(value + error, dtype, random)
 
 
-Gates = tuple[Array, Array, Array]  # the least that each may be, what it is, and the most
+Gates = tuple[Array, Array, Array]  # lower bound, value, upper bound
 
 
 def gates_of_averages(old: Values, new: Values, h: Hyper, u: float) -> Gates:

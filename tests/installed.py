@@ -31,8 +31,8 @@ def tensors(backend: str) -> list[torch.Tensor]:
 
 def digest() -> str:
     found = tensors("cpp")
-    # Two steps of noise: fast normals are within 2e-3 of eager's. AdamW's step and the gates are the same but
-    # for their last bits, far below that.
+    # Two steps of noise: fast normals are within 2e-3 of eager's. AdamW's step and the gates differ only
+    # in their last bits, far below that.
     difference = (found[0] - tensors("eager")[0]).abs().max().item()
     assert difference < NOISE_SCALE * 2 * 2e-3, f"cpp is {difference} off eager"
     bits = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in found)

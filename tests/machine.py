@@ -49,7 +49,7 @@ def attached(make: Make) -> Make:
     return made
 
 
-# torch's fused SGD cannot begin the momentum of one parameter later than that of another: it has none here.
+# torch's fused SGD cannot start the momentum of one parameter later than another's: no momentum here.
 FORMS: dict[str, Make] = {
     "PATSAdamW": lambda groups, **settings: PATSAdamW(groups, lr=1e-2, **settings),
     "SGD": attached(lambda groups: SGD(groups, lr=1e-2, momentum=0.9, weight_decay=1e-2)),
@@ -62,7 +62,7 @@ FORMS: dict[str, Make] = {
     "NAdam": attached(lambda groups: NAdam(groups, lr=1e-3)),
     "Adagrad": attached(lambda groups: Adagrad(groups, lr=1e-2)),
 }
-if torch.__version__ < (2, 13):  # 2.10's Adagrad steps no parameter that it was not made with, 2.13's does
+if torch.__version__ < (2, 13):  # 2.10's Adagrad cannot step parameters added later, 2.13's can
     del FORMS["Adagrad"]
 
 HYPERPARAMETERS: dict[str, list[Any]] = {
@@ -267,7 +267,7 @@ class Lockstep:
         ]
         self.saved: tuple[Any, list[bytes], dict[str, Tensor], str] | None = None
         self.number = 0  # of parameters made so far
-        self.bounded = True  # whether steps are held against the oracle; else they are finite alike
+        self.bounded = True  # whether steps are compared with the oracle, or else only finiteness
         self._reference: dict[str, Tensor] = {}
         self._before: list[tuple[Any, ...]] = []
         self._scale, self._skipped, self._seen = 1.0, False, False
@@ -481,7 +481,7 @@ class Lockstep:
 
         self.each(spoiled, "sparse gradient")
 
-    # What changes how it goes on.
+    # Changes of settings.
 
     def freeze(self, i: int, frozen: bool) -> None:
         self.each(lambda run: run.params[i].requires_grad_(not frozen), "freeze", keeps=False)
@@ -499,7 +499,7 @@ class Lockstep:
 
     def change(self, group: int, name: str, value: Any) -> None:
         def change(run: Run) -> None:
-            run.optimizer.param_groups[group][name] = copy.deepcopy(value)  # which may be written to
+            run.optimizer.param_groups[group][name] = copy.deepcopy(value)  # it may be written to
 
         self.each(change, "change", keeps=False)
 
@@ -564,7 +564,7 @@ class Lockstep:
 
         self.each(cast, "cast", keeps=False)
 
-    # What changes nothing.
+    # Actions that change nothing.
 
     def zero_grad(self, set_to_none: bool) -> None:
         self.each(lambda run: run.optimizer.zero_grad(set_to_none=set_to_none), "zero_grad")

@@ -25,10 +25,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 SIZE = 4  # the most ranks a call can have
-TIMEOUT = 60.0  # seconds, of one call; the slowest takes a few
+TIMEOUT = 60.0  # seconds for one call; the slowest takes a few
 GRACE = 1.0  # seconds that the other ranks get once one has failed: they may wait for it forever
 
-# What a first `fully_shard` imports, among others; all without a thread, which a fork would lose.
+# Imports of a first `fully_shard`, among others. None starts a thread, which a fork would lose.
 PRELOADED = [
     "numpy",
     "pytest",
@@ -157,15 +157,15 @@ def _serve(rank: int, pipe: Any, trace: str) -> None:
 def _answer(rank: int, work: bytes) -> bytes:
     try:
         store, world_size, function, args = pickle.loads(work)
-        # As torchrun sets them: Accelerate asks them, not torch. What else a call sets ends with it.
+        # As set by torchrun: Accelerate reads these, not torch. Other changes by a call end with it.
         own = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         all_ = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
         with patch.dict(os.environ, own | all_):
             torch.manual_seed(0)
             dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
             result = function(*args)
-            dist.barrier()  # nobody leaves while another still needs it
+            dist.barrier()  # no rank leaves while another still needs it
             dist.destroy_process_group()
         return pickle.dumps((True, result))
-    except BaseException:  # whatever it is, it is the test's
+    except BaseException:  # any error belongs to the test
         return pickle.dumps((False, traceback.format_exc()))

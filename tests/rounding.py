@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pats_kernels import PATSAdamW, pats_step_
 
 Singles = NDArray[np.float32]
-LOW, HIGH = np.uint64(0), np.uint64(16)  # from which bit of a random word on w is rounded, and the state
+LOW, HIGH = np.uint64(0), np.uint64(16)  # the first bits of a random word that round w, and the state
 
 
 def on(device: str, tensor: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def test_a_learning_rate_on_the_device(backend: str) -> None:
         Launcher().launch(batch, backend)
         return param
 
-    exact = step(0.25)  # a float32: the same number on both ways
+    exact = step(0.25)  # exact in float32, so both ways have the same number
     assert_same_bits([step(torch.tensor(0.25))], [exact])
     assert_same_bits([step(torch.tensor([0.25]))], [exact])
     assert not harness.same_bits(step(0.5), exact)
@@ -268,7 +268,7 @@ def assert_close(
 
 INPUTS = [
     input
-    for device in ("cpu", "cuda", "mps")  # what only GPUs have in torch, capturable say, works everywhere
+    for device in ("cpu", "cuda", "mps")  # capturable, say, needs a GPU in torch, but works everywhere here
     for input in optim_inputs_func_adamw(device, torch.float32)
 ]
 
@@ -291,7 +291,7 @@ def test_torch_s_own_table_of_inputs(backend: str, number: int, dtype: torch.dty
         give_same_gradients(params, others, step)
         optimizer.step()
         other.step()
-    # torch works out 1 - lr weight_decay in the dtype of a tensor lr, float32, for float64 parameters too.
+    # torch computes 1 - lr weight_decay in the dtype of a tensor lr, float32, also for float64 parameters.
     inexact = 1e-7 if isinstance(kwargs.get("lr"), Tensor) else 0.0
     assert_close(params, others, FEW, float(kwargs.get("lr", 1e-3)), inexact)
     for a, b in zip(params, others, strict=True):

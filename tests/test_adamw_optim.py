@@ -273,7 +273,7 @@ def test_a_resumed_run_continues_on_each_backend(backend: str) -> None:
     [
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32),  # which no kernel keeps as such
+        (torch.float16, torch.float32),  # no kernel supports this pair
         (torch.float64, torch.float64),
     ],
 )
@@ -476,7 +476,7 @@ def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | N
             param.grad *= scaler.get_scale()
         if number == inf_at:
             params_of(optimizer)[4].grad[3] = torch.inf
-        scaler.scale(torch.ones(()))  # as a loss; starts the scaler
+        scaler.scale(torch.ones(()))  # like a loss; initializes the scaler
         before = snapshot(optimizer)
         if unscale and scale is not None:
             scaler.unscale_(optimizer)
@@ -623,7 +623,7 @@ def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((param * torch.tensor([1.0, 2.0, torch.inf, 3.0])).sum()).backward()
-    scaler.step(plain)  # skipped by the scaler, which found the infinity by itself
+    scaler.step(plain)  # skipped by the scaler, which has found the infinity itself
     assert not plain.state
     scaler.update()
     param.grad = None

@@ -318,7 +318,7 @@ def test_sensitivities_with_a_loss_of_ones_own() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_sensitivities_leave_nothing_behind(fails: bool) -> None:
     model = Linear().train()
-    model.norm.eval()  # a part of its own mode, as a frozen one has
+    model.norm.eval()  # a part with its own mode, like a frozen part
     model.w.grad = torch.full((3,), 7.0)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -403,7 +403,7 @@ def assert_summary(source: Any, groups: list[dict[str, Any]]) -> None:
     assert (summary.noisy_share.shape, summary.noisy_share.dtype) == ((), torch.float32)
     np.testing.assert_allclose(summary.mean_gate, a.mean(), rtol=1e-5)
     np.testing.assert_allclose(summary.noisy_share, (a > 0).mean(), rtol=1e-6)
-    assert 0.01 < (a > 0).mean() < 0.99  # there is something to get wrong
+    assert 0.01 < (a > 0).mean() < 0.99  # gates of both kinds, so errors can show
 
 
 VARIANTS: list[dict[str, Any]] = [

@@ -32,7 +32,7 @@ from pats_kernels.plan import Batch
 from pats_kernels.step import Launcher
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-STATES = {  # what each parameter dtype may keep its averages in
+STATES = {  # dtypes of the averages for each parameter dtype
     torch.float32: [torch.float32, torch.bfloat16],
     torch.bfloat16: [torch.bfloat16, torch.float32],
     torch.float16: [torch.float32, torch.bfloat16],
@@ -247,7 +247,7 @@ def test_loss_scale_changes_nothing(backend: str, normalization: str, uncertaint
     case = Case([(1200,)], normalization=normalization, uncertainty=uncertainty)
     plain, scaled = prepare(case), prepare(case)
     for number in range(1, 4):
-        # Gradients of about one size: none of them may leave float32's range on its own.
+        # Gradients of similar size, so that none of them leaves float32's range.
         grads = [g.sign() * (0.5 + g.abs().clamp(max=4)) for g in gradients(case, number)]
         for work, scale in ((plain, 1.0), (scaled, 2.0**power)):
             work.grads = [g * scale for g in grads]
@@ -420,7 +420,7 @@ def test_found_inf_changes_nothing(backend: str, name: str, scale: float | None)
     assert_same_bits([*work.written(), *counters, *counts], before)
 
 
-# What nobody thought of.
+# Random combinations.
 
 
 @st.composite

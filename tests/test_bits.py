@@ -44,7 +44,7 @@ def of(tensors: dict[str, Tensor]) -> list[Tensor]:
     return [tensors[key].contiguous() for key in COLUMNS]
 
 
-# Under the interpreter, which is slow, what its paths depend on.
+# Under the interpreter, which is slow, only what its paths depend on.
 FORMS_HERE = ["pats", "ema", "moments"] if INTERPRETED else list(FORMS)
 STORAGES_HERE = ["float32", "bfloat16"] if INTERPRETED else list(STORAGES)
 

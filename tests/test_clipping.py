@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pats_kernels import PATSAdamW, release_gradients
 
-MAX_NORMS = [1e-3, 1.0, 1e6]  # of norms around 20: much, some, nothing
+MAX_NORMS = [1e-3, 1.0, 1e6]  # norms are around 20: clips much, some, nothing
 
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -110,11 +110,11 @@ def test_another_gradient_than_the_norm_s_is_refused() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="clip_grad_norm_ was called for other gradients"):
             optimizer.step()
-        give_grads(params, 2)  # new tensors, which are others as well
+        give_grads(params, 2)  # new tensors are other gradients too
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     optimizer.clip_grad_norm_(1.0)
     optimizer.step()
-    optimizer.step()  # one norm is for one step: this one is as without
+    optimizer.step()  # a norm is for one step only: this one is not clipped
 
 
 def test_gradients_are_not_kept_alive_for_a_step_that_does_not_come() -> None:

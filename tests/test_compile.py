@@ -23,8 +23,8 @@ counters: Any = torch._dynamo.utils.counters
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "PATSAdamW": (PATSAdamW, {}),
     "moments": (PATSAdamW, {"sensitivity": "moments", "normalization": "exact"}),
-    "AdamW and PATS": (AdamW, {"fused": True}),  # torch's others, compiled, are another arithmetic
-    "SGD and PATS": (SGD, {"momentum": 0.9, "foreach": True}),  # torch 2.10 compiles the other to other bits
+    "AdamW and PATS": (AdamW, {"fused": True}),  # torch's other forms round differently when compiled
+    "SGD and PATS": (SGD, {"momentum": 0.9, "foreach": True}),  # torch 2.10 compiles others to other bits
 }
 
 

@@ -36,7 +36,7 @@ from torch.testing._internal.common_optimizers import (
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.optim import attached_to
 
-# Many optimizers of one seed live here side by side, which is worth a warning anywhere else.
+# Many optimizers with the same seed exist here at once, which rightly gives a warning elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:PATS")
 
 INFOS = {info.name: info for info in optim_db}
@@ -538,7 +538,7 @@ def assert_resumes(kind: Kind, backend: str, kwargs: dict[str, Any], named: tupl
     assert fixed(nameless(optimizer.state_dict())) == fixed(nameless(second.state_dict()))
     names = ["weight", "bias"] if any(named) else None
     assert second.state_dict()["param_groups"][0].get("param_names") == names
-    # Parameters that are there twice look the same in the dictionary.
+    # Parameters that occur twice look the same in the dictionary.
     second.param_groups.extend(second.param_groups)
     twice = nameless(second.state_dict())
     assert fixed(twice["param_groups"][-1]) == fixed(nameless(optimizer.state_dict())["param_groups"][-1])
@@ -580,7 +580,7 @@ def test_older_state_dicts_load(kind: Kind) -> None:
         changed = {key for key in missing & kwargs.keys() if kind.attached and kwargs[key]}
         kind.step(optimizer, problem)
         kind.step(older, other)
-        # For what is missing torch puts its default, PATSAdamW what the group had.
+        # For missing keys torch sets its default, PATSAdamW keeps the group's value.
         if not changed:
             assert_same_bits(problem.values(), other.values())
         elif "maximize" in changed:

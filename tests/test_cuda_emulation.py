@@ -20,7 +20,7 @@ from conftest import NO_EXTENSION
 from harness import assert_same_bits
 from ptx.cuda_driver import schema
 
-# What every backend has to pass, here with the fixture of this file.
+# The tests of every backend, here with this file's fixture.
 from test_adamw import (  # noqa: F401
     test_a_learning_rate_on_the_device,
     test_a_noise_scale_on_the_device,
@@ -146,7 +146,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         tensors = [ctypes.c_void_p(t.data_ptr()) for t in (table, layout, chunks, starts, partials)]
         sizes = (ctypes.c_int64(len(chunks)), ctypes.c_int64(len(table)))
         scaler = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (grad_scale, found_inf)]
-        partials.fill_(torch.nan)  # nothing may rely on what an earlier launch left there
+        partials.fill_(torch.nan)  # no launch may rely on what an earlier one left there
         assert kernels[param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
 
     library = torch.library.Library("pats_kernels", "FRAGMENT")

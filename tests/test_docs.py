@@ -27,7 +27,7 @@ from pats_kernels.optim import attached_to
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(.*?)(?=^```python\n|\Z)", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
-# A command of docs/distributed.md, and what it says that it prints: in a comment, or indented below.
+# A command of docs/distributed.md with its output, which is in a comment or indented below.
 COMMAND = re.compile(
     r"^    OMP_NUM_THREADS=1 python -m torch\.distributed\.run --standalone --nproc_per_node (\d) "
     r"(\w+\.py)( resume)?(?: +# (\S+))?\n(?:\n((?:    rank .*\n)+))?",

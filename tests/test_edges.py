@@ -107,7 +107,7 @@ def test_a_layer_that_is_never_used(
         moved.append(not same_bits(work.params[0], before))
         if number == 1:
             work.grads = [torch.zeros(64, dtype=dtype)]
-    # To the nearest bfloat16 an average of few bits comes to rest at once, far above where float32 ends.
+    # Rounded to nearest, a bfloat16 average stops at once, far above the end of float32's range.
     if dtype == torch.bfloat16 and not stochastic_rounding:
         return
     assert all(moved[1:300])
@@ -147,7 +147,7 @@ def test_where_statistics_begin_and_end(backend: str, uncertainty: str, mean: fl
         (level, gamma)
         for level in (2.0**-119, 1e-8, 2.0**100)
         for gamma in (0.0, 1e-3, 50.0, 1e4, 1e30)
-        # What is subnormal a GPU takes for 0, which opens the gate as well.
+        # A GPU treats subnormals as 0, which opens the gate as well.
         if level * 0.2 / max(gamma, 1) >= 2.0**-126
     ],
 )

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from pats_kernels import PATSAdamW
 
 SIZE = 40_000  # three of the kernel's chunks, and more than torch gives to one thread
-TIMEOUT = 60.0  # seconds, where a child takes less than one
+TIMEOUT = 60.0  # seconds; a child takes less than one
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks are Linux's"),
@@ -48,7 +48,7 @@ def in_child(function: Callable[[], Tensor]) -> Tensor:
 
     def work() -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(TIMEOUT))  # ends it wherever it is, and so each of its children
+        signal.alarm(int(TIMEOUT))  # kills it wherever it is, as in each of its children
         theirs.send_bytes(function().detach().numpy().tobytes())
 
     child = multiprocessing.get_context("fork").Process(target=work)

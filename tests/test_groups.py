@@ -401,7 +401,7 @@ def trainer(road: str, folder: Path, seed: int = 1) -> tuple[Trainer, Any]:
         str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=4,
-        weight_decay=0.7,  # the groups' own is what counts
+        weight_decay=0.7,  # the groups' own value counts
         save_steps=STEPS // 2,
         report_to=[],
         use_cpu=True,

@@ -23,7 +23,7 @@ from pats_kernels.hyperparameters import AdamWHyperparameters, _cached, hyperpar
 pytestmark = pytest.mark.usefixtures("quick_gc")
 
 WARM_UP, STEPS = 700, 10_000 if FUZZ else 1_500
-LAYERS = 5  # so 31 sets of those that are not frozen
+LAYERS = 5  # so 31 sets of layers that are not frozen
 PAGE = 4096
 
 

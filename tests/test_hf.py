@@ -159,7 +159,7 @@ def test_resumes_to_the_bit(kind: str, fused: bool, tmp_path: Path) -> None:
     assert {float(state["step"]) for state in resumed.pats.state.values()} == {STEPS}
     last = {key: logs(full)[-1][key] for key in ("loss", "grad_norm", "learning_rate")}
     assert last.items() <= logs(resumed)[-1].items()
-    assert all(entry["grad_norm"] > CLIP for entry in logs(full))  # so clipping had something to do
+    assert all(entry["grad_norm"] > CLIP for entry in logs(full))  # so clipping had an effect
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -393,7 +393,7 @@ def test_who_is_told(way: str, fused: bool, tmp_path: Path) -> None:
     after = run.trainer.callback_handler.callbacks
     assert type(after[0]) is PATSCallback
     order.remove(PATSCallback)
-    assert [type(callback) for callback in after[1:-1]] == order  # the others as they were
+    assert [type(callback) for callback in after[1:-1]] == order  # the others are unchanged
 
 
 def test_everybody_is_told_that_training_begins(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_with_a_triton_that_cannot_be_imported(tmp_path: Path) -> None:
         f"{CPU}"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         f"{CPU}"
-        "try:\n"  # by the function that every step asks: torch's own optimizers need a Triton that imports
+        "try:\n"  # calls the function that every step calls: torch's optimizers need a Triton that imports
         "    pats_kernels.backends.choose('triton', torch.device('cpu'))\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("install")  # they share their objects
+pytestmark = pytest.mark.xdist_group("install")  # they share compiled objects
 
-# The kernel takes long to compile, and its objects depend on csrc/ and the flags alone: compiled once, and
-# those of the instruction sets that these tests do not run in a hurry.
+# The kernel takes long to compile, and its objects depend only on csrc/ and the flags. So it is compiled
+# once, and without optimization for the instruction sets that these tests do not run.
 COMPILER = """#!{python}
 import hashlib, os, shutil, subprocess, sys
 from pathlib import Path

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 
 def digests(isa: str) -> dict[str, str]:
-    # The package that is tested here, wherever Python would look first.
+    # The package under test, wherever else Python would look first.
     places = [str(Path(pats_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     settings = {"PATS_KERNELS_ISA": isa, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, str(TESTS / "digests.py"), "cpp"]

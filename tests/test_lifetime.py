@@ -50,7 +50,7 @@ def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    AdamW(parameters())  # torch keeps the first optimizer of a process in frames of an import that failed
+    AdamW(parameters())  # in torch, a failed import's frames keep a process's first optimizer alive
     gc.collect()
     gc.disable()
     yield
@@ -262,7 +262,7 @@ def test_a_copy_that_cannot_have_it_says_so() -> None:
 
 # Parameters that come and go.
 
-PLANS = 8  # that a planner keeps, with what they are of
+PLANS = 8  # that a planner keeps, with their tensors' references
 
 
 @pytest.mark.filterwarnings("ignore:PATS")
@@ -334,7 +334,7 @@ def test_a_counter_goes_with_its_parameter(no_collector: None) -> None:
     assert key not in optimizer._nonfinite
     assert sum(optimizer.nonfinite_counts().values()) == 5
 
-    counters, device = Counters(), torch.device("cpu")  # and one with that id keeps its own
+    counters, device = Counters(), torch.device("cpu")  # an id that comes back gets a new counter
     param = nn.Parameter(torch.ones(1))
     old = counter_of(counters, param, device)
     keep_only(counters, [])

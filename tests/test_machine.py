@@ -26,7 +26,7 @@ from machine import BAD, FORMS, HYPERPARAMETERS, MOVES, OF_ADAMW, SHAPES, Gradie
 DONE: Counter[str] = Counter()
 
 numbers = st.integers(0, 2**16)
-places = st.integers(0, 63)  # modulo how many there are
+places = st.integers(0, 63)  # modulo their number
 shapes = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3)
 
 
@@ -109,7 +109,7 @@ class Machine(RuleBasedStateMachine):
         for i in range(times):
             self.lockstep.step(Gradients(number + i, missing=frozenset({i % 2})))
 
-    # What changes how it goes on.
+    # Changes of settings.
 
     @action(i=places, frozen=st.booleans())
     def freeze(self, i: int, frozen: bool) -> None:
@@ -164,7 +164,7 @@ class Machine(RuleBasedStateMachine):
     def sparse(self, i: int) -> None:
         self.lockstep.sparse(i % self.lockstep.count)
 
-    # What changes nothing.
+    # Actions that change nothing.
 
     @action(set_to_none=st.booleans())
     def zero_grad(self, set_to_none: bool) -> None:

@@ -61,7 +61,7 @@ def test_agreement_with_itself_and_with_nothing() -> None:
         1,
         0,
     )
-    steady = Sensitivity(a.S, torch.zeros_like(a.U))  # as the moments are in their first step: no gate opens
+    steady = Sensitivity(a.S, torch.zeros_like(a.U))  # like the moments in their first step: no gate opens
     found = agreement(steady, a, 1.0, "product")
     assert np.isnan(found["rank"])
     assert (found["overlap"], found["kappa"], found["gate_a"]) == (0, pytest.approx(0), 0)

@@ -168,7 +168,7 @@ def test_numbers_that_two_tensors_have(kind: str) -> None:
     optimizer.step()
 
 
-# Optimizers that count anew.
+# Optimizers whose numbers start from 0 again.
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -256,7 +256,7 @@ def test_a_new_optimizer_at_each_stage(kind: str) -> None:
         resumed.step()
 
 
-# An optimizer that is given a few of its tensors at a time, as DeepSpeed's ZeRO does it.
+# An optimizer that gets a few of its tensors at a time, as in DeepSpeed's ZeRO.
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -855,7 +855,7 @@ def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | N
             param.grad *= scaler.get_scale()
         if number == inf_at:
             run.params[4].grad[3] = torch.inf
-        scaler.scale(torch.ones(()))  # as a loss; starts the scaler
+        scaler.scale(torch.ones(()))  # like a loss; initializes the scaler
         before = snapshot(run.optimizer, run.pats)
         if unscale and scale is not None:
             scaler.unscale_(run.optimizer)

@@ -19,7 +19,7 @@ from pats_kernels.compiling import REASON, uncompiled
 
 ROOT = Path(__file__).parent.parent
 
-# What the package looks for while it is imported. torch itself needs some of it, later, and gets it back.
+# Names that the package looks up during its import. torch itself needs some later, and gets them back.
 AT_IMPORT = """
 import sys
 import torch
@@ -186,7 +186,7 @@ def kinds_of_tensors() -> list[Tensor]:
     return [nn.Parameter(torch.ones(3, 3)), torch.ones(3, 3), torch.ones(3, 3), torch.ones(())]
 
 
-# What becomes of the third: each reads the same bytes, or others, in another way.
+# Changes of the third tensor: each reads the same bytes, or others, in another way.
 OTHER_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "strides": Tensor.t,
     "shape": Tensor.flatten,

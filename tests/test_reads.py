@@ -28,7 +28,7 @@ from pats_kernels.optim import attached_to
 from pats_kernels.plan import Batch, Column, Planner
 from pats_kernels.step import Launcher
 
-# Much noise, so that it is seen, and twins with the same.
+# Large noise, so that it shows, and twins with the same.
 pytestmark = pytest.mark.filterwarnings("ignore:PATS")
 SIDE = 6
 
@@ -102,7 +102,7 @@ class Run:
         return [*self.params, *kept, *self.owner._nonfinite.values()]
 
 
-# Where it lies.
+# Addresses.
 
 Move = Callable[[Tensor], None]
 
@@ -144,7 +144,7 @@ def test_tensors_that_move(form: Callable[..., Optimizer], backend: str, what: s
         assert torch.equal(old, memory)
 
 
-# What its bytes mean.
+# The meaning of the bytes.
 
 
 def param_transposed(run: Run) -> None:
@@ -440,7 +440,7 @@ def test_hyperparameters_on_the_device_are_found_where_they_lie_now(name: str, c
     assert tensor.data_ptr() != old.data_ptr()
     assert planner.plan(batch).launches[0] is launch
     assert launch.table[:, column].tolist() == [tensor.data_ptr()] * 2
-    other = torch.tensor(0.01)  # equal, and another
+    other = torch.tensor(0.01)  # an equal number, in another tensor
     batch.hyperparameters = [AdamWHyperparameters(**{name: other})] * 2
     planner.plan(batch)
     assert launch.table[:, column].tolist() == [other.data_ptr()] * 2

@@ -172,7 +172,7 @@ def test_exact_means_are_of_the_state_just_updated() -> None:
     w = torch.tensor([1.0, 1.0], dtype=torch.float64)
     g, S = torch.tensor([1.0, 3.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     h = {"normalization": "exact", "uncertainty": "none", "sens_betas": (0.0, 0.0), "noise_scale": 1.0}
-    stats = torch.tensor([1e9, 1e9])  # of the state before: nobody asks
+    stats = torch.tensor([1e9, 1e9])  # of the state before, which is not used
     update(w, g, S, None, stats, **h)
     z = reference.philox_normal(0, 1, 0, 2)
     torch.testing.assert_close(w, 1 + torch.stack((np.tanh(1) * z[0], 0 * z[1])), rtol=0, atol=1e-15)

@@ -292,7 +292,7 @@ def test_errors_name_the_parameter() -> None:
         loss_of(run.model, 0).backward()
 
 
-# What is alive.
+# Lifetimes.
 
 
 @contextmanager

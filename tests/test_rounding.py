@@ -228,11 +228,11 @@ def test_misplaced_bits_are_noticed(
         check(store, work, backend)
 
 
-# ---- what it is for
+# ---- its purpose
 
 LONG = 10 if INTERPRETED else 1500  # steps
 WIDE = 512 if INTERPRETED else 4096
-SIGMAS = 5.0  # by luck once in a million runs, and these are one run: all is seeded
+SIGMAS = 5.0  # exceeded by chance once in a million runs; seeds are fixed, so this is one run
 
 
 def noise_run(backend: str, dtype: torch.dtype, stochastic: bool) -> Tensor:
@@ -269,7 +269,7 @@ def test_small_noise_adds_up(backend: str) -> None:
     walk = (LONG * 1e-5 * 0.8 * 2.0**-12) ** 0.5  # E abs(z) = 0.8
     standard_error = walk / float(exact.std()) / WIDE**0.5
     assert abs(slope - 1) < SIGMAS * standard_error
-    assert SIGMAS * standard_error < (6 if INTERPRETED else 0.6)  # so that this says something
+    assert SIGMAS * standard_error < (6 if INTERPRETED else 0.6)  # small enough to detect a bias
     assert abs(float((moved - exact).mean())) < SIGMAS * walk / WIDE**0.5
 
 

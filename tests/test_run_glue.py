@@ -256,7 +256,7 @@ def test_without_noise_every_method_is_adamw(tmp_path: Path) -> None:
     finetune(tmp_path, "--method", ",".join(methods), *arguments)
     models = [run_glue_model(tmp_path / f"{name}-1").state_dict() for name in methods]
     for model in models:
-        # Softmax does not see it: its gradient is rounding alone, and AdamW makes steps of lr out of that.
+        # Softmax ignores it, so its gradient is only rounding errors, of which AdamW makes steps of lr.
         del model["bert.encoder.layer.0.attention.self.key.bias"]
     for other in models[1:]:
         # PATSAdamW's arithmetic may round otherwise than torch's: three steps of at most lr = 1e-3 each.

@@ -96,7 +96,7 @@ FORMS: dict[str, Hyperparameters] = {
     "ema": AdamWHyperparameters(noise_scale=0.3, seed=SEED),
     "moments": AdamWHyperparameters(noise_scale=0.3, seed=SEED, sensitivity="moments"),
 }
-# Under the interpreter, which is slow, what its paths depend on: one group or two in a vector, and AdamW.
+# Under the interpreter, which is slow, only what paths depend on: one or two groups per vector, and AdamW.
 FORMS_HERE = ["pats", "ema"] if INTERPRETED else ["pats", "ema", "moments"]
 STORAGES_HERE = ["float32", "bfloat16"] if INTERPRETED else ["float32", "bfloat16", "mixed", "float64"]
 STORAGES = {
@@ -121,7 +121,7 @@ def test_parts_are_what_the_whole_is(
     means = step(backend, whole, None, FORMS[form], stats)
     shares = []
     for box in boxes:
-        # Views keep the strides of the whole, as no shard does: one case more of those there may be.
+        # Views keep the strides of the whole, which no shard does: one more case.
         part = {key: value[box].clone() if copies else value[box] for key, value in parts.items()}
         shares.append(step(backend, part, box_of(shape, box), FORMS[form], stats))
         for key, value in part.items():
@@ -129,7 +129,7 @@ def test_parts_are_what_the_whole_is(
     for key, value in whole.items():
         if backend != "eager":
             assert_same_bits([parts[key]], [value])
-        else:  # torch computes what fills a vector otherwise than what does not
+        else:  # torch computes full vectors differently from the rest
             torch.testing.assert_close(
                 parts[key], value, rtol=2e-6, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}"
             )

@@ -139,7 +139,7 @@ def wrapped(random: Random, value: Any) -> Any:
         forms += [tuple, set, lambda v: dict(enumerate(v)), lambda v: v * 2] * 2
     try:
         return random.choice(forms)(value)
-    except TypeError:  # a set of what has no hash
+    except TypeError:  # a set of unhashable objects
         return [value]
 
 
@@ -182,7 +182,7 @@ def mutate(random: Random, kind: Kind, state_dict: dict[str, Any]) -> None:
     """Makes one to three errors anywhere in what this package checks."""
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         part: Any = state_dict
-        if not kind.all_:  # the rest is torch's own to check
+        if not kind.all_:  # torch checks the rest
             groups, entries = state_dict["param_groups"], state_dict["state"]
             part = random.choice([*groups, *entries.values(), *[state_dict.get("pats", groups)] * 4])
             if isinstance(part, list):

@@ -143,7 +143,7 @@ def test_one_value_per_tensor_of_no_tensors(name: str) -> None:
 Spoil = Callable[[Tensor], Tensor | None]
 
 SPOILED: dict[str, tuple[str, Spoil, type[Exception], tuple[str, ...]]] = {
-    # list, what becomes of its second tensor, the error, what it says besides params[1]
+    # list, the change of its second tensor, the error, its text besides params[1]
     "sparse parameter": ("params", Tensor.to_sparse, TypeError, ("sparse", "parameter")),
     "sparse gradient": ("grads", Tensor.to_sparse, TypeError, ("sparse", "gradient")),
     "complex parameter": ("params", lambda t: t.to(torch.complex64), TypeError, ("complex64", "parameter")),
@@ -190,7 +190,7 @@ def test_tensors(name: str) -> None:
 
 
 SHARED = [
-    # what becomes of one list's second tensor: another list's first, second or third
+    # one list's second tensor becomes another list's first, second or third
     ("params", "params", 0),
     ("exp_avg_sens", "params", 1),
     ("exp_avg_unc", "params", 1),

@@ -95,12 +95,12 @@ def test_a_graph_copies_from_memory_of_its_own(graph: Any) -> None:
     assert len(sources) == 2
     memory = [eager.table, eager.partials, *(t for c in captured for t in (c.table, c.partials)), *sources]
     assert len({t.data_ptr() for t in memory}) == len(memory)
-    for given in captured:  # what depends on the sizes alone is not uploaded again
+    for given in captured:  # what depends only on the sizes is not uploaded again
         assert given.chunks is eager.chunks
         assert given.starts is eager.starts
         assert given.layout is eager.layout
 
-    # Later steps, with other gradients, leave alone what the graphs copy from.
+    # Later steps, with other gradients, do not change what the graphs copy from.
     before = [source.clone() for source in sources]
     batch.grads = [grad.clone() for grad in batch.grads]
     planner.plan(batch)
