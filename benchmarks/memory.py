@@ -33,14 +33,14 @@ from pats_kernels.hyperparameters import Sensitivity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOISE_SCALE = 1e-5
-SETTLED = 3  # steps; from then on nothing more is allocated that stays
-SEQUENCES = (1, 2, 4, 8)  # of a batch of training, each of `models.SEQUENCE` tokens
+SETTLED = 3  # steps; later ones allocate nothing that stays
+SEQUENCES = (1, 2, 4, 8)  # in a training batch, each of `models.SEQUENCE` tokens
 TRAINED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Row(TypedDict):
-    """One optimizer. Bytes are of all tensors together and measured, but for `moved_bytes`: the least that
-    its step must read and write, None where torch makes many passes. `state_dtype`: of AdamW's moments."""
+    """One optimizer. Bytes are for all tensors together. They are measured, except `moved_bytes`: the least
+    that a step must read and write; None if torch makes many passes. `state_dtype`: of AdamW's moments."""
 
     optimizer: str
     dtype: str
@@ -52,8 +52,8 @@ class Row(TypedDict):
 
 
 class Training(TypedDict):
-    """One optimizer in training. Measured: the most that forward, backward and step hold beyond parameters
-    and state, and the same with gradients released."""
+    """One optimizer in training. `peak_bytes`: measured peak of forward, backward and step, beyond parameters
+    and state. `released_peak_bytes`: the same with gradients released."""
 
     optimizer: str
     dtype: str
@@ -75,8 +75,8 @@ class Report(machine.Machine):
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer over a model's parameters. `passes`: those it makes over memory, each a key of `ACCESSES`
-    with the dtype of its state; none where torch makes many."""
+    """An optimizer of a model's parameters. `passes`: its passes over memory, each a key of `ACCESSES` with
+    the dtype of its state; empty if torch makes many passes."""
 
     name: str
     make: Callable[[list[nn.Parameter]], Optimizer]
@@ -84,11 +84,11 @@ class Contestant:
     passes: tuple[tuple[str, torch.dtype], ...] = ()
 
 
-MOMENTS = "moments_adamw"  # moves what AdamW moves
+MOMENTS = "moments_adamw"  # moves as many bytes as AdamW
 
 
 def contestants(dtype: torch.dtype) -> Iterator[Contestant]:
-    """All that have parameters of `dtype`; torch's AdamW keeps its moments in the parameters' dtype."""
+    """All optimizers for parameters of `dtype`. torch's AdamW keeps its moments in the parameters' dtype."""
     single, half = torch.float32, torch.bfloat16
     own, other = (half, single) if dtype == half else (single, half)  # PATS's default comes first
     yield Contestant("AdamW", lambda ps: torch.optim.AdamW(ps, foreach=False), dtype)
@@ -117,11 +117,11 @@ def _one_pass(
     return make
 
 
-OWN_ACCESSES = 3  # of a pass: w and g are read and w is written, in their own dtype; the rest is state
+OWN_ACCESSES = 3  # per pass: read w and g, write w, in their own dtype; the rest is state
 
 
 def moved_bytes(contestant: Contestant, dtype: torch.dtype) -> int:
-    """The least that all passes move for a parameter."""
+    """The least bytes that all passes together move per parameter."""
     return sum(
         OWN_ACCESSES * dtype.itemsize + (ACCESSES[form]["delayed"] - OWN_ACCESSES) * state.itemsize
         for form, state in contestant.passes
@@ -150,14 +150,14 @@ def measure(
 
 
 def trained(dtype: torch.dtype) -> Iterator[Contestant]:
-    """PATS in its forms, with state in the parameters' dtype."""
+    """The contestants with PATS whose state has the parameters' dtype."""
     return (c for c in contestants(dtype) if "PATS" in c.name and c.state_dtype == dtype)
 
 
 def train(
     contestant: Contestant, name: str, dtype: torch.dtype, sequences: int, device: torch.device
 ) -> Training:
-    """The peaks of a step of training, which begins and ends without gradients."""
+    """The peaks of a training step that begins and ends without gradients."""
     peaks: list[int] = []
     for released in (False, True):
         model: Any = models.build(name, device)
@@ -177,7 +177,7 @@ def train(
             step()
         peaks.append(timing.memory(step, device).peak)
         del model, optimizer, step
-        gc.collect()  # released gradients' hooks, and transformers' models, are in cycles
+        gc.collect()  # the hooks that release gradients and transformers' models are in reference cycles
     return {
         "optimizer": contestant.name,
         "dtype": dtype_name(dtype),
@@ -242,8 +242,8 @@ def table(result: Report) -> Table:
 
 def training_table(result: Report) -> Table:
     caption = (
-        f"MB that forward, backward and step hold at most; sequences of {models.SEQUENCE} tokens. Beyond "
-        "parameters and state, and with them"
+        f"peak MB of forward, backward and step; sequences of {models.SEQUENCE} tokens. beyond: without "
+        "parameters and state; in all: with them"
     )
     grid = Table(
         title=f"training {result['model']}", caption=caption, title_style="bold", box=box.SIMPLE_HEAD

@@ -27,12 +27,12 @@ COPY, ADAMW = "copy", "adamw_fused"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEARNING_RATE = 1e-6
 REPEATS = {"cpu": 3, "cuda": 40}
-SECONDS = 6.0  # of each of the two contests
+SECONDS = 6.0  # for each of the two contests
 BASELINES = ("eager", "foreach", "compile")
 
 
 class Entry(NamedTuple):
-    """A contestant as a row of the result names it."""
+    """A contestant, by the fields that identify its row of the result."""
 
     variant: str
     optimizer: str = "none"
@@ -70,7 +70,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="separated by commas; compile takes minutes",
     )
     parser.add_argument(
-        "--backends", help="of this package, separated by commas; default: all fused that can run"
+        "--backends",
+        help="this package's backends, separated by commas; default: all fused ones that can run",
     )
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="rough duration of each contest")
@@ -90,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, device: torch.device, tell: Any = print) -> dict[str, Any]:
-    """The contests; the file is written after each of them, so that a failed capture costs no result."""
+    """Runs the contests. Writes the file after each, so that a failed capture loses no result."""
     described = machine.prepare(device)
     tensors, origin = _tensors(options, device)
     values = AdamWHyperparameters(lr=LEARNING_RATE)
@@ -142,18 +143,18 @@ def run(options: argparse.Namespace, device: torch.device, tell: Any = print) ->
 
 
 def _tensors(options: argparse.Namespace, device: torch.device) -> tuple[Tensors, str]:
-    """The tensors, and in words what is in them."""
+    """The tensors, and a description of their gradients."""
     dtype = DTYPES[options.dtype]
     if options.gradients == "random":
         return Tensors.fresh(shapes.random_gradients(options.model, device, dtype)), "random"
-    from benchmarks.common import models  # needs transformers, which nothing else here does
+    from benchmarks.common import models  # the only import here that needs transformers
 
     found = models.gradients(options.model, models.default_text(), device, dtype)
     return Tensors.fresh(found), "of one backward pass"
 
 
 def fused_backends(asked: str | None, device: torch.device) -> list[str]:
-    """This package's kernels that can run on the device, or those that are asked for."""
+    """This package's kernels that can run on the device, or those asked for."""
     if asked:
         return asked.split(",")
     can = backends.available_backends(device)
@@ -162,7 +163,7 @@ def fused_backends(asked: str | None, device: torch.device) -> list[str]:
 
 
 def entries_of(names: Sequence[str], ours: Sequence[str]) -> list[Entry]:
-    """torch's first, then every form of ours on each backend."""
+    """The baselines first, then every form of this package's step on each backend."""
     baselines = [Entry(name) for name in BASELINES if name in names]
     chosen = [entry for entry in OURS if entry.variant in names]
     return baselines + [entry._replace(backend=backend) for backend in ours for entry in chosen]
@@ -173,7 +174,7 @@ def label(entry: Entry) -> str:
 
 
 def _prepare(entries: Sequence[Entry], task: Task) -> tuple[dict[Entry, Contestant], dict[str, str]]:
-    """Those that can run, each after a first step, and why the others cannot."""
+    """The contestants that can run, each after a first step, and why the others cannot."""
     ready: dict[Entry, Contestant] = {}
     errors: dict[str, str] = {}
     for entry in entries:
@@ -190,7 +191,7 @@ def _prepare(entries: Sequence[Entry], task: Task) -> tuple[dict[Entry, Contesta
 
 
 def _captured(steps: dict[str, Step]) -> tuple[dict[str, Step], dict[str, str]]:
-    """Replays of all that can be captured, ours first: after a failure others may fail too."""
+    """Replays of all that can be captured. Ours come first, because after a failure others may fail too."""
     replays: dict[str, Step] = {COPY: steps[COPY]}
     errors: dict[str, str] = {}
     for name in sorted(steps.keys() - {COPY}, key=lambda name: name.partition(" ")[0] in BASELINES):
@@ -210,7 +211,7 @@ def _said(error: Exception) -> str:
 
 
 def _figures(measured: Measured, captured: Times | None) -> dict[str, float | None]:
-    """Milliseconds beside a row's median_ms, which is the device's."""
+    """The other times in milliseconds; a row's median_ms is the device's."""
     return {
         "host_ms": measured.host.median,
         "wall_ms": measured.wall.median,

@@ -28,15 +28,15 @@ from pats_kernels.hyperparameters import AdamWHyperparameters, Form, Normalizati
 
 DEFAULT = "default"
 REPEATS = {"cpu": 1, "cuda": 60}
-SECONDS = 8.0  # of a case's contest, once all is compiled
+SECONDS = 8.0  # for a case's contest, after compiling
 MIB = 1 << 20
-# What is told of a compiled kernel: its spills may all be in paths that hardly ever run.
+# The figures reported for a compiled kernel. All its spills may be in paths that hardly ever run.
 OFFLINE = ("registers", "spills", "full_path_spills", "stack_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to launch, and its time as a share of the default's, as it was predicted: from, to."""
+    """A way to launch. `predicted`: the range predicted for its time, as a share of the default's."""
 
     name: str
     tuning: Tuning
@@ -85,7 +85,8 @@ COMMON = (
     Candidate("persistent, 8", Tuning(persistent=8), (0.97, 1.03)),
     Candidate("persistent, 16", Tuning(persistent=16), (0.98, 1.03)),
 )
-# Where nothing limits the registers, 126 of a thread with AdamW in bfloat16: 16 warps to a multiprocessor.
+# For cases without a default limit on registers. AdamW in bfloat16 then uses 126 per thread, so only 16 warps
+# fit a multiprocessor.
 UNLIMITED = (
     Candidate("64 registers", Tuning(max_registers=64), (0.95, 1.30)),
     Candidate("80 registers", Tuning(max_registers=80), (0.92, 1.10)),
@@ -120,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse under Triton's interpreter")
     parser.add_argument("--offline", metavar="ARCH", help="only compile the candidates for this architecture")
     parser.add_argument("--only", default="", metavar="REGEX", help="run only cases whose name matches")
-    parser.add_argument("--candidates", default="", metavar="REGEX", help="only those whose name matches")
+    parser.add_argument(
+        "--candidates", default="", metavar="REGEX", help="run only candidates whose name matches"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="rough duration of each case")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -151,7 +154,7 @@ def candidates(case: Case) -> list[Candidate]:
     found = [*COMMON, *(EXACT if case.normalization == "exact" else ())]
     if case.dtype == torch.float32:
         return found
-    limits = ("registers as the compiler likes", "48 registers")  # the default, and far too few
+    limits = ("registers as the compiler likes", "48 registers")  # the default here, and far too few
     return [c for c in [*found, *UNLIMITED] if c.name not in limits]
 
 
@@ -160,7 +163,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Medians and spread of the default, twice, and of each candidate, in one contest.
 
-    The default's second time tells how far two times of the same may be apart.
+    The two times of the default show how far apart two measurements of the same step may be.
     """
     tensors = Tensors.fresh(shapes.random_gradients(options.model, device, case.dtype))
     h = AdamWHyperparameters(normalization=case.normalization, lr=1e-6)
@@ -178,7 +181,7 @@ def measure(
             step()
             timing.synchronize(device)
             steps[candidate.name] = step
-        except Exception as error:  # too many registers, say, for so many threads
+        except Exception as error:  # for example too many registers for so many threads
             errors[candidate.name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
     times = timing.contest(steps, REPEATS[device.type], device, lambda *_: None, options.seconds)
     rows = []
@@ -220,8 +223,8 @@ def offline(case: Case, chosen: Sequence[Candidate], arch: str) -> list[dict[str
 
 
 def host(model: str, device: torch.device, seconds: float) -> dict[str, float]:
-    """The host's milliseconds for a step of PATS: gradients that stay, whose table is reused, and gradients
-    that move, whose table is packed and sent; and for the packing and the sending alone."""
+    """The host's milliseconds for a step of PATS: with the same gradient tensors, where the table is reused,
+    and with others, where it is packed and sent. Also for packing alone and sending alone."""
     gradients = shapes.random_gradients(model, device, torch.float32)
     others = [grad.clone() for grad in gradients.grads]
     made = variants.contestant(
@@ -242,7 +245,7 @@ def host(model: str, device: torch.device, seconds: float) -> dict[str, float]:
 
 
 def uploading(params: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Packing a table of as many rows as there are tensors, and sending one from pinned memory."""
+    """Two functions: one packs a table with a row per tensor, one sends it from pinned memory."""
     import numpy as np
 
     from pats_kernels.plan import Column
@@ -255,7 +258,7 @@ def uploading(params: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any
 
 
 def line(row: dict[str, Any]) -> str:
-    """A candidate for the eye."""
+    """A candidate's line of the printed output."""
     low, high = row["predicted"]
     if row.get("error"):
         return f"  {row['candidate']:<50} {row['error'].splitlines()[0][:80]}"

@@ -21,13 +21,13 @@ import grammar
 
 HUB = "nyu-mll/glue"
 GRAMMAR = "grammar"  # the name of the corpus generated here
-GRAMMAR_SEED = 0  # not the run's: every seed is evaluated on the same sentences
-GRAMMAR_SENTENCES = (12000, 1000)  # to train on, to evaluate on
+GRAMMAR_SEED = 0  # fixed, so that runs with any seed are evaluated on the same sentences
+GRAMMAR_SENTENCES = (12000, 1000)  # for training, for evaluation
 
 logger = logging.getLogger(__name__)
 
 
-# Metrics, by their names in results: labels and predictions to a number
+# Metrics, by their names in results: functions of labels and predictions
 
 
 def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -40,7 +40,7 @@ def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 def _correlation(of: Callable[..., Any], labels: np.ndarray, predictions: np.ndarray) -> float:
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
-        return 0.0  # it is not defined; such a model has diverged, or learned nothing
+        return 0.0  # undefined; the model has diverged, or learned nothing
     return float(of(labels, predictions).statistic)
 
 
@@ -55,24 +55,24 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task and how its files are written."""
+    """A task and the format of its files."""
 
-    texts: tuple[str, ...]  # one column or two, as the hub calls them
-    metrics: tuple[str, ...]  # the first is the one to quote
-    labels: tuple[str, ...] = ("0", "1")  # as the files write them, in the hub's order; none: regression
-    folder: str = ""  # in GLUE's own archive
-    columns: dict[str, str] = field(default_factory=dict)  # the file's name of a column, where it differs
-    header: tuple[str, ...] | None = None  # of files that have none
+    texts: tuple[str, ...]  # one or two columns, by their names on the hub
+    metrics: tuple[str, ...]  # the first is the main one
+    labels: tuple[str, ...] = ("0", "1")  # as in the files, in the hub's order; none: regression
+    folder: str = ""  # in GLUE's archive
+    columns: dict[str, str] = field(default_factory=dict)  # the file's name for a column, where it differs
+    header: tuple[str, ...] | None = None  # the columns of files without a header
     validation: dict[str, str] = field(default_factory=lambda: {"validation": "dev"})  # split: file
-    labelled_test: str = ""  # the file of the benchmark itself that has the labels GLUE's test.tsv lacks
-    test_header: tuple[str, ...] | None = None  # of that file, which has none
+    labelled_test: str = ""  # the original benchmark's file with the test labels, which GLUE's test.tsv lacks
+    test_header: tuple[str, ...] | None = None  # the columns of that file, which has no header
 
     @property
     def files(self) -> dict[str, str]:
         return {"train": "train", **self.validation}
 
     def score(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-        """Every metric of the task, from the model's raw outputs."""
+        """All metrics of the task, computed from the model's raw outputs."""
         answers = predictions.argmax(axis=-1) if self.labels else predictions.reshape(-1)
         return {name: float(METRICS[name](labels, answers)) for name in self.metrics}
 
@@ -119,11 +119,11 @@ GRAMMAR_TASK = Task(("sentence",), ("matthews", "accuracy"))
 
 
 def load(name: str | None, folder: str | None, cache_dir: str | None = None) -> tuple[Task, DatasetDict]:
-    """The task and its data: from `folder` if one is given, else from the hub; without a name, the grammar's.
+    """The task and its data, from `folder` if given, else from the hub. Without a name, the grammar's task.
 
     Raises:
-        ValueError: no such task, a folder without a task, or a file that is not the task's.
-        FileNotFoundError: the folder does not hold the task; says where it was looked for.
+        ValueError: an unknown task, a folder without a task name, or a file that does not fit the task.
+        FileNotFoundError: the task's files are not in the folder; the message says where it looked.
         ConnectionError: the hub cannot be reached.
     """
     if name is None or name == GRAMMAR:
@@ -137,7 +137,7 @@ def load(name: str | None, folder: str | None, cache_dir: str | None = None) -> 
 
 
 def generated(seed: int = GRAMMAR_SEED, counts: tuple[int, int] = GRAMMAR_SENTENCES) -> DatasetDict:
-    """The grammar's sentences, label 1 acceptable, 0 not."""
+    """The grammar's sentences, with label 1 for acceptable, 0 for unacceptable."""
     return DatasetDict(
         {
             split: Dataset.from_dict(dict(zip(("sentence", "label"), zip(*rows, strict=True), strict=True)))
@@ -147,7 +147,7 @@ def generated(seed: int = GRAMMAR_SEED, counts: tuple[int, int] = GRAMMAR_SENTEN
 
 
 def from_hub(name: str, task: Task, cache_dir: str | None = None) -> DatasetDict:
-    """The task as the Hugging Face hub has it, or as it was cached before."""
+    """The task from the Hugging Face hub, or from its cache."""
     try:
         data = load_dataset(HUB, name, cache_dir=cache_dir)
     except OSError as error:
@@ -158,7 +158,7 @@ def from_hub(name: str, task: Task, cache_dir: str | None = None) -> DatasetDict
 
 
 def from_folder(name: str, task: Task, folder: Path) -> DatasetDict:
-    """The task's TSV files (plain or .gz) in `folder` or in its subfolder of GLUE's name for the task."""
+    """The task's TSV files (plain or .gz) in `folder`, or in the subfolder with GLUE's name for the task."""
     places = [folder / task.folder, folder]
     for place in places:
         paths = {split: _file(place, stem) for split, stem in task.files.items()}
@@ -171,9 +171,9 @@ def from_folder(name: str, task: Task, folder: Path) -> DatasetDict:
 
 
 def labelled_test(task: Task, folder: Path) -> Dataset | None:
-    """The test set with labels, of those tasks whose benchmark published them, if `folder` has its file.
+    """The test set with labels, if the original benchmark published them and `folder` has its file.
 
-    GLUE keeps the labels of its test.tsv; MRPC's and STS-B's own files (plain or .gz) have them.
+    GLUE's test.tsv has no labels. The original files of MRPC and STS-B (plain or .gz) have them.
     """
     if not task.labelled_test:
         return None
@@ -189,7 +189,7 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _dataset(path: Path, task: Task) -> Dataset:
-    """A file's rows under the hub's names. Rows that lack a field (QQP has some) are left out and counted."""
+    """A file's rows with the hub's column names. Rows with missing fields (QQP has some) are left out."""
     names = {column: task.columns.get(column, column) for column in (*task.texts, "label")}
     columns: dict[str, list[Any]] = {column: [] for column in names}
     dropped = 0

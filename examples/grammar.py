@@ -1,4 +1,4 @@
-"""Acceptable and unacceptable English sentences, in minimal pairs: CoLA in miniature, from a seed.
+"""Generates acceptable and unacceptable English sentences in minimal pairs: a small CoLA, from a seed.
 
 Each paradigm below draws a sentence and a corruption of it that differs in one word or in the order of the
 words, as in BLiMP (Warstadt et al., TACL 2020). The words of a corruption are as frequent among the
@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 Pair = tuple[str, str]  # an acceptable sentence, an unacceptable one
-Forms = tuple[str, str]  # of one word or phrase: singular, plural
+Forms = tuple[str, str]  # a word or phrase: singular, plural
 
 
 class Verb(NamedTuple):
@@ -51,10 +51,10 @@ INTRANSITIVE = _verbs(
     "sneeze sneezes sneezing sneezed",
     "fall falls falling fallen",
 )
-SAYING = _verbs(  # none takes an object: "the dog knows the cat that sleeps" would be acceptable
+SAYING = _verbs(  # verbs without an object: "the dog knows the cat that sleeps" would be acceptable
     "think thinks thinking thought", "hope hopes hoping hoped", "insist insists insisting insisted"
 )
-AUXILIARIES: tuple[tuple[Forms, str], ...] = (  # and the form of the verb that each takes
+AUXILIARIES: tuple[tuple[Forms, str], ...] = (  # each with the form of the verb that follows it
     (("is", "are"), "progressive"),
     (("has", "have"), "perfect"),
     (("can", "can"), "base"),
@@ -87,7 +87,7 @@ class Words:
         return self.rng.choice(words)
 
     def two(self, words: Sequence[T]) -> tuple[T, T]:
-        """Two different ones, in either order."""
+        """Two different words, in random order."""
         first, second = self.rng.sample(words, 2)
         return first, second
 
@@ -95,14 +95,14 @@ class Words:
         return self.rng.randrange(2)
 
     def phrase(self, number: int | None = None, noun: Forms | None = None) -> str:
-        """A determiner, now and then an adjective, and a noun."""
+        """A determiner, sometimes an adjective, and a noun."""
         number = self.number() if number is None else number
         adjective = [self.one(ADJECTIVES)] if self.rng.random() < 0.3 else []
         determiner = self.one(DETERMINERS + ARTICLES)[number]
         return " ".join([determiner, *adjective, (noun or self.one(NOUNS))[number]])
 
     def predicate(self) -> Forms:
-        """A verb in both numbers, with an object where it needs one."""
+        """A verb in both numbers, with an object if it needs one."""
         if self.number():
             verb, rest = self.one(TRANSITIVE), f" {self.phrase()}"
         else:
@@ -156,7 +156,7 @@ def objects_of_verbs(w: Words) -> Pair:
 
 
 def reflexive_and_its_clause(w: Words) -> Pair:
-    """The reflexive means the subject of its own clause, not that of the clause around it."""
+    """The reflexive refers to the subject of its own clause, not of the main clause."""
     kinds = ((w.one(WOMEN), 0), (w.one(MEN), 0), (w.one(PEOPLE), 1))
     (person, n), (other, m) = w.two(kinds)
     clause = f"{w.phrase(m, other.noun)} {w.one(SAYING).present[m]} that {w.phrase(n, person.noun)}"
@@ -219,7 +219,7 @@ PARADIGMS: tuple[Callable[[Words], Pair], ...] = (
 
 
 def sentences(seed: int, counts: Sequence[int]) -> list[list[tuple[str, int]]]:
-    """Disjoint sets of this many sentences each, with labels: 1 acceptable, 0 not, half and half.
+    """Disjoint sets of `counts` sentences with labels: half are acceptable (1), half are not (0).
 
     Every paradigm has the same share of each set. No sentence occurs twice, and a pair stays together.
     """

@@ -34,13 +34,13 @@ INK, QUIET = "#333333", "#999999"
 
 
 class Storage(NamedTuple):
-    """How a run keeps what it trains."""
+    """How a run stores its parameters and state."""
 
     param_dtype: torch.dtype
     state_dtype: torch.dtype
     stochastic_rounding: bool
     colour: str
-    width: float  # of its line; curves that coincide lie upon one another, the thinnest on top
+    width: float  # of its line; the thinnest is drawn last, so that coinciding curves stay visible
 
     @property
     def line(self) -> str:
@@ -48,7 +48,7 @@ class Storage(NamedTuple):
 
 
 BASELINE = "float32"
-STORAGES = {  # of the parameters, and unless it says so of the state
+STORAGES = {  # the dtype of the parameters; also of the state, unless the name says otherwise
     BASELINE: Storage(torch.float32, torch.float32, True, INK, 5.5),
     "bfloat16, stochastic": Storage(torch.bfloat16, torch.bfloat16, True, "#0072B2", 3.0),
     "bfloat16, to nearest": Storage(torch.bfloat16, torch.bfloat16, False, "#D55E00", 3.0),
@@ -69,18 +69,18 @@ class Arguments:
     max_characters: int | None = field(default=None, metadata={"help": "Characters to use, from the start"})
     heldout_sequences: int = field(default=512, metadata={"help": "Largest number of held-out sequences"})
     learning_rates: str = field(default="5e-5", metadata={"help": "One or more, separated by commas"})
-    noise_scale: float = field(default=1e-5, metadata={"help": "Of PATSAdamW"})
+    noise_scale: float = field(default=1e-5, metadata={"help": "noise_scale of PATSAdamW"})
     steps: int = field(default=1000, metadata={"help": "Steps of each run; the learning rate is constant"})
     evaluations: int = field(default=20, metadata={"help": "Number of evaluations in each run"})
-    batch_size: int = field(default=32, metadata={"help": "Sequences"})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens"})
+    batch_size: int = field(default=32, metadata={"help": "Sequences per batch"})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a sequence"})
     seeds: str = field(
         default="1,2,3", metadata={"help": "Seeds of batches, masks and noise, separated by commas"}
     )
 
 
 class Corpus(NamedTuple):
-    """What all runs share: sequences to learn from, and batches of others with their masks."""
+    """What all runs share: training sequences, and held-out batches with their masks."""
 
     train: Any
     heldout: list[dict[str, Tensor]]
@@ -99,7 +99,7 @@ def prepare(arguments: Arguments) -> Corpus:
 
 
 def batches(corpus: Corpus, arguments: Arguments, seed: int) -> Any:
-    """`arguments.steps` batches: a seed's are always the same."""
+    """`arguments.steps` batches, always the same for a seed."""
     order = torch.Generator().manual_seed(seed)
     collate = DataCollatorForLanguageModeling(corpus.collate.tokenizer, seed=seed)
     count = arguments.steps * arguments.batch_size
@@ -109,7 +109,7 @@ def batches(corpus: Corpus, arguments: Arguments, seed: int) -> Any:
 
 @torch.no_grad()
 def heldout_loss(model: BertForMaskedLM, corpus: Corpus, scratch: BertForMaskedLM) -> float:
-    """With the weights as they are stored, in float32 arithmetic, by a model to copy them to."""
+    """The held-out loss in float32 arithmetic, computed by `scratch` with a copy of the stored weights."""
     scratch.load_state_dict(model.state_dict())
     losses = [scratch(**batch).loss.item() for batch in corpus.heldout]
     return fmean(losses)
@@ -118,7 +118,7 @@ def heldout_loss(model: BertForMaskedLM, corpus: Corpus, scratch: BertForMaskedL
 def trained(
     storage: Storage, lr: float, seed: int, corpus: Corpus, arguments: Arguments
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One run: its record, and the sensitivities that it ends with."""
+    """One run: its record, and its sensitivities at the end."""
     set_seed(seed)
     model = BertForMaskedLM.from_pretrained(arguments.model_name_or_path, dtype=storage.param_dtype)
     scratch = BertForMaskedLM.from_pretrained(arguments.model_name_or_path)
@@ -152,7 +152,7 @@ def trained(
 
 
 def likeness(sens: dict[str, Tensor], baseline: dict[str, Tensor]) -> dict[str, float]:
-    """Of two runs' sensitivities: the ratio of their sums, and the correlation of their logarithms."""
+    """Compares two runs' sensitivities: the ratio of their sums, and the correlation of their logarithms."""
     a, b = (torch.cat([sens[name].flatten() for name in baseline]) for sens in (sens, baseline))
     both = (a > 0) & (b > 0)
     logs = torch.stack((a[both], b[both])).double().log()
@@ -163,7 +163,7 @@ def likeness(sens: dict[str, Tensor], baseline: dict[str, Tensor]) -> dict[str, 
 
 
 def study(arguments: Arguments, corpus: Corpus) -> list[dict[str, Any]]:
-    """Every storage with every learning rate and seed; written after each run."""
+    """Runs every storage with every learning rate and seed; saves after each run."""
     runs: list[dict[str, Any]] = []
     for lr in [float(text) for text in arguments.learning_rates.split(",")]:
         for seed in [int(text) for text in arguments.seeds.split(",")]:
@@ -200,7 +200,7 @@ def rates(runs: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def gaps(runs: Sequence[dict[str, Any]], storage: str, lr: float) -> list[float]:
-    """By how much each seed's last loss is above that of float32 with the same seed."""
+    """For each seed, the last loss minus that of float32 with the same seed."""
     last = {run["seed"]: run["heldout_loss"][-1] for run in of(runs, BASELINE, lr)}
     return [run["heldout_loss"][-1] - last[run["seed"]] for run in of(runs, storage, lr)]
 
@@ -238,7 +238,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(runs: Sequence[dict[str, Any]], path: str) -> None:
-    """A picture a learning rate: each storage's mean over the seeds, float32 with the range of its seeds."""
+    """A panel per learning rate: each storage's mean over the seeds, and the range of float32's seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(rates(runs)), 3.9), layout="constrained")

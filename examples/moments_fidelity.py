@@ -33,8 +33,8 @@ from pats_kernels import PATSAdamW
 from pats_kernels.reference import gate, moments_sensitivity, score, update_averages_
 from run_glue import Corpus, DataArguments, ModelArguments, prepare, versions
 
-RANKED = 20_000  # elements of a tensor at most, drawn once: ranks of all would say the same
-KINDS = {  # of parameters, by name; the first that fits
+RANKED = 20_000  # most elements per tensor to rank, a random sample; all would give the same result
+KINDS = {  # patterns for parameters' names; the first match counts
     "biases": r"bias$",
     "LayerNorm": r"LayerNorm",
     "word embeddings": r"word_embeddings",
@@ -44,7 +44,7 @@ KINDS = {  # of parameters, by name; the first that fits
     "feed-forward": r"(intermediate|output)\.dense",
     "pooler, classifier": r"",
 }
-COMPARISONS = {  # what with what, and how it is drawn
+COMPARISONS = {  # the two forms to compare, and the colour of the curve
     "moments": ("moments", "ema", "#0072B2"),
     "moments, to averages of their memory": ("moments", "long", "#56B4E9"),
     "averages of longer memory": ("long", "ema", "#E69F00"),
@@ -62,8 +62,8 @@ class Arguments:
     out: str = field(metadata={"help": "JSON file for all results"})
     data_dir: str | None = field(default=None, metadata={"help": "As in run_glue.py"})
     plot: str | None = field(default=None, metadata={"help": "File for the picture"})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens"})
-    batch_size: int = field(default=32, metadata={"help": "Sequences"})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a sequence"})
+    batch_size: int = field(default=32, metadata={"help": "Sequences per batch"})
     steps: int = field(default=600, metadata={"help": "Steps of the run"})
     at: str = field(
         default="1,2,5,10,20,50,100,200,400,600",
@@ -71,9 +71,9 @@ class Arguments:
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Constant during the run"})
     adam_beta2: float = field(default=0.999, metadata={"help": "Decay rate of the second moment"})
-    noise_scale: float = field(default=1e-5, metadata={"help": "Of PATSAdamW"})
-    gamma: float = field(default=1.0, metadata={"help": "Of PATSAdamW"})
-    uncertainty: str = field(default="product", metadata={"help": "Of PATSAdamW"})
+    noise_scale: float = field(default=1e-5, metadata={"help": "noise_scale of PATSAdamW"})
+    gamma: float = field(default=1.0, metadata={"help": "gamma of PATSAdamW"})
+    uncertainty: str = field(default="product", metadata={"help": "uncertainty of PATSAdamW"})
     seeds: str = field(default="1,2", metadata={"help": "Seeds of the order of the data; two or more"})
 
     @property
@@ -87,7 +87,7 @@ class Arguments:
 
 
 class Sensitivity(NamedTuple):
-    """One tensor's S and U, whoever made them: flat, [numel]."""
+    """One tensor's S and U in any form, flat: [numel]."""
 
     S: Tensor
     U: Tensor
@@ -103,7 +103,7 @@ Snapshot = dict[str, dict[str, Sensitivity]]  # by form ("ema", "long", "moments
 
 
 def snapshots(seed: int, corpus: Corpus, arguments: Arguments) -> Iterator[tuple[int, Snapshot]]:
-    """Trains, and at the steps that are asked for yields the step and every form's sensitivities."""
+    """Trains; at each of the steps `arguments.at`, yields the step and every form's sensitivities."""
     set_seed(0)  # the classifier's weights are the same for all seeds
     model = corpus.build()
     named = dict(model.named_parameters())
@@ -147,7 +147,7 @@ _AVERAGES = ("exp_avg_sens", "exp_avg_unc")
 
 
 def of_moments(w: Tensor, state: dict[str, Tensor], arguments: Arguments) -> Sensitivity:
-    """What sensitivity="moments" has with the weights before the step and the moments after it."""
+    """S and U of sensitivity="moments", from the weights before the step and the moments after it."""
     corrections = [1 - beta ** float(state["step"]) for beta in arguments.betas]
     m, v = (state[key] / c for key, c in zip(("exp_avg", "exp_avg_sq"), corrections, strict=True))
     S, U, _ = moments_sensitivity(w, m, v, arguments.uncertainty)
@@ -155,14 +155,14 @@ def of_moments(w: Tensor, state: dict[str, Tensor], arguments: Arguments) -> Sen
 
 
 def agreement(a: Sensitivity, b: Sensitivity, gamma: float, uncertainty: str) -> dict[str, float]:
-    """Of two sensitivities of one tensor, over the elements that have had a gradient in both.
+    """Compares two sensitivities of one tensor, over the elements that have had a gradient in both.
 
     Returns:
-        numel: how many these are.
-        rank: Spearman's correlation of their scores q; NaN where one of them is constant.
-        overlap: the share of those with noise in either form that have it in both (Jaccard).
-        by_chance: the same, if the two sets were drawn independently.
-        kappa: Cohen's: how far the sets agree beyond chance, 1 at most; NaN where all or none have noise.
+        numel: the number of these elements.
+        rank: Spearman's correlation of the scores q; NaN if one of them is constant.
+        overlap: among the elements with noise in either form, the share with noise in both (Jaccard).
+        by_chance: the overlap that two independent sets of these sizes would have.
+        kappa: Cohen's kappa: the agreement beyond chance, at most 1; NaN if all or no elements have noise.
         gate_a, gate_b: the mean gates.
         gate_difference: the mean absolute difference of the gates.
     """
@@ -198,7 +198,7 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(agreements: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Means over the tensors of a kind, and of all, weighted by the elements that were compared."""
+    """Means over the tensors of each kind, and over all, weighted by the number of compared elements."""
     groups: dict[str, list[dict[str, float]]] = {"all": list(agreements.values())}
     for name, found in agreements.items():
         groups.setdefault(kind_of(name), []).append(found)
@@ -222,7 +222,9 @@ def study(arguments: Arguments) -> list[dict[str, Any]]:
     seeds = [int(text) for text in arguments.seeds.split(",")]
     if len(seeds) < 2:
         raise ValueError(f"Invalid seeds: {arguments.seeds!r} (two or more, to compare runs)")
-    others: dict[int, dict[str, Sensitivity]] = {}  # of the seed before, by step; at first of the last one
+    others: dict[
+        int, dict[str, Sensitivity]
+    ] = {}  # of the seed before (for the first seed: the last), by step
     entries: list[dict[str, Any]] = []
     for seed in (seeds[-1], *seeds):
         first = not others
@@ -245,7 +247,7 @@ def study(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def means(entries: Sequence[dict[str, Any]], comparison: str, kind: str, key: str) -> dict[int, float]:
-    """Of one figure: its mean over the seeds, by step."""
+    """One figure's mean over the seeds, by step."""
     found: dict[int, list[float]] = {}
     for entry in entries:
         value = entry["kinds"].get(kind, {}).get(key)
@@ -255,7 +257,7 @@ def means(entries: Sequence[dict[str, Any]], comparison: str, kind: str, key: st
 
 
 def table(entries: Sequence[dict[str, Any]]) -> Table:
-    """The last step: by kind of layer and comparison."""
+    """The last step's figures, by kind of layer and comparison."""
     last = max(entry["step"] for entry in entries)
     columns = ("rank", "overlap", "by_chance", "kappa", "gate_a", "gate_b", "gate_difference")
     grid = Table(title=f"after {last} steps", title_style="bold", box=box.SIMPLE_HEAD)
@@ -275,7 +277,7 @@ SHOWN = {"rank": "rank correlation of q", "kappa": "noisy sets: Cohen's kappa"}
 
 
 def plot(entries: Sequence[dict[str, Any]], path: str) -> None:
-    """Two small pictures for each kind of layer, one above the other; five kinds in a row."""
+    """Two panels for each kind of layer, one above the other; five kinds in a row."""
     from matplotlib.figure import Figure
 
     kinds, columns = list(entries[0]["kinds"]), 5

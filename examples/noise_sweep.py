@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PACKAGES = ("pats_kernels", "torch", "transformers", "accelerate", "datasets")
-KEY = ("method", "noise_scale", "gamma", "seed")  # of a run
+KEY = ("method", "noise_scale", "gamma", "seed")  # what identifies a run
 LOGGED = ("mean_gate", "noisy_share")
 COLOURS = {"adamw": "#333333", "noise": "#D55E00", "pats": "#0072B2"}
 GAMMA_COLOURS = ("#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#E69F00")
@@ -38,7 +38,7 @@ Run = dict[str, Any]
 
 
 def grid(methods: list[str], scales: list[float], gammas: list[float], seeds: list[int]) -> Iterator[Run]:
-    """Seed by seed; adamw has no noise and noise no gamma, so they come once for all of these."""
+    """All runs, seed by seed. adamw has no noise_scale, and noise no gamma: they are not repeated."""
     for seed in seeds:
         for method in methods:
             for scale in [None] if method == "adamw" else scales:
@@ -47,7 +47,7 @@ def grid(methods: list[str], scales: list[float], gammas: list[float], seeds: li
 
 
 def finetune(run: Run, arguments: list[str]) -> Run:
-    """One run, in this process: its metrics, and the means over its logs of what PATSCallback reports."""
+    """Runs once in this process: its metrics, and the means of PATSCallback's figures over its logs."""
     import run_glue
 
     given = [f"--{name}={value}" for name, value in run.items() if value is not None]
@@ -70,11 +70,13 @@ def finetune(run: Run, arguments: list[str]) -> Run:
 
 
 def sweep(wanted: list[Run], arguments: list[str], file: Path, processes: int) -> list[Run]:
-    """The runs of the file, and after them those of `wanted` that it did not have; written after each."""
+    """Adds the runs of `wanted` that the file lacks, and returns all. Writes the file after each run."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
     runs: list[Run] = record["runs"]
     if runs and wanted and record["arguments"] != arguments:
-        raise SystemExit(f"noise_sweep.py: {file} is of other arguments: {' '.join(record['arguments'])}")
+        raise SystemExit(
+            f"noise_sweep.py: {file} has runs with other arguments: {' '.join(record['arguments'])}"
+        )
     known = {tuple(run[name] for name in KEY) for run in runs}
     missing = [run for run in wanted if tuple(run.values()) not in known]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -94,12 +96,12 @@ def sweep(wanted: list[Run], arguments: list[str], file: Path, processes: int) -
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, which one value alone does not have."""
+    """Mean and sample standard deviation; 0 for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def series(runs: list[Run], metric: str, method: str, gamma: float | None) -> dict[float | None, list[float]]:
-    """noise_scale -> the metric of every seed."""
+    """The metric of every seed, by noise_scale."""
     found: dict[float | None, list[float]] = {}
     for run in sorted(runs, key=lambda run: run["noise_scale"] or 0):
         if run["method"] == method and run["gamma"] == gamma:
@@ -108,7 +110,7 @@ def series(runs: list[Run], metric: str, method: str, gamma: float | None) -> di
 
 
 def summary(runs: list[Run]) -> str:
-    """A line for each place of the grid."""
+    """A line for each cell of the grid."""
     metrics = list(runs[0]["metrics"])
     lines = ["method  noise_scale  gamma  seeds  " + "  ".join(f"{metric:>17}" for metric in metrics)]
     lines[0] += "  mean_gate  noisy_share"
@@ -127,7 +129,7 @@ def summary(runs: list[Run]) -> str:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Left: PATS, gamma 1 where there is one, beside the same noise everywhere; right: PATS by gamma."""
+    """Left: PATS (with gamma 1, if there is one) and the same noise everywhere. Right: PATS by gamma."""
     from matplotlib.figure import Figure
 
     metric = next(iter(runs[0]["metrics"]))
@@ -168,9 +170,7 @@ def _draw(
     marker: str,
     nudge: float = 1.0,
 ) -> None:
-    x = [
-        (scale or 0.0) * nudge for scale in found
-    ]  # a little aside, so that error bars do not hide each other
+    x = [(scale or 0.0) * nudge for scale in found]  # shifted, so that error bars do not overlap
     means, stds = zip(*map(spread, found.values()), strict=True) if found else ((), ())
     axes.errorbar(
         x, means, stds, label=label, color=colour, marker=marker, markersize=4, linewidth=1.3, capsize=2

@@ -34,8 +34,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from run_glue import bert_config
 
-ALPHABET = 200  # characters with pieces of their own; a word with any other is [UNK]
-SHORTEST = 16  # tokens of a sequence; shorter ends of documents are left out
+ALPHABET = 200  # characters with their own tokens; a word with any other character is [UNK]
+SHORTEST = 16  # fewest tokens in a sequence; shorter ends of documents are left out
 
 
 @dataclass
@@ -51,14 +51,14 @@ class PretrainingArguments:
     num_hidden_layers: int = field(default=2, metadata={"help": "Layers"})
     num_attention_heads: int = field(default=4, metadata={"help": "Heads"})
     dropout: float = field(
-        default=0.0, metadata={"help": "Of hidden states and attention; saved with the model"}
+        default=0.0, metadata={"help": "Dropout of hidden states and attention; saved with the model"}
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask"})
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' own, with defaults for a short run of a small model."""
+    """transformers' TrainingArguments, with defaults for a short run of a small model."""
 
     output_dir: str | None = field(
         default="runs/pretrained", metadata={"help": "Folder for model and tokenizer"}
@@ -78,7 +78,7 @@ class Arguments(NamedTuple):
 
 
 class BertForMaskedLM(transformers.BertForMaskedLM):
-    """transformers' own, with its head, the dearest part of so small a model, at the masked tokens alone."""
+    """transformers' model, with the head, the slowest part of a small model, only at the masked tokens."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any
@@ -90,7 +90,7 @@ class BertForMaskedLM(transformers.BertForMaskedLM):
 
 
 def documents(path: str | Path) -> Iterator[str]:
-    """The texts of a file, without markup; titles that nothing follows are left out."""
+    """The texts of a file, without markup. Documents with only a title are left out."""
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig") as file:
         wiki = file.readline().startswith("<doc ")
@@ -110,7 +110,7 @@ def documents(path: str | Path) -> Iterator[str]:
 
 
 def read(paths: Sequence[str], max_characters: int | None = None) -> list[str]:
-    """The documents of all files, in order, until there are `max_characters` of them."""
+    """The documents of all files, in order, until they have `max_characters` characters."""
     texts: list[str] = []
     total = 0
     for path in paths:
@@ -125,7 +125,7 @@ def read(paths: Sequence[str], max_characters: int | None = None) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], arguments: PretrainingArguments) -> BertTokenizer:
-    """WordPiece, as BERT has it, on the most frequent characters; the same text, the same vocabulary."""
+    """BERT's WordPiece on the most frequent characters. The same text gives the same vocabulary."""
     untrained = BertTokenizer()
     counts = Counter[str]()
     for text in texts:
@@ -161,7 +161,7 @@ def sequences(texts: Sequence[str], tokenizer: BertTokenizer, length: int) -> Da
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains, saves, and returns the held-out loss before and after; without held-out text, of neither."""
+    """Trains and saves. The result has the held-out loss before and after, None without held-out text."""
     parser = HfArgumentParser(Arguments.__annotations__.values())  # pyright: ignore[reportArgumentType]
     model_arguments, training = Arguments(
         *parser.parse_args_into_dataclasses(args=list(sys.argv[1:] if argv is None else argv))
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.save_model()
     file = Path(str(training.output_dir)) / "pretraining.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"held-out loss: {before} -> {result['heldout_loss']['after']}; everything: {file}")
+    print(f"held-out loss: {before} -> {result['heldout_loss']['after']}; all results: {file}")
     return result
 
 

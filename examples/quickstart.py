@@ -1,4 +1,4 @@
-"""PATS on any optimizer, in one line: a small classifier, with and without.
+"""Attaches PATS to an optimizer, in one line: a small classifier, trained with and without noise.
 
 python examples/quickstart.py
 """
@@ -10,7 +10,7 @@ from pats_kernels import PATS
 
 
 def spirals(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two spirals wound around each other: points [count, 2] and the spiral each is on, [count]."""
+    """Two spirals wound around each other: points [count, 2], and the spiral of each point, [count]."""
     label = torch.randint(0, 2, (count,), generator=generator)
     turn = 1 + 2 * torch.rand(count, generator=generator)
     angle = torch.pi * (2 * turn + label)
@@ -19,7 +19,7 @@ def spirals(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch
 
 
 def train(noise_scale: float) -> float:
-    """Trains with this much noise (0: plain AdamW); returns the accuracy on points not seen."""
+    """Trains with this noise_scale (0: plain AdamW); returns the accuracy on new points."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     points, label = spirals(256, generator)

@@ -46,33 +46,37 @@ import glue_methods
 from glue_data import Task
 from glue_methods import NOT_GIVEN, MethodArguments
 
-SAMPLING_SEED = 0  # of --max_..._samples: every run sees the same ones
-LAST = ("true", "True")  # --resume_from_checkpoint: each run's last checkpoint
+SAMPLING_SEED = 0  # for --max_..._samples: the same samples in every run
+LAST = ("true", "True")  # for --resume_from_checkpoint: each run's last checkpoint
 PACKAGES = ("pats_kernels", "torch", "transformers", "accelerate", "datasets")
 
 
 @dataclass
 class ModelArguments:
-    """A pretrained model, or the sizes of a BERT to build on the spot."""
+    """A pretrained model, or the sizes of a small BERT to build."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "On the hub or in a folder; if not given, a small BERT is built"}
+        default=None,
+        metadata={"help": "Model on the hub or in a folder; if not given, a small BERT is built"},
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for the hub's files"})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model"})
     random_weights: bool = field(
-        default=False, metadata={"help": "Use only its architecture and tokenizer, with random weights"}
+        default=False,
+        metadata={"help": "Use only the model's architecture and tokenizer, with random weights"},
     )
     vocab_size: int = field(default=8000, metadata={"help": "Small BERT: largest number of tokens"})
     hidden_size: int = field(default=64, metadata={"help": "Small BERT: width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "Small BERT: layers"})
     num_attention_heads: int = field(default=4, metadata={"help": "Small BERT: heads"})
-    dropout: float = field(default=0.0, metadata={"help": "Small BERT: of hidden states and attention"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Small BERT: dropout of hidden states and attention"}
+    )
 
 
 @dataclass
 class DataArguments:
-    """Which task, from where, and how much of it."""
+    """The task, the source of its data, and how much of it to use."""
 
     task_name: str | None = field(
         default=None,
@@ -93,7 +97,7 @@ class DataArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' own, with defaults for a small run, and several seeds."""
+    """transformers' TrainingArguments, with defaults for a small run, and several seeds."""
 
     output_dir: str | None = field(
         default="runs/glue",
@@ -112,12 +116,12 @@ class RunArguments(TrainingArguments):
     seed: int = field(default=int(NOT_GIVEN), metadata={"help": "For a single run; otherwise see seeds"})
     threads: int | None = field(
         default=None,
-        metadata={"help": "Of the CPU. If not given: 1 for the small BERT, else torch's own"},
+        metadata={"help": "CPU threads. If not given: 1 for the small BERT, else torch's default"},
     )
     seeds: str | None = field(
         default=None,
         metadata={
-            "help": "Several, separated by commas. If not given: --seed; without that 1,2 or, of GLUE, 42"
+            "help": "Separated by commas. If not given: --seed, or else 42 for GLUE and 1,2 for the grammar"
         },
     )
 
@@ -129,7 +133,7 @@ class RunArguments(TrainingArguments):
             raise ValueError(f"Invalid seeds: {self.seeds!r} (integers, separated by commas)") from None
 
     def of_run(self, method: str, seed: int) -> "RunArguments":
-        """These arguments for one of the runs, which has a folder of its own."""
+        """These arguments for one run, with its own folder."""
         return replace(self, seed=seed, output_dir=str(Path(str(self.output_dir)) / f"{method}-{seed}"))
 
 
@@ -141,12 +145,12 @@ class Arguments(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Everything that the runs share."""
+    """What all runs share."""
 
     task: Task
     data: DatasetDict  # tokenized
     tokenizer: PreTrainedTokenizerBase
-    build: Callable[[], PreTrainedModel]  # with fresh random weights where they are not pretrained
+    build: Callable[[], PreTrainedModel]  # weights that are not pretrained are random and new each time
 
     @property
     def validation(self) -> list[str]:
@@ -155,7 +159,7 @@ class Corpus(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """The command line, or the one JSON file that it names."""
+    """Arguments from the command line, or from the one JSON file that it names."""
     parser = HfArgumentParser(Arguments.__annotations__.values())  # pyright: ignore[reportArgumentType]
     if len(argv) == 1 and argv[0].endswith(".json"):
         parsed = parser.parse_json_file(json_file=argv[0])
@@ -172,7 +176,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def fill_in(arguments: Arguments) -> None:
-    """What was not given and hangs on whether the model is pretrained, and on its size."""
+    """Sets the arguments whose defaults depend on the task and on whether the model is pretrained."""
     training = arguments.training
     pretrained = arguments.model.model_name_or_path is not None
     if training.learning_rate == NOT_GIVEN:
@@ -183,14 +187,14 @@ def fill_in(arguments: Arguments) -> None:
         without = 42 if arguments.data.task_name else "1,2"
         training.seeds = str(without if training.seed == NOT_GIVEN else training.seed)
     if training.threads is None and not pretrained:
-        training.threads = 1  # so small a model gains nothing by a second one, and waits for it
+        training.threads = 1  # so small a model gains nothing from a second thread
 
 
 # Model and data
 
 
 def prepare(model: ModelArguments, data: DataArguments) -> Corpus:
-    """Loads the data and the tokenizer, tokenizes, and says how to build the model."""
+    """Loads the data and the tokenizer, tokenizes, and returns how to build the model."""
     task, texts = glue_data.load(data.task_name, data.data_dir, model.cache_dir)
     for split, rows in texts.items():
         count = data.max_train_samples if split == "train" else data.max_eval_samples
@@ -200,7 +204,7 @@ def prepare(model: ModelArguments, data: DataArguments) -> Corpus:
 
 
 def tokenized(task: Task, texts: DatasetDict, model: ModelArguments, data: DataArguments) -> Corpus:
-    """A corpus of these splits; of `data` the length alone counts."""
+    """A corpus of these splits. Of `data` only `max_seq_length` is used."""
     if model.model_name_or_path is None:
         tokenizer = train_tokenizer(task, texts["train"], model.vocab_size)
         build = small_bert(model, data, task, tokenizer)
@@ -218,11 +222,11 @@ def tokenized(task: Task, texts: DatasetDict, model: ModelArguments, data: DataA
 
 
 def train_tokenizer(task: Task, rows: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
-    """WordPiece, as BERT has it, with the pieces of this text."""
+    """BERT's WordPiece, trained on these texts."""
     texts = [text for name in task.texts for text in rows[name]]
     untrained = BertTokenizer()
-    # The trainer numbers the pieces in the order in which a hash table gives it the words, another one each
-    # time, and breaks ties by these numbers. Given beforehand, they and the vocabulary are always the same.
+    # The trainer numbers the pieces in the order of a hash table, which differs in each run, and breaks ties
+    # by these numbers. If the pieces are given in advance, numbers and vocabulary are always the same.
     normalize = untrained.backend_tokenizer.normalizer.normalize_str
     pieces = sorted({f"##{character}" for text in texts for character in normalize(text)})
     trained = untrained.train_new_from_iterator(
@@ -232,13 +236,13 @@ def train_tokenizer(task: Task, rows: Dataset, vocab_size: int) -> PreTrainedTok
 
 
 def number_of_outputs(task: Task) -> dict[str, Any]:
-    """One output and the squared error where there are no labels, else one for each."""
+    """One output per label; for regression one output and the squared error."""
     problem = "single_label_classification" if task.labels else "regression"
     return {"num_labels": len(task.labels) or 1, "problem_type": problem}
 
 
 class BertSizes(Protocol):
-    """Arguments that say how big a BERT to build."""
+    """Arguments with the sizes of the BERT to build."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -259,7 +263,7 @@ def bert_config(
         pad_token_id=tokenizer.get_vocab()[str(tokenizer.pad_token)],
         hidden_dropout_prob=sizes.dropout,
         attention_probs_dropout_prob=sizes.dropout,
-        # BERT's 0.02 is for a width of 768; a narrow model would sit where it began for hundreds of steps.
+        # BERT's 0.02 is for a width of 768. With it a narrow model hardly learns for hundreds of steps.
         initializer_range=sizes.hidden_size**-0.5,
         **more,
     )
@@ -287,7 +291,7 @@ def pretrained(
 def trainer_of(
     method: str, noise: MethodArguments, training: TrainingArguments, corpus: Corpus, **more: Any
 ) -> Trainer:
-    """The stock Trainer, with a fresh model, for one method and seed; `more` is for the Trainer."""
+    """The stock Trainer with a new model, for one method and seed. `more` goes to the Trainer."""
     set_seed(training.seed)
     model = corpus.build()
     glue_methods.prepare_(method, noise, training, model)
@@ -309,7 +313,7 @@ def trainer_of(
 
 
 def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Corpus) -> dict[str, Any]:
-    """One method with one seed: trains, evaluates, saves the model, and returns what there is to know."""
+    """One method with one seed: trains, evaluates, saves the model, and returns the results."""
     trainer = trainer_of(method, noise, training, corpus)
     trained = trainer.train(resume_from_checkpoint=checkpoint(training))
     evaluated = evaluate(trainer, corpus)
@@ -329,7 +333,7 @@ def run(method: str, noise: MethodArguments, training: RunArguments, corpus: Cor
 
 
 def evaluate(trainer: Trainer, corpus: Corpus) -> dict[str, dict[str, float]]:
-    """By split: the metrics, the loss and the time, each with the split's name before it."""
+    """For each split: metrics, loss and time, with the split's name as a prefix."""
     return {
         split: trainer.evaluate(cast(Any, corpus.data[split]), metric_key_prefix=split)
         for split in corpus.validation
@@ -337,7 +341,7 @@ def evaluate(trainer: Trainer, corpus: Corpus) -> dict[str, dict[str, float]]:
 
 
 def checkpoint(training: RunArguments) -> str | None:
-    """Where to resume: the path given, or for "true" this run's last checkpoint, if it has one."""
+    """The checkpoint to resume from: the given path, or for "true" this run's last one, if there is one."""
     given = training.resume_from_checkpoint
     if given not in LAST:
         return given
@@ -349,7 +353,7 @@ def checkpoint(training: RunArguments) -> str | None:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By method, split and metric: every seed's value, their mean and sample standard deviation."""
+    """For each method, split and metric: all seeds' values, their mean and sample standard deviation."""
     summary: dict[str, Any] = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run["metrics"] for run in runs if run["method"] == method]
@@ -383,12 +387,12 @@ def results(arguments: Arguments, corpus: Corpus, runs: Sequence[dict[str, Any]]
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on. torch's own says of which CUDA it is, its package's need not."""
+    """The versions that results depend on. `torch.__version__` names the CUDA; its package's may not."""
     return {name: version(name) for name in PACKAGES} | {"torch": str(torch.__version__)}
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row a method: each metric's mean, with its spread over the seeds, and the time of a run."""
+    """A row per method: each metric's mean and spread over the seeds, and the mean time of a run."""
     samples = ", ".join(f"{split} {count}" for split, count in result["samples"].items())
     seeds = list(dict.fromkeys(run["seed"] for run in result["runs"]))
     title = f"{result['task']} ({samples}), {result['parameters'] / 1e6:.1f} M parameters, seeds {seeds}"
@@ -416,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         corpus = prepare(arguments.model, arguments.data)
-    except (ValueError, OSError) as error:  # of the arguments; what fails later is shown in full
+    except (ValueError, OSError) as error:  # wrong arguments; later errors keep their traceback
         raise SystemExit(f"run_glue.py: {error}") from error
     if arguments.training.threads is not None:
         torch.set_num_threads(arguments.training.threads)
@@ -427,12 +431,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in arguments.training.all_seeds:
         for method in arguments.noise.methods:
             runs.append(run(method, arguments.noise, arguments.training.of_run(method, seed), corpus))
-            # After each run: whoever stops early keeps what there is.
+            # Written after each run, so that an interrupted command keeps its results.
             result = results(arguments, corpus, runs)
             file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console = Console()
     console.print(table(result))
-    console.print(f"Everything: {file}")
+    console.print(f"All results: {file}")
     return result
 
 

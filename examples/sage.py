@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-FLOOR = 1e-12  # of A, as in the authors' code: their eps of 1e-6, squared
+FLOOR = 1e-12  # added to A, as in the authors' code: the square of their eps of 1e-6
 
 
 class SAGEAdamW(Optimizer):
     """AdamW with SAGE's factor.
 
-    With bias correction: the first step's A is I itself, so U is 0 and that step moves nothing but by weight
-    decay, which has the plain learning rate, as in the authors' code.
+    A has bias correction. In the first step it equals I, so U is 0 and only weight decay changes the weights.
+    Weight decay uses the plain learning rate, as in the authors' code.
 
     Args:
         params: float32 or float64 tensors, or param groups.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        sens_beta: decay rate of the sensitivity's average, in [0, 1); the paper takes 0.65 to 0.85.
+        sens_beta: decay rate of the sensitivity's average, in [0, 1); the paper uses 0.65 to 0.85.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -56,7 +56,7 @@ class SAGEAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; returns the closure's loss, if there is one."""
+        """Takes a step; returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -27,17 +27,23 @@ from run_glue import DataArguments, ModelArguments, prepare, versions
 
 @dataclass
 class Arguments:
-    """What is measured, and where."""
+    """What to measure, and where."""
 
     task_name: str = field(metadata={"help": "As in run_glue.py"})
     models: str = field(metadata={"help": "LABEL=DIR,LABEL=DIR,...: the legend's labels and the folders"})
-    out: str = field(metadata={"help": "The picture; the numbers go beside it, as .json"})
+    out: str = field(metadata={"help": "File for the picture; the numbers go into .json beside it"})
     data_dir: str | None = field(default=None, metadata={"help": "As in run_glue.py"})
-    split: str = field(default="train", metadata={"help": "Whose loss: train, validation, ..."})
-    batches: int = field(default=200, metadata={"help": "At most; every model sees the same ones"})
-    batch_size: int = field(default=32, metadata={"help": "Sequences a batch: g is the gradient of its mean"})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens; what is longer is cut"})
-    seed: int = field(default=42, metadata={"help": "Of a classifier that the model does not have yet"})
+    split: str = field(
+        default="train", metadata={"help": "The split to compute the loss on: train, validation, ..."}
+    )
+    batches: int = field(
+        default=200, metadata={"help": "Largest number of batches, the same for every model"}
+    )
+    batch_size: int = field(
+        default=32, metadata={"help": "Sequences per batch; g is the gradient of their mean loss"}
+    )
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens; longer texts are cut"})
+    seed: int = field(default=42, metadata={"help": "Seed for a missing classifier's weights"})
 
     @property
     def folders(self) -> dict[str, str]:

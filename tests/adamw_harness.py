@@ -1,7 +1,7 @@
-"""Steps PATSAdamW over tensors of all shapes and strides, and holds every number against the oracle.
+"""Steps PATSAdamW on tensors of all shapes and strides, and compares every number with the oracle.
 
-As in `harness`: each step is checked from the state it really started with, and what is stored must lie
-between the roundings of the least and the most that float32 may make of the exact value.
+As in `harness`, each step is checked from the state it really started with. What is stored must lie between
+the rounded lower and upper bounds that float32 arithmetic may compute for the exact value.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,9 @@ CANCELLATION_32 = 2.0**-18
 
 @dataclass
 class AdamWCase(Case):
-    """A `Case` whose tensors each have a param group of their own, with AdamW's hyperparameters.
+    """A `Case` in which each tensor has its own param group, with AdamW's hyperparameters.
 
-    A value of `adamw` may be a list of one per tensor, as those of `Case` may.
+    A value of `adamw` may be a list with one entry per tensor, as in `Case`.
     """
 
     adamw: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class AdamWCase(Case):
 
 
 class AdamWValues(NamedTuple):
-    """One tensor's numbers in float64, flat; without noise there are no sensitivities."""
+    """One tensor's numbers in float64, flat. Without noise it has no sensitivities."""
 
     pats: Values
     m: Array
@@ -62,7 +62,7 @@ NOTHING = np.zeros(0)
 
 
 def optimizer_of(backend: str, case: AdamWCase) -> PATSAdamW:
-    """An optimizer over the case's tensors, before their first step."""
+    """An optimizer of the case's tensors, before the first step."""
     work = harness.prepare(case)
     groups = []
     for i, param in enumerate(work.params):
@@ -105,7 +105,7 @@ def give_gradients(optimizer: PATSAdamW, case: AdamWCase, number: int) -> None:
 
 
 def run(backend: str, case: AdamWCase) -> PATSAdamW:
-    """All of a case's steps, unchecked."""
+    """Takes all steps of a case, unchecked."""
     optimizer = optimizer_of(backend, case)
     for number in range(1, case.steps + 1):
         give_gradients(optimizer, case, number)
@@ -114,7 +114,7 @@ def run(backend: str, case: AdamWCase) -> PATSAdamW:
 
 
 def run_checked(backend: str, case: AdamWCase) -> PATSAdamW:
-    """All of a case's steps, each held against the oracle."""
+    """Takes all steps of a case, each compared with the oracle."""
     optimizer = optimizer_of(backend, case)
     for number in range(1, case.steps + 1):
         give_gradients(optimizer, case, number)
@@ -132,7 +132,7 @@ def run_checked(backend: str, case: AdamWCase) -> PATSAdamW:
 
 
 def _with_state(value: AdamWValues, h: Hyper, a: AdamW) -> AdamWValues:
-    """The zeros that a state begins with, where it is not there yet."""
+    """The state, with zeros for what does not exist yet."""
     if value.pats.S.size or h.noise_scale == 0 or a.sensitivity != "ema":
         return value
     zeros = np.zeros_like(value.pats.w)
@@ -148,7 +148,7 @@ def check_step(
     tolerance: Tolerance,
     where: str,
 ) -> None:
-    """Raises AssertionError where `new` is not what one step makes of `old`; an empty tensor is skipped."""
+    """Raises AssertionError if `new` is not the result of one step from `old`. Skips empty tensors."""
     if old.pats.w.size == 0:
         assert not new.state
         return
@@ -158,7 +158,7 @@ def check_step(
     g, finite = old.pats.g, np.isfinite(old.pats.g)
     with np.errstate(invalid="ignore", over="ignore"):
         m, v = oracle.moments(g, old.m, old.v, a)
-    # (1 - b_1) (g - m) is off by 3 u of the larger of both, the sum by one; v, all terms >= 0, by 5 u.
+    # Errors: (1 - b_1) (g - m) 3 u of the larger of both, the sum 1 u; v, with all terms >= 0, 5 u.
     error_m, error_v = 4 * u * np.maximum(np.abs(old.m), np.abs(g)) + TINY, 5 * u * v + TINY
     for key, got, value, error in (("exp_avg", new.m, m, error_m), ("exp_avg_sq", new.v, v, error_v)):
         bits = None if high_bits is None else high_bits[finite]
@@ -179,8 +179,8 @@ def check_step(
     with np.errstate(invalid="ignore"):
         m_hat, v_hat = oracle.corrected(m, v, a, h.step)
         w = oracle.adamw(noisy_w, m_hat, v_hat, a)
-        # torch's factor 1 - lr wd is rounded, then the product, then the sum. The update: a dozen operations,
-        # less than 16 roundings, and inherits the error of m; 1 - b^t, here too, cancels in float64.
+        # torch rounds the factor 1 - lr wd, then the product, then the sum. The update, a dozen operations,
+        # has less than 16 roundings, and inherits the error of m. 1 - b^t cancels: here too it is in float64.
         slopes = a.lr / (np.sqrt(v_hat) + a.eps)
         corrections = [1 - beta**h.step for beta in a.betas]
         roundings = 16 * u + sum(4 * ROUNDOFF[torch.float64] / correction for correction in corrections)
@@ -202,11 +202,11 @@ def gates_of_moments(
     dtype: torch.dtype,
     where: str,
 ) -> Gates:
-    """The gates of S = abs(w) sqrt(v^) and U = abs(w) sqrt(max(v^ - m^^2, 0)), whose means are checked.
+    """The gates of S = abs(w) sqrt(v^) and U = abs(w) sqrt(max(v^ - m^^2, 0)). Checks the means too.
 
-    S is right to 10 roundings. v^ - m^^2 cancels: it is off by a share of v^ that covers the roundings of
-    both, some 20 each, and the 2^-19 that a kernel subtracts so that they do not count where it is 0; and by
-    what m is off.
+    S is right to 10 roundings. v^ - m^^2 cancels. Its error bound is a share of v^: some 20 roundings of each
+    of the two, and the 2^-19 that a kernel subtracts so that roundings do not count where the difference is
+    0. The error of m comes on top.
     """
     u = ROUNDOFF.get(dtype, ROUNDOFF_32)
     finite = np.isfinite(old.g)

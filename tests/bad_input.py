@@ -1,4 +1,4 @@
-"""The hyperparameters' row of the contract's table of bad input, and what its messages must say."""
+"""Bad hyperparameters from the contract's table of bad input, and what the error messages must say."""
 
 import math
 from typing import Any

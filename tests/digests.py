@@ -1,6 +1,6 @@
-"""Digests of what a backend's steps leave, by name: `python tests/digests.py BACKEND` prints them as JSON.
+"""Digests of the results of a backend's steps. `python tests/digests.py BACKEND` prints them as JSON.
 
-A process of its own, because which instruction set runs is decided once in each.
+It needs its own process, because the instruction set is chosen once per process.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def digest(tensors: list[Tensor]) -> str:
 
 
 def drawn(dtype: torch.dtype, step: int, strided: bool = False) -> list[Tensor]:
-    """Cubed normals, of many sizes; `strided`: every second element of a longer tensor."""
+    """Cubed normals, which span many magnitudes. `strided`: every second element of a longer tensor."""
     random = torch.Generator().manual_seed(step)
     values = [torch.randn(shape, generator=random, dtype=torch.float64).pow(3) for shape in SHAPES]
     if not strided:

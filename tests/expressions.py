@@ -1,13 +1,14 @@
-"""What PTX computes in floating point, as expressions: whether a kernel's paths have the same arithmetic.
+"""Expressions that PTX computes in floating point, to compare the arithmetic of a kernel's paths.
 
-An expression is a tree of instructions. Where it begins, what is loaded, converted from an integer or carried
-around a loop, all leaves are alike ("x"): paths number their registers and order their loads as they like.
+An expression is a tree of instructions. Its leaves are values that are loaded, converted from integers or
+carried around a loop. All leaves look the same ("x"), because register numbers and the order of loads differ
+between paths.
 """
 
 import re
 from typing import NamedTuple
 
-# Where floating-point numbers are computed; moves, selections, comparisons and conversions round nothing.
+# The instructions that round. Moves, selections, comparisons and conversions do not.
 ARITHMETIC = {"add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt"}
 ARITHMETIC |= {"lg2", "ex2", "sin", "cos", "tanh", "max", "min"}
 LEAF = "x"
@@ -29,7 +30,7 @@ class Instruction(NamedTuple):
 
 
 def instructions(ptx: str) -> list[Instruction]:
-    """All of them that write one register. Of assembly by hand, in braces, each by itself."""
+    """All instructions that write one register. Those of inline assembly, in braces, come one by one."""
     found = []
     for line in re.sub(r"//.*", "", ptx).splitlines():
         for part in line.strip().strip("{}").split(";"):
@@ -41,18 +42,18 @@ def instructions(ptx: str) -> list[Instruction]:
 
 
 def unfused(ptx: str) -> list[Instruction]:
-    """Additions and multiplications that ptxas may contract, for want of a rounding of their own (".rn")."""
+    """Additions and multiplications that ptxas may fuse, because they have no explicit rounding (".rn")."""
     kinds = ("add", "sub", "mul", "mad")
     return [i for i in instructions(ptx) if i.is_float and i.kind in kinds and ".rn" not in i.name]
 
 
 def expressions(ptx: str) -> set[str]:
-    """Of every instruction that computes, but for additions, of which are the sums over elements: how many
-    terms a thread has is a path's own.
+    """The expressions of all instructions that compute, except additions: the sums over elements are
+    additions, and their number of terms per thread depends on the path.
 
-    A selection is the set of what it chooses from, but for zeros, which masks and closed gates put there. A
-    normal, radius times sine or cosine, has an expression itself and is a leaf in others: some paths pass it
-    from thread to thread.
+    A selection is the set of its alternatives, without zeros, which come from masks and closed gates. A
+    normal (radius times sine or cosine) has an expression itself but is a leaf in others, because some paths
+    pass it from thread to thread.
     """
     writes: dict[str, list[Instruction]] = {}
     for instruction in instructions(ptx):
@@ -60,7 +61,7 @@ def expressions(ptx: str) -> set[str]:
     known: dict[str, frozenset[str]] = {}
 
     def of(operand: str) -> frozenset[str]:
-        """What a register or a number may be."""
+        """The possible expressions of a register or a number."""
         if not operand.startswith("%"):
             return frozenset() if re.fullmatch(r"0|0x0+|0f0+", operand) else frozenset({operand})
         if operand not in known:
@@ -78,9 +79,9 @@ def expressions(ptx: str) -> set[str]:
             return of(operands[0]) or frozenset({LEAF})  # the zero of a masked load
         if not instruction.is_float or kind not in ARITHMETIC | {"neg", "abs"}:
             return frozenset({LEAF})
-        if kind == "neg":  # before a selection or after it
+        if kind == "neg":  # a negation may come before or after a selection
             return frozenset(map(negative, of(operands[0])))
-        if kind == "mul":  # the same of a selection's sine and cosine
+        if kind == "mul":  # a selection's sine and cosine, each multiplied by the same
             first, second = operands  # pyright: ignore[reportAssignmentType]
             for one, other in ((first, second), (second, first)):
                 if len(of(one)) == 2 and all(re.match("cos|sin", e) for e in of(one)):
@@ -98,7 +99,7 @@ def expressions(ptx: str) -> set[str]:
 
 def joined(instruction: Instruction, operands: list[frozenset[str]]) -> str:
     texts = [" | ".join(sorted(operand)) or "0" for operand in operands]
-    if instruction.kind in ("mul", "add", "fma"):  # whose first two may change places
+    if instruction.kind in ("mul", "add", "fma"):  # the first two are interchangeable
         texts[:2] = sorted(texts[:2])
     return f"{instruction.name}({', '.join(texts)})"
 

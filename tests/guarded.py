@@ -1,4 +1,4 @@
-"""Memory between two pages that nobody may touch: one element beyond a tensor's own ends the process."""
+"""Memory between two inaccessible pages: an access one element beyond a tensor ends the process."""
 
 import ctypes
 import mmap
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-End = Literal["first", "last"]  # which element lies at a guard: the page before it, or the one behind
+End = Literal["first", "last"]  # the element next to a guard: the page before it, or the page after
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0  # the module mmap has the others
@@ -21,13 +21,13 @@ LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Guards:
-    """Copies tensors to such memory, which lasts until the end of `guards()`."""
+    """Copies tensors to such memory, which lives until the end of `guards()`."""
 
     def __init__(self) -> None:
         self._mapped: list[tuple[int, int]] = []
 
     def copy(self, tensor: Tensor, end: End) -> Tensor:
-        """The same numbers with the same strides; what lies between them is NaN."""
+        """The same numbers with the same strides; the gaps between them are NaN."""
         strides = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         span = 1 + sum(strides)
         memory = self._memory(span * tensor.element_size(), end)
@@ -58,7 +58,7 @@ class Guards:
 
 @contextmanager
 def guards() -> Iterator[Guards]:
-    """Nothing may look at the copies after it."""
+    """A context; the copies must not be used after it."""
     made = Guards()
     try:
         yield made

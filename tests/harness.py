@@ -1,9 +1,9 @@
-"""Builds tensors in all their shapes and strides, steps a backend, and holds every number against the oracle.
+"""Builds tensors of all shapes and strides, steps a backend, and compares every number with the oracle.
 
-Each step is checked from the state it really started with, so that a tolerance covers the rounding of one
-step and nothing accumulates. A rounding to a storage dtype is monotone; so if a value computed in float32
-lies in [lo, hi], what is stored lies in [round(lo), round(hi)]: that one criterion covers every dtype, with
-round-to-nearest and with the known random bits of stochastic rounding.
+Each step is checked from the state it really started with. So a tolerance covers the rounding of one step,
+and errors do not accumulate. Rounding to a storage dtype is monotone: if a value computed in float32 is in
+[lo, hi], the stored value is in [round(lo), round(hi)]. This one criterion covers every dtype, with rounding
+to nearest and with the known random bits of stochastic rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ TINY = 2.0**-126  # below it float32 is subnormal, and a backend may flush to ze
 
 
 class Tolerance(NamedTuple):
-    """How far a backend's own approximations may be off, besides rounding.
+    """The allowed error of a backend's approximations, besides rounding.
 
     Attributes:
         z: absolute, of the normals. The contract allows 2e-3. The reference rounds the exact value to
@@ -53,21 +53,21 @@ def _transposed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Strides with the second dimension innermost; as they are where there are fewer than three."""
+    """Strides with the second dimension innermost; unchanged for fewer than three dimensions."""
     if len(shape) < 3:
         return torch.empty(shape, dtype=dtype)
     return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
 
 
 def _holes(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Every second column of every row, and two columns more that belong to nobody."""
+    """Strides for every second column, with two unused columns at the end of each row."""
     if not shape:
         return _misaligned(shape, dtype)
     return torch.empty((*shape[:-1], 2 * shape[-1] + 2), dtype=dtype)[..., 1:-1:2]
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Rows that are contiguous and aligned, with a gap after each."""
+    """Strides of contiguous, aligned rows, with a gap after each."""
     if not shape:
         return torch.empty(shape, dtype=dtype)
     return torch.empty((*shape[:-1], shape[-1] + 16), dtype=dtype)[..., : shape[-1]]
@@ -85,7 +85,7 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass
 class Case:
-    """What a test steps. A hyperparameter is one value, or a list of one per tensor."""
+    """The tensors and settings of a test. A hyperparameter is one value, or a list with one per tensor."""
 
     shapes: list[tuple[int, ...]] = field(default_factory=lambda: [(5000,)])
     param: str = "contiguous"
@@ -102,7 +102,7 @@ class Case:
     seed: Any = 20240607
     tensor_ids: list[int] | None = None
     first_step: int = 1
-    steps: int = 2 if INTERPRETED else 3  # delayed normalization adds noise from the second on
+    steps: int = 2 if INTERPRETED else 3  # delayed normalization adds noise from the second step on
     poison: tuple[float, ...] = ()  # values put into some gradient elements
 
     def hyper(self, i: int, step: int) -> Hyper:
@@ -132,14 +132,14 @@ class Work:
 
 
 def filled(layout: str, shape: tuple[int, ...], dtype: torch.dtype, values: Tensor) -> Tensor:
-    """`values` in the layout's memory. The holes are NaN: a backend that reads or averages them shows."""
+    """`values` in the layout's memory. The holes are NaN, which shows if a backend reads or averages them."""
     tensor = LAYOUTS[layout](shape, dtype)
     torch.empty(0, dtype=dtype).set_(tensor.untyped_storage()).fill_(torch.nan)
     return tensor.copy_(values)
 
 
 def gradients(case: Case, step: int) -> list[Tensor]:
-    """Cubed normals: sensitivities over many orders of magnitude, so gates open, closed and between."""
+    """Cubed normals. Sensitivities span many orders of magnitude, so gates are open, closed and between."""
     random = torch.Generator().manual_seed(step)
     grads = []
     for shape in case.shapes:
@@ -169,7 +169,7 @@ def prepare(case: Case) -> Work:
 def step(
     backend: str, case: Case, work: Work, number: int, function: Callable[..., None] = pats_step_
 ) -> None:
-    """Step `number` of the case's tensors by `pats_step_`, or by `reference.pats_step_`."""
+    """Takes step `number` of the case with `pats_step_`, or with `reference.pats_step_`."""
     function(
         work.params,
         work.grads,
@@ -190,7 +190,7 @@ def step(
 
 
 def run(backend: str, case: Case) -> Work:
-    """All of a case's steps, unchecked."""
+    """Takes all steps of a case, unchecked."""
     work = prepare(case)
     for number in range(case.first_step, case.first_step + case.steps):
         work.grads = gradients(case, number)
@@ -201,7 +201,7 @@ def run(backend: str, case: Case) -> Work:
 def run_checked(
     backend: str, case: Case, tolerance: Tolerance | None = None, function: Callable[..., None] = pats_step_
 ) -> Work:
-    """All of a case's steps, each held against the oracle."""
+    """Takes all steps of a case, each compared with the oracle."""
     tolerance = tolerance or TOLERANCES[backend]
     work = prepare(case)
     for number in range(case.first_step, case.first_step + case.steps):
@@ -236,7 +236,7 @@ def values(work: Work) -> Iterator[Values]:
 
 
 def holes(work: Work) -> Iterator[Tensor]:
-    """All the memory between the elements of the written tensors, and the whole of the gradients."""
+    """All memory between the elements of the written tensors, and all memory of the gradients."""
     for tensor in work.written():
         storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
         own = torch.zeros(storage.numel(), dtype=torch.bool)
@@ -246,7 +246,7 @@ def holes(work: Work) -> Iterator[Tensor]:
 
 
 def stored(value: Array, dtype: torch.dtype, random: oracle.Words | None) -> Array:
-    """A float32 (for float64 parameters float64) result as its storage dtype keeps it."""
+    """A result in float32 (float64 for float64 parameters), rounded to its storage dtype."""
     if dtype == torch.float64:
         return value
     with np.errstate(over="ignore"):
@@ -276,7 +276,7 @@ def check_step(
     tolerance: Tolerance,
     where: str,
 ) -> None:
-    """Raises AssertionError where `new` is not what one step makes of `old`; an empty tensor is skipped."""
+    """Raises AssertionError if `new` is not the result of one step from `old`. Skips empty tensors."""
     if old.w.size == 0:
         np.testing.assert_array_equal(new.stats, old.stats)
         return
@@ -309,7 +309,7 @@ def check_averages(
 
 
 def random_halves(h: Hyper, numel: int) -> tuple[oracle.Words | None, oracle.Words | None]:
-    """The 16 random bits of each element that round w, and those that round S and U."""
+    """For each element, the 16 random bits that round w, and those that round S and U."""
     if not h.stochastic_rounding:
         return None, None
     bits = oracle.words(h, np.arange(numel), rounding=True)
@@ -322,7 +322,7 @@ def stored_bounds(
     return stored(value - error, dtype, random), stored(value + error, dtype, random)
 
 
-Gates = tuple[Array, Array, Array]  # the least that each may be, what it is, and the most
+Gates = tuple[Array, Array, Array]  # lower bound, value, upper bound
 
 
 def gates_of_averages(old: Values, new: Values, h: Hyper, u: float) -> Gates:
@@ -332,11 +332,11 @@ def gates_of_averages(old: Values, new: Values, h: Hyper, u: float) -> Gates:
 
 
 def noised(old: Values, h: Hyper, tolerance: Tolerance, u: float, gates: Gates) -> tuple[Array, Array]:
-    """The weight with the noise that its gate lets through, and how far off it may be.
+    """The weight with its gated noise, and its error bound.
 
     tolerance.z off in z; tolerance.gate and `gate_bounds` in the gate; five roundings in the product
-    noise_scale * a * z (float32's noise_scale is one); one in the sum. Where the gate is closed, nothing:
-    not one bit gets through.
+    noise_scale * a * z (float32's noise_scale is one of them); one in the sum. Where the gate is closed, the
+    weight must not change by a bit.
     """
     low, exact, high = gates
     z = oracle.normal(h, np.arange(old.w.size))
@@ -348,12 +348,12 @@ def noised(old: Values, h: Hyper, tolerance: Tolerance, u: float, gates: Gates) 
 
 
 def averages_error(old: Values, S: Array, h: Hyper, u: float) -> tuple[Array, Array]:
-    """How far rounding may take S and U, in the form of the contract and as b S + (1 - b) s.
+    """The rounding error of S and U, both as in the contract and as b S + (1 - b) s.
 
     With m = max(s, S): s is rounded once, the difference once, 1 - b once, the product once and the sum
     once, so S + (1 - b)(s - S) is off by at most u (4 (1 - b) m + m), and b S + (1 - b) s, where 1 - b
     inherits the error u b of b, by u (3 b m + 3 (1 - b) m + m); both are at most 5 u m.
-    U has the same form in d = abs(s - S) and, on top, the error of d: 5 u m of S and u s of s.
+    U has the same form in d = abs(s - S), plus the error of d: 5 u m from S and u s from s.
     """
     with np.errstate(invalid="ignore"):
         s = np.abs(old.w * old.g)
@@ -365,8 +365,8 @@ def averages_error(old: Values, S: Array, h: Hyper, u: float) -> tuple[Array, Ar
 def check_stats(new: Values, what: str) -> None:
     """The means of what is stored, to 16 roundings.
 
-    The terms are >= 0, so d additions one after another are off by at most d u relative, and by about
-    sqrt(d / 3) u / 2 as they fall. Chunks and vector lanes leave d below 512 in the tensors here: 7 u.
+    The terms are >= 0, so d successive additions have a relative error of at most d u, and typically of about
+    sqrt(d / 3) u / 2. Chunks and vector lanes leave d below 512 in the tensors here: 7 u.
     """
     expected = oracle.means(new.S, new.U)
     slack = 16 * ROUNDOFF_32 * expected + TINY
@@ -374,7 +374,7 @@ def check_stats(new: Values, what: str) -> None:
 
 
 def gate_bounds(S: Array, U: Array | None, stats: Array, h: Hyper, u: float) -> Gates:
-    """The least the gate may be, what it is, and the most: 1/q is right to 16 roundings, so is gamma."""
+    """The gate with its lower and upper bound: 1/q is right to 16 roundings, and so is gamma."""
     q = oracle.score(S, U, stats, h.uncertainty)
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = 1 / q
@@ -385,7 +385,7 @@ def gate_bounds(S: Array, U: Array | None, stats: Array, h: Hyper, u: float) -> 
 
 
 def decided(old: Values, new: Values, h: Hyper, tolerance: Tolerance) -> float:
-    """The share of bfloat16 weights for which `check_step` allows one value only."""
+    """The share of bfloat16 weights for which `check_step` allows only one value."""
     value, error = noised(old, h, tolerance, ROUNDOFF_32, gates_of_averages(old, new, h, ROUNDOFF_32))
     low, high = stored_bounds(value, error, torch.bfloat16, random_halves(h, old.w.size)[0])
     return float(np.mean(low == high))

@@ -1,7 +1,7 @@
-"""Proves the package that a Python has: `python tests/installed.py` steps with "cpp" and prints a digest.
+"""Tests an installed package: `python tests/installed.py` steps with "cpp" and prints a digest.
 
-It needs torch and NumPy alone. One compiler's builds of one source give the same digest on one machine; the
-numbers are held against eager's.
+It needs only torch and NumPy. On one machine, all builds of the same source with the same compiler give the
+same digest. The numbers are compared with eager's.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ NOISE_SCALE = 1e-2
 
 
 def tensors(backend: str) -> list[torch.Tensor]:
-    """Three steps of PATSAdamW, float32 and bfloat16, on operands that binary fractions give exactly."""
+    """Parameters and averages after three steps of PATSAdamW; all operands are exact binary fractions."""
     numbers = torch.arange(5001)
     weights = (numbers % 251 - 125) / 64
     params = [weights.clone().requires_grad_(), weights.bfloat16().reshape(3, -1).requires_grad_()]
@@ -31,8 +31,8 @@ def tensors(backend: str) -> list[torch.Tensor]:
 
 def digest() -> str:
     found = tensors("cpp")
-    # Two steps of noise: fast normals are within 2e-3 of eager's. AdamW's step and the gates are the same but
-    # for their last bits, far below that.
+    # Two steps of noise: fast normals are within 2e-3 of eager's. AdamW's step and the gates differ only
+    # in their last bits, far below that.
     difference = (found[0] - tensors("eager")[0]).abs().max().item()
     assert difference < NOISE_SCALE * 2 * 2e-3, f"cpp is {difference} off eager"
     bits = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in found)

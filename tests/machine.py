@@ -1,12 +1,13 @@
-"""What users do to an optimizer in any order, done to three runs in lockstep: the actions of test_machine.py.
+"""The actions of test_machine.py: what users do to an optimizer, done to three runs in lockstep.
 
-The first run has a backend's kernels, the second the same and forgets its plans before each step, the third
-plain PyTorch operations. All three have the same bits after each action. At a step the second has to come to
-the bits of the first: a plan that is kept is as good as a new one. The first and the third are each held
-against the oracle from the state that the step began with, within `harness.TOLERANCES`, as everywhere: both
-then agree as far as a backend's approximations and the rounding of one step may take them apart, in every
-dtype and with stochastic rounding too. Then the third is given the numbers of the first, so that nothing
-accumulates and no tolerance has to grow with the length of a run.
+The first run uses a backend's kernels. The second uses them too, but forgets its plans before each step. The
+third uses plain PyTorch operations. After each action all three have the same bits.
+
+After a step the first and the second must have the same bits: a kept plan is as good as a new one. The first
+and the third are each compared with the oracle, from the state before the step, within `harness.TOLERANCES`.
+So they differ by no more than a backend's approximations and the rounding of one step, in every dtype and
+with stochastic rounding too. Then the third gets the numbers of the first, so that differences do not
+accumulate and tolerances need not grow with the length of a run.
 """
 
 import copy
@@ -48,7 +49,7 @@ def attached(make: Make) -> Make:
     return made
 
 
-# torch's fused SGD cannot begin the momentum of one parameter later than that of another: it has none here.
+# torch's fused SGD cannot start the momentum of one parameter later than another's: no momentum here.
 FORMS: dict[str, Make] = {
     "PATSAdamW": lambda groups, **settings: PATSAdamW(groups, lr=1e-2, **settings),
     "SGD": attached(lambda groups: SGD(groups, lr=1e-2, momentum=0.9, weight_decay=1e-2)),
@@ -61,7 +62,7 @@ FORMS: dict[str, Make] = {
     "NAdam": attached(lambda groups: NAdam(groups, lr=1e-3)),
     "Adagrad": attached(lambda groups: Adagrad(groups, lr=1e-2)),
 }
-if torch.__version__ < (2, 13):  # 2.10's Adagrad steps no parameter that it was not made with, 2.13's does
+if torch.__version__ < (2, 13):  # 2.10's Adagrad cannot step parameters added later, 2.13's can
     del FORMS["Adagrad"]
 
 HYPERPARAMETERS: dict[str, list[Any]] = {
@@ -95,7 +96,7 @@ MOVES = ("clone", "set_", "share_memory_", "t", *LAYOUTS)
 
 
 class Gradients(NamedTuple):
-    """What a step is given: a number that they follow from, their layout, which are missing, ..."""
+    """The gradients of a step: the number that determines them, their layout, which are missing, ..."""
 
     number: int
     values: str = "normal"  # or "zero", "half zero", "small", "poison"
@@ -106,7 +107,7 @@ class Gradients(NamedTuple):
 
 @dataclass
 class Run:
-    """A model, its optimizer, and which of the machine's three it is."""
+    """A model, its optimizer, and which of the three runs it is."""
 
     form: str
     settings: Settings
@@ -117,7 +118,7 @@ class Run:
 
     @property
     def owner(self) -> Any:
-        """Who keeps the state: the optimizer, or the `PATS` attached to it."""
+        """The object that keeps the state: the optimizer, or the `PATS` attached to it."""
         return self.optimizer if self.form == "PATSAdamW" else attached_to(self.optimizer)
 
     @property
@@ -136,11 +137,11 @@ class Run:
         keeper._launcher = Launcher(owned=True)
 
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
-        """Without making an entry, as the optimizer's defaultdict does."""
+        """A parameter's state, without adding an entry, as the optimizer's defaultdict would."""
         return self.owner.state.get(param, {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that lives of the parameters in the groups, by name."""
+        """All tensors of the parameters in the groups, by name."""
         named: dict[str, Tensor] = {}
         for i, param in enumerate(self.params):
             own = self.optimizer.state.get(param, {})
@@ -153,7 +154,7 @@ class Run:
         return {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def text(self) -> str:
-        """All that is no tensor of a parameter's. torch adds the last of its keys to what is copied."""
+        """The param groups and defaults, without tensors. torch adds "differentiable" to copies: left out."""
         dictionaries = [*self.optimizer.param_groups, self.owner.defaults]
         items = [sorted(d.items(), key=lambda item: str(item[0])) for d in dictionaries]
         return repr([[item for item in own if item[0] not in ("params", "differentiable")] for own in items])
@@ -179,7 +180,7 @@ class Run:
                 param.grad = filled(gradients.layout, tuple(param.shape), param.dtype, values)
 
     def places(self) -> Iterator[tuple[nn.Parameter, Hyper, oracle.AdamW, bool]]:
-        """Each parameter, its hyperparameters, read by other code than the package's, whether it steps."""
+        """Each parameter, its hyperparameters (not read by the package's code), and whether it steps."""
         position = 0
         for group in self.optimizer.param_groups:
             values = {k: plain(v) for k, v in (self.owner.defaults | group).items() if k in KNOWN}
@@ -198,7 +199,7 @@ class Run:
                 yield param, hyper, adamw, steps
 
     def numbers(self, i: int, h: Hyper, grad: Tensor | None, scale: float) -> AdamWValues:
-        """One parameter's numbers as the harness has them; zeros for the state that is not there yet."""
+        """One parameter's numbers in the harness's form, with zeros for state that does not exist yet."""
         param = self.params[i]
         state = self.state_of(param)
         zeros = np.zeros(param.numel())
@@ -213,7 +214,7 @@ class Run:
 
 
 def plain(value: Any) -> Any:
-    """A number or a tuple of some, out of all that may stand for it in a param group."""
+    """The number, or tuple of numbers, for any value that a param group may have."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         numbers = value.tolist()
         return tuple(numbers) if isinstance(numbers, list) and len(numbers) != 1 else value.item()
@@ -232,7 +233,7 @@ def raised(kind: type[Error], function: Callable[[], Any]) -> Error | None:
 
 
 def needed(run: Run, h: Hyper, a: oracle.AdamW) -> set[str]:
-    """The state that a step may write."""
+    """The names of the state that a step may write."""
     keys = {"step", *(("exp_avg", "exp_avg_sq") if run.form == "PATSAdamW" else ())}
     if h.noise_scale > 0:
         keys.add("sens_stats")
@@ -246,7 +247,7 @@ class Difference(AssertionError):
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """To the bit. What was not there before is zero: state that was made for a step that was then refused."""
+    """Compares to the bit. State that is new must be zero: it was made for a step that was then refused."""
     for name in expected:
         if name not in found or not same_bits(found[name], expected[name]):
             raise Difference(f"{where}: {name} is {found.get(name)}, not {expected[name]}")
@@ -255,7 +256,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], where: st
 
 
 class Lockstep:
-    """The three runs, and what users do to them."""
+    """The three runs, and the actions of users."""
 
     def __init__(self, form: str, kernel: str, settings: Settings) -> None:
         self.form = form
@@ -266,7 +267,7 @@ class Lockstep:
         ]
         self.saved: tuple[Any, list[bytes], dict[str, Tensor], str] | None = None
         self.number = 0  # of parameters made so far
-        self.bounded = True  # whether steps are held against the oracle; else they are finite alike
+        self.bounded = True  # whether steps are compared with the oracle, or else only finiteness
         self._reference: dict[str, Tensor] = {}
         self._before: list[tuple[Any, ...]] = []
         self._scale, self._skipped, self._seen = 1.0, False, False
@@ -303,7 +304,7 @@ class Lockstep:
         return len(self.first.params)
 
     def each(self, action: Callable[[Run], Any], where: str, keeps: bool = True) -> None:
-        """Something that is done to all runs; `keeps`: parameters and PATS's state are as they were."""
+        """Does something to all runs. `keeps`: parameters and PATS's state must not change."""
         before, text = self.first.copies(), self.first.text()
         for run in self.runs:
             action(run)
@@ -315,7 +316,7 @@ class Lockstep:
             assert self.first.text() == text, where
 
     def assert_alike(self, where: str) -> None:
-        """All runs have the same bits, and the same hyperparameters."""
+        """Checks that all runs have the same bits and the same hyperparameters."""
         expected, text = self.first.tensors(), self.first.text()
         counts = self.first.owner.nonfinite_counts()
         for number, run in enumerate(self.runs[1:], start=1):
@@ -330,7 +331,7 @@ class Lockstep:
     def step(
         self, gradients: Gradients, closure: bool = False, scale: float = 1.0, found_inf: bool | None = None
     ) -> None:
-        """`scale` and `found_inf` are a GradScaler's; found_inf None: there is none."""
+        """Takes a step. `scale` and `found_inf` are a GradScaler's; found_inf None: without GradScaler."""
         refused: list[str] = []
         for run in self.runs:
             run.give(gradients)
@@ -379,7 +380,7 @@ class Lockstep:
             self._after(run)
 
     def _has_wide_state(self, run: Run) -> bool:
-        """Whether a model was cast and its float64 state was not: no kernel has such a pair."""
+        """Whether a model was cast but its float64 state was not. No kernel supports this pair."""
         return any(
             value.dtype == torch.float64 and param.dtype != torch.float64
             for param in run.params
@@ -387,7 +388,7 @@ class Lockstep:
         )
 
     def _observed(self) -> Callable[..., None]:
-        """PATS's step, looked at before its optimizer's comes: also within a closure."""
+        """PATS's step, checked before its optimizer's step, also within a closure."""
 
         def step(attachment: _Attachment, optimizer: Optimizer) -> None:
             self._original(attachment, optimizer)
@@ -396,7 +397,7 @@ class Lockstep:
         return step
 
     def _read(self, run: Run) -> list[tuple[Any, ...]]:
-        """Before a step: numbers, and copies of all bits, of each parameter."""
+        """For each parameter, its numbers and copies of all its tensors, before a step."""
         return [
             (
                 run.numbers(i, h, param.grad, self._scale),
@@ -443,7 +444,7 @@ class Lockstep:
         return None
 
     def heal(self) -> None:
-        """Sets weights that are not finite to 0, as a user may do before going on after a bad gradient."""
+        """Sets weights that are not finite to 0, as a user may after a bad gradient."""
         for run in self.runs:
             for tensor in run.tensors().values():
                 if tensor.is_floating_point():
@@ -452,7 +453,7 @@ class Lockstep:
     # Refusals.
 
     def refuse(self, group: int, name: str) -> None:
-        """A hyperparameter that is none: the step raises and has changed nothing."""
+        """An invalid hyperparameter: the step raises and changes nothing."""
 
         def spoiled(run: Run) -> None:
             run.give(Gradients(0))
@@ -467,7 +468,7 @@ class Lockstep:
         self.each(spoiled, "refused")
 
     def sparse(self, i: int) -> None:
-        """A sparse gradient among others."""
+        """A sparse gradient among dense ones."""
 
         def spoiled(run: Run) -> None:
             run.give(Gradients(0))
@@ -480,7 +481,7 @@ class Lockstep:
 
         self.each(spoiled, "sparse gradient")
 
-    # What changes how it goes on.
+    # Changes of settings.
 
     def freeze(self, i: int, frozen: bool) -> None:
         self.each(lambda run: run.params[i].requires_grad_(not frozen), "freeze", keeps=False)
@@ -498,12 +499,12 @@ class Lockstep:
 
     def change(self, group: int, name: str, value: Any) -> None:
         def change(run: Run) -> None:
-            run.optimizer.param_groups[group][name] = copy.deepcopy(value)  # which may be written to
+            run.optimizer.param_groups[group][name] = copy.deepcopy(value)  # it may be written to
 
         self.each(change, "change", keeps=False)
 
     def fill(self, group: int, value: float) -> None:
-        """A schedule that writes to tensors."""
+        """A schedule that writes into tensors."""
 
         def fill(run: Run) -> None:
             for name in ("lr", "noise_scale", "gamma", "weight_decay"):
@@ -513,7 +514,7 @@ class Lockstep:
         self.each(fill, "fill", keeps=False)
 
     def swap_backends(self, kernel: str) -> None:
-        """The first two take turns with the third."""
+        """The first two runs change between their backend and the third's."""
 
         def swap(run: Run) -> None:
             run.owner.backend = run.backend = kernel if run.owner.backend == "eager" else "eager"
@@ -521,7 +522,7 @@ class Lockstep:
         self.each(swap, "swap_backends")
 
     def replace(self, i: int, with_state: bool) -> None:
-        """Another parameter in its place, as where a model's parts are pruned or grown."""
+        """Replaces a parameter, as when parts of a model are pruned or grown."""
 
         def replace(run: Run) -> None:
             old = run.params[i]
@@ -538,7 +539,7 @@ class Lockstep:
         self.each(replace, "replace", keeps=with_state)
 
     def reorder(self, group: int) -> None:
-        """Other positions, so other noise, with the same state."""
+        """Changes the parameters' positions, and so their noise, but not their state."""
 
         def reorder(run: Run) -> None:
             run.optimizer.param_groups[group]["params"].reverse()
@@ -554,7 +555,7 @@ class Lockstep:
         self.each(clear, "clear", keeps=False)
 
     def cast(self, dtype: torch.dtype, reload: bool) -> None:
-        """The model. An optimizer of torch's goes on only with its state as it casts it when it loads it."""
+        """Casts the model. torch's optimizers continue only with a state that they have cast on loading."""
 
         def cast(run: Run) -> None:
             run.model.to(dtype)
@@ -563,13 +564,13 @@ class Lockstep:
 
         self.each(cast, "cast", keeps=False)
 
-    # What changes nothing.
+    # Actions that change nothing.
 
     def zero_grad(self, set_to_none: bool) -> None:
         self.each(lambda run: run.optimizer.zero_grad(set_to_none=set_to_none), "zero_grad")
 
     def look(self) -> None:
-        """At all that can be asked."""
+        """Calls everything that only reads."""
 
         def look(run: Run) -> None:
             run.optimizer.state_dict()
@@ -580,12 +581,12 @@ class Lockstep:
         self.each(look, "look")
 
     def move(self, i: int, how: str) -> None:
-        """A parameter's memory; "t" is another matrix, where it is square."""
+        """Moves a parameter's memory. "t" is another matrix if it is square."""
         keeps = how != "t"
         self.each(lambda run: moved(run.params[i], how), "move", keeps=keeps)
 
     def move_state(self, how: str, replaces: bool) -> None:
-        """As the snippet that moves an optimizer's state, by `state[k] = v.to(...)` or `v.data = ...`."""
+        """Moves the state as common snippets do: `state[k] = v.to(...)` or `v.data = ...`."""
 
         def move(run: Run) -> None:
             for param in run.params:
@@ -636,7 +637,7 @@ class Lockstep:
         self.saved = self.structure(), files, kept, self.first.text()
 
     def restore(self, fresh: bool) -> None:
-        """Back to what was saved, in the optimizer as it is now or in a new one."""
+        """Restores what was saved, in the current optimizer or in a new one."""
         if self.saved is None or self.saved[0] != self.structure():
             return
         _, files, kept, text = self.saved
@@ -659,7 +660,7 @@ class Lockstep:
 
 
 def moved(tensor: Tensor, how: str) -> None:
-    """The object stays, its memory is another's, or another view of it."""
+    """The same tensor object with other memory, or another view of its memory."""
     if how == "share_memory_":
         tensor.share_memory_()
     elif how == "set_":

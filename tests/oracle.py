@@ -1,6 +1,6 @@
-"""The contract once more, in NumPy and float64, sharing not a line with the package: what tests compare with.
+"""The contract in NumPy and float64, for tests to compare with. It shares no line with the package.
 
-Everything here works on flat arrays, one entry an element, in row-major order.
+All functions work on flat arrays, one entry per element, in row-major order.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ HIGH_SHIFT = np.uint64(32)
 
 
 class Hyper(NamedTuple):
-    """One tensor's hyperparameters, its name in the noise's counter, and its step."""
+    """One tensor's hyperparameters, its number in the noise's counter, and its step."""
 
     noise_scale: float = 1e-3
     gamma: float = 1.0
@@ -79,7 +79,7 @@ def normal(h: Hyper, index: NDArray[np.int64]) -> Array:
 
 
 def round_bfloat16(x: NDArray[np.float32], random: Words | None) -> NDArray[np.float32]:
-    """float32 to bfloat16, kept as float32: to nearest even, or up with 16 random bits and then truncated."""
+    """float32 to bfloat16, kept as float32: to nearest even, or truncated after 16 random bits are added."""
     bits = x.astype(np.float32).view(np.uint32)
     if random is None:
         added = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -90,7 +90,7 @@ def round_bfloat16(x: NDArray[np.float32], random: Words | None) -> NDArray[np.f
 
 
 def averages(w: Array, g: Array, S: Array, U: Array | None, h: Hyper) -> tuple[Array, Array | None]:
-    """Rows 1 to 3; an element whose gradient is not finite keeps what it has."""
+    """Rows 1 to 3. Elements whose gradient is not finite keep their averages."""
     s = np.abs(w * g)
     finite = np.isfinite(s)
     s = np.where(finite, s, 0)
@@ -102,18 +102,18 @@ def averages(w: Array, g: Array, S: Array, U: Array | None, h: Hyper) -> tuple[A
 
 
 def means(S: Array, U: Array | None) -> Array:
-    """What sens_stats holds: float32."""
+    """The means in sens_stats, in float32."""
     return np.array([S.mean(), 0.0 if U is None else U.mean()], dtype=np.float32).astype(np.float64)
 
 
 def has_statistics(stats: Array, uncertainty: str) -> bool:
-    """Whether the means by which row 4 divides lie in [2^-120, 2^112]."""
+    """Whether the means that row 4 divides by are in [2^-120, 2^112]."""
     divisors = {"none": stats[:1], "ucb": stats.sum(keepdims=True), "product": stats}[uncertainty]
     return bool(np.all((divisors >= 2.0**-120) & (divisors <= 2.0**112)))
 
 
 def score(S: Array, U: Array | None, stats: Array, uncertainty: str) -> Array:
-    """Row 4; not finite where there are no statistics."""
+    """Row 4; not finite without statistics."""
     if not has_statistics(stats, uncertainty):
         return np.full_like(S, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -132,7 +132,7 @@ def gate(q: Array, gamma: float) -> Array:
 
 
 def step(state: State, g: Array, h: Hyper) -> tuple[State, int]:
-    """The whole step of one tensor in float64; also the number of gradient elements that are not finite."""
+    """The step of one tensor in float64, and the number of gradient elements that are not finite."""
     finite = np.isfinite(g)
     S, U = averages(state.w, g, state.S, state.U, h)
     stats = means(S, U)
@@ -146,7 +146,7 @@ def step(state: State, g: Array, h: Hyper) -> tuple[State, int]:
 
 
 class AdamW(NamedTuple):
-    """One tensor's hyperparameters of AdamW, and where its sensitivity comes from."""
+    """One tensor's hyperparameters of AdamW, and the source of its sensitivity."""
 
     lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
@@ -162,7 +162,7 @@ def moments(g: Array, m: Array, v: Array, a: AdamW) -> tuple[Array, Array]:
 
 
 def corrected(m: Array, v: Array, a: AdamW, t: int) -> tuple[Array, Array]:
-    """Without their bias towards 0."""
+    """The moments without their bias towards 0."""
     return m / (1 - a.betas[0] ** t), v / (1 - a.betas[1] ** t)
 
 

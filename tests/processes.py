@@ -1,8 +1,8 @@
-"""Runs functions on several processes: ranks of a default process group, as a user's script has one.
+"""Runs functions on several processes, the ranks of a default process group, as in a user's script.
 
-The processes are forked, ready to run, from a server that has imported torch, and stay from test to test: a
-call costs some 50 ms, where starting Python and torch costs seconds for each. A call that fails or hangs
-costs the processes, and the next one gets new ones.
+The processes are forked from a server that has imported torch, and kept from test to test. So a call costs
+some 50 ms, while starting Python and torch costs seconds per process. If a call fails or hangs, its processes
+are ended, and the next call gets new ones.
 """
 
 import faulthandler
@@ -25,10 +25,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 SIZE = 4  # the most ranks a call can have
-TIMEOUT = 60.0  # seconds, of one call; the slowest takes a few
+TIMEOUT = 60.0  # seconds for one call; the slowest takes a few
 GRACE = 1.0  # seconds that the other ranks get once one has failed: they may wait for it forever
 
-# What a first `fully_shard` imports, among others; all without a thread, which a fork would lose.
+# Imports of a first `fully_shard`, among others. None starts a thread, which a fork would lose.
 PRELOADED = [
     "numpy",
     "pytest",
@@ -48,8 +48,8 @@ class RankError(AssertionError):
 class Pool:
     """`pool(3, function, x)` runs `function(x)` on ranks 0, 1, 2 and returns their results in this order.
 
-    The function is a module's own, as are the classes of its arguments and results: they are pickled. Within
-    it the default process group is one of gloo and of exactly that size, made for this call.
+    The function, and the classes of its arguments and results, must be importable from a module, because they
+    are pickled. The default process group in it uses gloo, has exactly that size and is made for this call.
 
     Raises:
         RankError: a rank raised, died or did not end in time.
@@ -96,7 +96,7 @@ class Pool:
         return str(Path(self._folder.name, f"trace{rank}"))
 
     def _collect(self, world_size: int, timeout: float) -> tuple[dict[int, Any], list[str]]:
-        """Results by rank, and what went wrong; the first error first, as the others may follow from it."""
+        """Results by rank, and the errors, the first one first, because others may follow from it."""
         results: dict[int, Any] = {}
         errors: list[str] = []
         open_ = {pipe: rank for rank, pipe in enumerate(self._pipes[:world_size])}
@@ -124,7 +124,7 @@ class Pool:
             return False, f"the process died, exit code {self._processes[rank].exitcode}"
 
     def _where(self, rank: int) -> str:
-        """What a rank that does not come back is doing."""
+        """Where a rank that does not return is in its code."""
         os.kill(self._processes[rank].pid, signal.SIGUSR1)
         file, end = Path(self._trace(rank)), time.monotonic() + GRACE
         while not file.stat().st_size and time.monotonic() < end:
@@ -142,7 +142,7 @@ class Pool:
 
 
 def _serve(rank: int, pipe: Any, trace: str) -> None:
-    """A process's life: call after call, until the pipe is closed."""
+    """A process's main loop: runs calls until the pipe is closed."""
     torch.set_num_threads(1)
     with open(trace, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
@@ -157,15 +157,15 @@ def _serve(rank: int, pipe: Any, trace: str) -> None:
 def _answer(rank: int, work: bytes) -> bytes:
     try:
         store, world_size, function, args = pickle.loads(work)
-        # As torchrun sets them: Accelerate asks them, not torch. What else a call sets ends with it.
+        # As set by torchrun: Accelerate reads these, not torch. Other changes by a call end with it.
         own = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         all_ = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
         with patch.dict(os.environ, own | all_):
             torch.manual_seed(0)
             dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
             result = function(*args)
-            dist.barrier()  # nobody leaves while another still needs it
+            dist.barrier()  # no rank leaves while another still needs it
             dist.destroy_process_group()
         return pickle.dumps((True, result))
-    except BaseException:  # whatever it is, it is the test's
+    except BaseException:  # any error belongs to the test
         return pickle.dumps((False, traceback.format_exc()))

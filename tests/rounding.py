@@ -1,7 +1,7 @@
-"""Puts any float32 into each of the stores that a step writes, so that its rounding can be held to the bit.
+"""Puts any float32 into each of the stores that a step writes, to check its rounding to the bit.
 
-Hyperparameters are chosen so that what a kernel computes before it rounds is known exactly: products with 1,
-1/2 and 2, and sums with 0. What it may round is `Store.value(x)`.
+Hyperparameters are chosen so that the value before rounding is known exactly: products with 1, 1/2 and 2, and
+sums with 0. The value that a kernel rounds is `Store.value(x)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from pats_kernels import PATSAdamW, pats_step_
 
 Singles = NDArray[np.float32]
-LOW, HIGH = np.uint64(0), np.uint64(16)  # from which bit of a random word on w is rounded, and the state
+LOW, HIGH = np.uint64(0), np.uint64(16)  # the first bits of a random word that round w, and the state
 
 
 def on(device: str, tensor: Tensor) -> Tensor:
-    """The tensor with its offset and its strides on another device; `Tensor.to` would close the holes."""
+    """The tensor on another device, with its offset and strides; `Tensor.to` would close the holes."""
     storage = tensor.untyped_storage().to(device=torch.device(device))
     there = torch.empty(0, dtype=tensor.dtype, device=device)
     return there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -31,7 +31,7 @@ def on(device: str, tensor: Tensor) -> Tensor:
 
 @dataclass
 class Work:
-    """What to write, and how: tensor i of `xs` with `hypers[i]`, `layout`s as in `harness`."""
+    """What to write: tensor i of `xs` with `hypers[i]`; `layout`s as in `harness`."""
 
     xs: list[Tensor]
     hypers: list[Hyper]
@@ -75,8 +75,8 @@ def averages(work: Work, backend: str) -> list[list[Tensor]]:
 def _adamw(
     work: Work, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], **keywords: Any
 ) -> PATSAdamW:
-    """A step from given states. What a work's hypers may vary here: the seed, the step and the rounding;
-    tensor ids are the positions."""
+    """A step from given states. A work's hypers may vary only the seed, the step and the rounding here.
+    Tensor ids are the positions."""
     leaves = [nn.Parameter(param, requires_grad=False) for param in params]
     groups = [
         {"params": [leaf], "seed": h.seed, "stochastic_rounding": h.stochastic_rounding}
@@ -101,7 +101,7 @@ def moments(work: Work, backend: str) -> list[list[Tensor]]:
 
 
 def weights(work: Work, backend: str) -> list[list[Tensor]]:
-    """m = x + (0 - x) / 2, and w = 0 - 2 m / (sqrt(0) + 1); after so many steps 1 - b_1^t is 1."""
+    """m = x + (0 - x) / 2, and w = 0 - 2 m / (sqrt(0) + 1); after this many steps 1 - b_1^t is 1."""
     assert all(h.step > 1000 for h in work.hypers)
     states = {"exp_avg": work.tensors(work.xs, torch.float32), "exp_avg_sq": work.same(0.0, torch.float32)}
     params, grads = work.same(0.0, work.dtype), work.same(0.0, work.dtype)
@@ -131,7 +131,7 @@ STORES = {
 
 
 def random_bits(h: Hyper, numel: int, half: np.uint64) -> oracle.Words | None:
-    """The 16 random bits of each element; None where it rounds to nearest."""
+    """The 16 random bits of each element; None if it rounds to nearest."""
     if not h.stochastic_rounding:
         return None
     words = oracle.words(h, np.arange(numel), rounding=True)
@@ -139,7 +139,7 @@ def random_bits(h: Hyper, numel: int, half: np.uint64) -> oracle.Words | None:
 
 
 def stored(values: Singles, dtype: torch.dtype, bits: oracle.Words | None) -> Singles:
-    """As the storage keeps them; float16, which is never rounded stochastically, to nearest."""
+    """The values rounded to the storage dtype; float16 always to nearest."""
     if dtype == torch.float16:
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
@@ -147,7 +147,7 @@ def stored(values: Singles, dtype: torch.dtype, bits: oracle.Words | None) -> Si
 
 
 def assert_bits(got: Tensor, expected: Singles, what: str) -> None:
-    """To the bit; a NaN for a NaN."""
+    """Compares to the bit; any NaN equals any NaN."""
     found = flat(got.cpu()).astype(np.float32)
     same = (found.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(found) & np.isnan(expected))
     if not same.all():
@@ -159,7 +159,7 @@ def assert_bits(got: Tensor, expected: Singles, what: str) -> None:
 
 
 def check(store: str, work: Work, backend: str, of: Callable[[Hyper], Hyper] = lambda h: h) -> None:
-    """Raises AssertionError where a store does not hold what it should, rounded with the bits of `of(h)`."""
+    """Raises AssertionError if a store does not hold its value, rounded with the bits of `of(h)`."""
     chosen = STORES[store]
     with np.errstate(over="ignore", invalid="ignore"):
         for value, tensors in zip(chosen.values, chosen.write(work, backend), strict=True):

@@ -1,4 +1,4 @@
-"""PATSAdamW's numbers: against the oracle, against torch's AdamW, and against PATS attached to it."""
+"""PATSAdamW's numbers, compared with the oracle, with torch's AdamW, and with PATS attached to it."""
 
 from dataclasses import replace
 from typing import Any
@@ -100,7 +100,7 @@ def test_hyperparameters_of_adamw(backend: str, adamw: dict[str, Any], sensitivi
 @pytest.mark.parametrize("sensitivity", SENSITIVITIES)
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 def test_groups_of_all_kinds_share_a_launch(backend: str, normalization: str, sensitivity: str) -> None:
-    """Decay and none, noise and none, each their own learning rate: one launch, and the right numbers."""
+    """Groups with and without decay and noise, with different learning rates: one launch, correct numbers."""
     case = AdamWCase(
         [(500,), (30, 4), (7,), (5000,)],
         noise_scale=[1e-3, 0.0, 1e-2, 0.0],
@@ -123,7 +123,7 @@ def test_groups_of_all_kinds_share_a_launch(backend: str, normalization: str, se
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 def test_nonfinite_gradients(backend: str, dtype: torch.dtype, normalization: str, sensitivity: str) -> None:
-    """They ruin their own elements, as in torch's AdamW, and no other; they never enter S and U."""
+    """They spoil only their own elements, as in torch's AdamW, and never enter S and U."""
     poison = (torch.nan, torch.inf, -torch.inf)
     case = AdamWCase(
         [(300,), (1500,)],
@@ -197,7 +197,8 @@ def test_threads_give_the_same_bits(
 
 
 def test_a_learning_rate_on_the_device(backend: str) -> None:
-    """The kernels read it there; PATSAdamW itself reads one that is on the CPU, as here, on the host."""
+    """The kernels read it on the device. If it is on the CPU, as here, PATSAdamW itself reads it on the
+    host."""
 
     def step(lr: float | Tensor) -> Tensor:
         torch.manual_seed(3)
@@ -210,7 +211,7 @@ def test_a_learning_rate_on_the_device(backend: str) -> None:
         Launcher().launch(batch, backend)
         return param
 
-    exact = step(0.25)  # a float32: the same number on both ways
+    exact = step(0.25)  # exact in float32, so both ways have the same number
     assert_same_bits([step(torch.tensor(0.25))], [exact])
     assert_same_bits([step(torch.tensor([0.25]))], [exact])
     assert not harness.same_bits(step(0.5), exact)
@@ -257,8 +258,8 @@ def give_same_gradients(params: list[nn.Parameter], others: list[nn.Parameter], 
 def assert_close(
     params: list[nn.Parameter], others: list[nn.Parameter], steps: int, lr: float, inexact: float = 0.0
 ) -> None:
-    """To the roundings that fusion may move: in each step two of the weight, and 16 of an update, which is at
-    most some ten times lr where gradients are normal."""
+    """Equal within the roundings that fusion may change: per step two of the weight, and 16 of an update,
+    which is at most some ten times lr for normal gradients."""
     u = max(torch.finfo(params[0].dtype).eps / 2, inexact)
     for a, b in zip(params, others, strict=True):
         allowed = steps * (2 * u * (b.detach().abs() + 1) + 16 * u * 10 * lr)
@@ -267,7 +268,7 @@ def assert_close(
 
 INPUTS = [
     input
-    for device in ("cpu", "cuda", "mps")  # what only GPUs have in torch, capturable say, works everywhere
+    for device in ("cpu", "cuda", "mps")  # capturable, say, needs a GPU in torch, but works everywhere here
     for input in optim_inputs_func_adamw(device, torch.float32)
 ]
 
@@ -290,7 +291,7 @@ def test_torch_s_own_table_of_inputs(backend: str, number: int, dtype: torch.dty
         give_same_gradients(params, others, step)
         optimizer.step()
         other.step()
-    # torch works out 1 - lr weight_decay in the dtype of a tensor lr, float32, for float64 parameters too.
+    # torch computes 1 - lr weight_decay in the dtype of a tensor lr, float32, also for float64 parameters.
     inexact = 1e-7 if isinstance(kwargs.get("lr"), Tensor) else 0.0
     assert_close(params, others, FEW, float(kwargs.get("lr", 1e-3)), inexact)
     for a, b in zip(params, others, strict=True):
@@ -308,7 +309,7 @@ ERRORS = optim_error_inputs_func_adam("cpu", torch.float32)
 
 @pytest.mark.parametrize("number", range(len(ERRORS)), ids=[e.optimizer_error_input.desc for e in ERRORS])
 def test_torch_s_own_table_of_bad_inputs(number: int) -> None:
-    """What torch refuses at construction is refused with the same error, unless it is foreach's alone."""
+    """What torch refuses at construction is refused with the same error, unless it is only about foreach."""
     error = ERRORS[number]
     params, kwargs = error.optimizer_error_input.params, error.optimizer_error_input.kwargs
     params = [nn.Parameter(torch.zeros(3))] if params is None else params
@@ -327,10 +328,10 @@ def test_torch_s_own_table_of_bad_inputs(number: int) -> None:
 def test_it_is_pats_attached_to_adamw(
     backend: str, dtype: torch.dtype, normalization: str, uncertainty: str
 ) -> None:
-    """The same noise in the same elements, so only roundings are between them.
+    """Both add the same noise to the same elements, so they differ only by roundings.
 
-    The noise is loud, a hundredth of a weight, so that none would show. Roundings of S and U move gates
-    near 1/gamma a little: hence a tolerance of 1e-4 of noise_scale on top.
+    The noise is large, a hundredth of a weight, so that missing noise would show. Roundings of S and U move
+    gates near 1/gamma a little, hence a further tolerance of 1e-4 of noise_scale.
     """
     params, others = twins(dtype)
     pats: dict[str, Any] = {"noise_scale": 1e-2, "normalization": normalization, "uncertainty": uncertainty}
@@ -348,8 +349,9 @@ def test_it_is_pats_attached_to_adamw(
 
 
 def test_bfloat16_moments_do_not_stand_still(backend: str) -> None:
-    """v with b_2 = 0.999 moves by less than half a spacing a step; rounded stochastically it arrives all the
-    same: after t steps with g = 1 it is 1 - b_2^t, here to 4 standard errors of the mean of 4096 elements."""
+    """v with b_2 = 0.999 moves by less than half a spacing per step. Rounded stochastically it arrives all
+    the same: after t steps with g = 1 it is 1 - b_2^t, here to 4 standard errors of the mean of 4096
+    elements."""
     params = [nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))]
     optimizer = PATSAdamW(params, lr=0.0, backend=backend)
     steps = 20 if INTERPRETED else 300
@@ -363,7 +365,7 @@ def test_bfloat16_moments_do_not_stand_still(backend: str) -> None:
 
 
 def test_what_the_harness_checks_can_fail(backend: str) -> None:
-    """The oracle sees a wrong moment, sensitivity, weight and step: each is moved by a few roundings."""
+    """The oracle detects a wrong moment, sensitivity, weight and step: each is changed by a few roundings."""
     case = AdamWCase([(64,)], steps=1)
     optimizer = optimizer_of(backend, case)
     (param,) = params_of(optimizer)

@@ -41,7 +41,7 @@ def steps(optimizer: Opt, *numbers: int) -> Opt:
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Everything a step may write, copied."""
+    """Copies of everything that a step may write."""
     states = [optimizer.state.get(param, {}) for param in params_of(optimizer)]
     written = [state[key] for state in states for key in sorted(state)]
     return [t.detach().clone() for t in params_of(optimizer) + written]
@@ -59,7 +59,7 @@ def two_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def test_groups_are_tensors_of_one_optimizer(backend: str) -> None:
-    """Split into decay and no decay, as Hugging Face does: the noise of a tensor is that of its place."""
+    """Split into decay and no decay, as Hugging Face does: a tensor's noise follows its position."""
     one, two = parameters(), parameters()
     steps(optimizer_of(one, weight_decay=0.0, backend=backend), 1, 2, 3)
     split = optimizer_of([{"params": two[:2]}, {"params": two[2:]}], weight_decay=0.0, backend=backend)
@@ -68,7 +68,7 @@ def test_groups_are_tensors_of_one_optimizer(backend: str) -> None:
 
 
 def test_schedules(backend: str) -> None:
-    """lr through a scheduler, noise_scale and gamma by hand: as an optimizer made anew at every step."""
+    """lr from a scheduler, noise_scale and gamma set by hand: the same as a new optimizer at every step."""
     scheduled = optimizer_of(parameters(), backend=backend)
     scheduler = LambdaLR(scheduled, lambda epoch: 1 / (1 + epoch))
     renewed = optimizer_of(parameters(), backend=backend)
@@ -85,7 +85,7 @@ def test_schedules(backend: str) -> None:
 
 
 def test_a_tensor_lr_may_be_filled(backend: str) -> None:
-    """As torch's schedulers do it: in place."""
+    """In place, as torch's schedulers do."""
     lr = torch.tensor(1e-2)
     optimizer, plain = (
         optimizer_of(parameters(), lr=lr, backend=backend),
@@ -103,7 +103,7 @@ def test_a_tensor_lr_may_be_filled(backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["betas", "sens_betas"])
 def test_tensor_betas_may_be_filled(backend: str, name: str) -> None:
-    """A schedule that writes into them is followed at every step, as one that replaces numbers is."""
+    """A schedule that writes into the tensors works like one that replaces numbers."""
     tensors = (torch.tensor(0.5), torch.tensor(0.75))
     optimizer = optimizer_of(parameters(), **{name: tensors}, backend=backend)
     plain = optimizer_of(parameters(), **{name: (0.5, 0.75)}, backend=backend)
@@ -116,7 +116,7 @@ def test_tensor_betas_may_be_filled(backend: str, name: str) -> None:
 
 
 def test_numbers_of_every_kind(backend: str) -> None:
-    """NumPy's, and sequences that are no tuples: the bits of Python's own, whose arithmetic is float64."""
+    """NumPy's numbers, and sequences that are not tuples, give the bits of Python's own float64 numbers."""
     values = {"lr": 1e-2, "weight_decay": 0.3, "betas": (0.8, 0.9), "seed": 3, "gamma": 0.7}
     single = {name: np.float32(value) for name, value in values.items() if isinstance(value, float)}
     single |= {"betas": np.array(values["betas"], np.float32), "seed": np.int64(3)}
@@ -126,7 +126,8 @@ def test_numbers_of_every_kind(backend: str) -> None:
 
 
 def test_noise_may_begin_and_end(backend: str) -> None:
-    """Without noise no sensitivities; they are allocated when it begins, and wait when it ends."""
+    """Without noise there are no sensitivities. They are allocated when noise begins, and kept when it
+    ends."""
     optimizer, plain = (
         optimizer_of(parameters(), noise_scale=0.0, backend=backend),
         AdamW(parameters(), lr=1e-2),
@@ -169,7 +170,7 @@ def test_a_bad_group_is_not_added(bad: dict[str, Any]) -> None:
 
 
 def test_frozen_and_unfrozen(backend: str) -> None:
-    """A parameter without a gradient is left alone, and goes on with its own count."""
+    """A parameter without a gradient is not changed, and keeps its own step count."""
     params = parameters()
     optimizer = steps(optimizer_of(params, backend=backend), 1)
     give_gradients(params, 2)
@@ -207,7 +208,7 @@ def test_hooks(backend: str) -> None:
 
 
 def test_a_model_s_training_goes_through_autograd(backend: str) -> None:
-    """A weight that backward still needs must not be changed unseen: torch has to notice the new version."""
+    """A weight that backward still needs must not change unnoticed: torch must see the new version."""
     layer = nn.Linear(4, 4)
     optimizer = optimizer_of(layer.parameters(), backend=backend)
     x = torch.ones(1, 4, requires_grad=True)
@@ -245,7 +246,7 @@ LOADS: dict[str, Callable[[Any], Any]] = {"saved": saved, "copied": copy.deepcop
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_continues_bit_for_bit(name: str, load: str) -> None:
-    """Every state in its own dtype, where Optimizer.load_state_dict would cast it to the parameter's."""
+    """Each state keeps its own dtype, where Optimizer.load_state_dict would cast it to the parameter's."""
     dtype, changes = RUNS[name]
     optimizer = steps(optimizer_of(two_groups(parameters(dtype)), **changes), 1, 2, 3)
     params = parameters(dtype)
@@ -272,13 +273,13 @@ def test_a_resumed_run_continues_on_each_backend(backend: str) -> None:
     [
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32),  # which no kernel keeps as such
+        (torch.float16, torch.float32),  # no kernel supports this pair
         (torch.float64, torch.float64),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 def test_a_dictionary_of_adamw_loads(dtype: torch.dtype, kept: torch.dtype, options: dict[str, Any]) -> None:
-    """Its moments and counts go on; the sensitivities start empty; PATS's hyperparameters stay ours."""
+    """Moments and counts continue, the sensitivities start empty, and PATS's hyperparameters stay."""
     adamw = steps(AdamW(two_groups(parameters(dtype)), lr=3e-3, betas=(0.8, 0.9), **options), 1, 2)
     params = [nn.Parameter(p.detach().clone()) for p in params_of(adamw)]
     optimizer = optimizer_of(two_groups(params), gamma=0.25)
@@ -321,7 +322,7 @@ def test_loading_copies() -> None:
 
 
 def test_state_that_is_no_parameter_s() -> None:
-    """As torch has it: copied as it is."""
+    """It is copied as it is, as in torch."""
     optimizer = steps(optimizer_of(parameters()), 1)
     optimizer.state["global_step"] = 7  # type: ignore[index]
     other = optimizer_of(parameters())
@@ -337,7 +338,7 @@ def test_what_is_no_state_dict(value: Any) -> None:
 
 
 def test_a_step_count_as_torch_once_had_it() -> None:
-    """A Python int: the noise goes on with it, and so do the bias corrections."""
+    """A Python int: the noise and the bias corrections continue from it."""
     optimizer, other = (steps(optimizer_of(parameters()), 1, 2) for _ in range(2))
     state_dict = saved(optimizer.state_dict())
     for entry in state_dict["state"].values():
@@ -347,7 +348,7 @@ def test_a_step_count_as_torch_once_had_it() -> None:
 
 
 def test_hooks_of_loading() -> None:
-    """Another's hook may exchange the dictionary, and one after sees the state that was loaded."""
+    """A hook of the user's may replace the dictionary, and a hook after loading sees the loaded state."""
     source, optimizer = steps(optimizer_of(parameters()), 1, 2), optimizer_of(parameters())
     seen: list[float] = []
     optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: source.state_dict())
@@ -416,7 +417,7 @@ BAD_STATE_DICTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", BAD_STATE_DICTS)
 def test_bad_state_dicts(name: str) -> None:
-    """Named, and nothing is changed: the run goes on as if it had not been tried."""
+    """They are refused by name, and nothing changes: the run continues as if nothing had been loaded."""
     edit, parts = BAD_STATE_DICTS[name]
     optimizer, untouched = (steps(optimizer_of(by_name(parameters())), 1, 2) for _ in range(2))
     state_dict = saved(optimizer.state_dict())
@@ -431,7 +432,8 @@ def test_bad_state_dicts(name: str) -> None:
 
 
 def test_moments_that_are_not_finite_go_on() -> None:
-    """As in torch's AdamW, which a gradient that is not finite leaves so: what was saved can be loaded."""
+    """A gradient that is not finite leaves such moments, as in torch's AdamW. They can be saved and
+    loaded."""
     optimizer = optimizer_of(by_name(parameters()))
     for number in (1, 2):
         give_gradients(params_of(optimizer), number)
@@ -446,7 +448,7 @@ def test_moments_that_are_not_finite_go_on() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_copies_and_pickles(name: str) -> None:
-    """Parameters and all: the copy goes on with the same bits, and the original is left alone."""
+    """A copy with its parameters continues with the same bits, and the original does not change."""
     dtype, changes = RUNS[name]
     optimizer = steps(optimizer_of(by_name(parameters(dtype)), **changes, backend="eager"), 1, 2)
     expected = [t.clone() for t in snapshot(optimizer)]
@@ -463,7 +465,7 @@ def test_copies_and_pickles(name: str) -> None:
 
 
 def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | None = None) -> PATSAdamW:
-    """Gradients times the scale; in one step one of them is infinite."""
+    """A run with gradients times the scale; in one step one of them is infinite."""
     optimizer = optimizer_of(parameters(), backend=backend)
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=99
@@ -474,7 +476,7 @@ def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | N
             param.grad *= scaler.get_scale()
         if number == inf_at:
             params_of(optimizer)[4].grad[3] = torch.inf
-        scaler.scale(torch.ones(()))  # as a loss; starts the scaler
+        scaler.scale(torch.ones(()))  # like a loss; initializes the scaler
         before = snapshot(optimizer)
         if unscale and scale is not None:
             scaler.unscale_(optimizer)
@@ -488,7 +490,7 @@ def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | N
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(backend: str, unscale: bool) -> None:
-    """Scaled by a power of two and unscaled once: the bits of the run without a scaler."""
+    """A scale that is a power of two, unscaled once, gives the bits of the run without a scaler."""
     plain, scaled = scaled_run(backend, None, unscale), scaled_run(backend, 2.0**10, unscale)
     assert_same_bits(snapshot(scaled), snapshot(plain))
 
@@ -496,7 +498,7 @@ def test_grad_scaler(backend: str, unscale: bool) -> None:
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("inf_at", [1, 3])
 def test_grad_scaler_skips_a_step(backend: str, unscale: bool, inf_at: int) -> None:
-    """With an infinity nothing changes, not even the count; the next steps go on from there."""
+    """With an infinity nothing changes, not even the count. The next steps continue from there."""
     optimizer = scaled_run(backend, 2.0**10, unscale, inf_at)
     expected = optimizer_of(parameters(), backend=backend)
     steps(expected, *(number for number in range(1, 5) if number != inf_at))
@@ -593,7 +595,7 @@ def test_shared_memory(backend: str) -> None:
 
 
 def test_empty_frozen_and_foreign_parameters(backend: str) -> None:
-    """Skipped without a word, as long as they have no gradient."""
+    """They are skipped silently as long as they have no gradient."""
     params = [
         nn.Parameter(torch.ones(4)),
         nn.Parameter(torch.ones(0, 3)),
@@ -610,7 +612,8 @@ def test_empty_frozen_and_foreign_parameters(backend: str) -> None:
 
 
 def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
-    """As torch's AdamW without fused=True: clients that clip ask this flag, and refuse where it is set."""
+    """As in torch's AdamW without fused=True: clients that clip look at this flag, and refuse if it is
+    set."""
     param = nn.Parameter(torch.ones(4))
     assert PATSAdamW([param])._step_supports_amp_scaling
     assert PATSAdamW([param], fused=True)._step_supports_amp_scaling
@@ -620,7 +623,7 @@ def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((param * torch.tensor([1.0, 2.0, torch.inf, 3.0])).sum()).backward()
-    scaler.step(plain)  # skipped by the scaler, which found the infinity by itself
+    scaler.step(plain)  # skipped by the scaler, which has found the infinity itself
     assert not plain.state
     scaler.update()
     param.grad = None
@@ -633,7 +636,7 @@ def test_fused_false_leaves_unscaling_to_the_scaler() -> None:
 
 
 def test_a_tensor_made_of_others_is_refused() -> None:
-    """It has no memory of its own: a kernel would write to address 0."""
+    """It has no memory of its own, so a kernel would write to address 0."""
     two = TwoTensor(torch.ones(3), torch.ones(3))
     param = nn.Parameter(two)
     param.grad = torch.ones(3)

@@ -49,7 +49,8 @@ def test_misspelt(key: str, name: str) -> None:
 
 
 def test_what_is_no_misspelling() -> None:
-    """The names themselves, what the optimizer knows, two edits, another word, no string, a letter for lr."""
+    """The names themselves, keys that the optimizer knows, two edits, another word, no string, a letter for
+    lr."""
     assert misspelt([*NAMES, "params", "param_names", "initial_lr"], NAMES) == []
     assert misspelt(["speed", "gamma1"], NAMES, known=["speed", "gamma1"]) == []
     assert misspelt(["speed", "gamma1"], NAMES) == [("speed", "seed"), ("gamma1", "gamma")]
@@ -59,7 +60,7 @@ def test_what_is_no_misspelling() -> None:
 
 @pytest.mark.parametrize("cls", ["AdamW", "SGD", "Adagrad", "NAdam", "RMSprop", "Adafactor", "LBFGS", "ASGD"])
 def test_torch_optimizers_are_not_misspelt(cls: str) -> None:
-    """Even where nobody says what they know."""
+    """Even if their keys are not given as known."""
     weight = nn.Parameter(torch.ones(2))
     group = getattr(torch.optim, cls)([weight], lr=0.1).param_groups[0]
     assert misspelt(group, defaults_of(Hyperparameters)) == []
@@ -73,7 +74,7 @@ LETTERS = st.sampled_from("abc_")
 
 @given(st.text(LETTERS, min_size=3, max_size=7), st.data())
 def test_every_edit_is_found(name: str, data: st.DataObject) -> None:
-    """And nothing but edits: the words one edit away are written down one by one."""
+    """All words one edit away are found, and only those; the test writes them down one by one."""
     n = len(name)
     edits = {name[:i] + name[i + 1 :] for i in range(n)}
     edits |= {name[:i] + c + name[i + 1 :] for i in range(n) for c in "abc_"}
@@ -100,7 +101,7 @@ def warned(tensor: Tensor, noise_scale: Any, **settings: Any) -> str | None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_noise_too_large(dtype: torch.dtype) -> None:
-    """Above a tenth of the standard deviation, and not below. bfloat16's is known to 2^-8."""
+    """Warns above a tenth of the standard deviation, and not below. bfloat16's is known to 2^-8."""
     tensor = weights(dtype=dtype)
     std = tensor.double().std().item()
     assert warned(tensor, std * LARGE * 0.99) is None
@@ -132,13 +133,13 @@ def test_what_says_nothing(tensor: Tensor) -> None:
 
 
 def test_noise_scales_that_say_nothing() -> None:
-    """0 is off; what lies on a device is not read."""
+    """0 means no noise. A tensor on a device is not read."""
     assert warned(weights(), 0.0) is None
     assert warned(weights(), torch.ones(1)) is None
 
 
 def test_defaults_on_ordinary_models_say_nothing() -> None:
-    """Whatever a float32 model holds at its start; and bfloat16 that is rounded stochastically."""
+    """No warning for any initial float32 model, nor for bfloat16 with stochastic rounding."""
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     for dtype in (torch.float32, torch.bfloat16):
         params = list(BertModel(config).to(dtype).named_parameters())
@@ -157,7 +158,8 @@ ROUNDED = {
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("std", [0.04, 0.0331, 0.0623])
 def test_noise_lost_in_rounding(dtype: torch.dtype, std: float) -> None:
-    """At the bound a one-sigma draw moves at most a tenth, wherever the weights lie between powers of two."""
+    """At the bound a one-sigma draw moves at most a tenth of the weights, wherever they are between powers of
+    two."""
     tensor = weights(std, shape=(300, 300), dtype=dtype)
     bound = tensor.double().square().mean().sqrt().item() * torch.finfo(dtype).eps * SMALL
     moved = (tensor.double() + bound).to(dtype) != tensor
@@ -178,7 +180,7 @@ def test_bfloat16_rounds_stochastically_by_default() -> None:
 
 
 def test_the_worst_is_named() -> None:
-    """Of those with too large a noise first, as it does harm; then of those whose noise is lost."""
+    """First tensors with too much noise, because it does harm, then tensors whose noise is lost."""
     params = [("a", weights(0.05)), ("b", weights(0.01)), ("c", weights(0.02)), ("d", weights(1.0))]
     large = [Hyperparameters(noise_scale=scale) for scale in (1e-2, 1e-2, 1e-2, 1e-9)]
     text = noise_warning(params, large)
@@ -228,7 +230,7 @@ def test_one_wait_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 def test_memory(dtype: torch.dtype) -> None:
-    """Nothing wider than the parameter is made of it."""
+    """Nothing wider than the parameter is allocated."""
     tensor = weights(shape=(1024, 1024), dtype=dtype)
     with torch.profiler.profile(profile_memory=True) as profile:
         warned(tensor, 1e-3)
@@ -250,7 +252,7 @@ def judge_shards() -> str | None:
 
 
 def test_shards(pool: Pool) -> None:
-    """Each process judges its own part; an empty one says nothing."""
+    """Each process judges its own shard; an empty one gives no warning."""
     first, second = pool(2, judge_shards)
     assert first is not None
     assert first.startswith("w: noise_scale=0.01 is 0.25 of")

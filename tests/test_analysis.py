@@ -1,4 +1,4 @@
-"""Distributions of sensitivities against brute force and closed forms; the gates against the oracle."""
+"""Distributions of sensitivities, compared with brute force and closed forms; gates, with the oracle."""
 
 import json
 import subprocess
@@ -47,12 +47,12 @@ def of(values: Any, dtype: torch.dtype = torch.float32) -> Distribution:
 
 
 def brute_gini(x: Array) -> float:
-    """The mean difference over all ordered pairs, over twice the mean: Gini's own definition."""
+    """Gini's own definition: the mean difference over all ordered pairs, divided by twice the mean."""
     return float(np.abs(x[:, None] - x[None, :]).mean() / (2 * x.mean()))
 
 
 def brute_held(x: Array, share: float) -> float:
-    """What share of the total the top `share` of the elements hold, one element after another."""
+    """The share of the total that the top `share` of the elements hold, one element after another."""
     left, held = share * len(x), 0.0
     for value in sorted(x, reverse=True):
         held += min(left, 1.0) * value
@@ -61,7 +61,7 @@ def brute_held(x: Array, share: float) -> float:
 
 
 def brute_half(x: Array) -> float:
-    """How many elements it takes to hold half, the last one in part."""
+    """The number of elements that hold half of the total, the last one in part."""
     missing, taken = x.sum() / 2, 0.0
     for value in sorted(x, reverse=True):
         if value >= missing:
@@ -124,7 +124,7 @@ def test_against_brute_force(name: str, dtype: torch.dtype, monkeypatch: pytest.
     )
 )
 def test_against_brute_force_on_anything(x: NDArray[np.float32]) -> None:
-    """Not bin by bin: a value may lie on an edge, where log10 and a product of doubles may disagree."""
+    """Not compared bin by bin: for a value on an edge, log10 and a product of doubles may disagree."""
     wide = x.astype(np.float64)
     if not x.any():
         return
@@ -136,7 +136,8 @@ def test_against_brute_force_on_anything(x: NDArray[np.float32]) -> None:
 
 
 def test_tensors_and_all_together() -> None:
-    """Each tensor by its own mean; overall is one tensor of all, whatever shapes and dtypes they came in."""
+    """Each tensor is relative to its own mean; overall is as for one tensor of all, whatever shapes and
+    dtypes."""
     r = np.random.default_rng(6)
     parts = {"a": r.exponential(size=300), "b": 100 * r.exponential(size=50), "c": np.array([0.5])}
     tensors = {
@@ -161,7 +162,7 @@ def test_the_input_stays_as_it_is() -> None:
 
 
 def test_all_equal() -> None:
-    """0.1 is not a binary fraction, and 10^5 of it must still have a mean of exactly 0.1."""
+    """0.1 is not a binary fraction, but the mean of 10^5 of it must be exactly 0.1."""
     d = of(torch.full((100_000,), 0.1))
     assert d.overall.mean == np.float32(0.1)
     assert d.overall.gini == pytest.approx(0, abs=1e-12)
@@ -182,7 +183,8 @@ def test_one_has_it_all(n: int) -> None:
 
 
 def test_exponential() -> None:
-    """Gini coefficient 1/2; the top p hold p (1 - ln p), half where that is 1/2; 1 - e^-f are below f."""
+    """The Gini coefficient is 1/2. The top p hold p (1 - ln p), half where that is 1/2. 1 - e^-f are below
+    f."""
     n = 1_000_000
     quantiles = -np.log((np.arange(n) + 0.5) / n)
     d = of(torch.from_numpy(quantiles), torch.float32).overall
@@ -204,7 +206,7 @@ def test_pareto() -> None:
 
 
 def test_sums_are_wider_than_float32() -> None:
-    """After 2^24 ones, a float32 sum stays where it is: the mean of 2^25 would be 1/2."""
+    """A float32 sum stops after 2^24 ones: the mean of 2^25 would be 1/2."""
     d = of(torch.ones(2**25)).overall
     assert d.mean == 1.0
     assert d.gini == pytest.approx(0, abs=1e-12)
@@ -222,7 +224,7 @@ def test_nothing_to_distribute(values: Tensor) -> None:
 
 
 def test_a_mean_between_two_floats() -> None:
-    """It rounds to 1 in float32, and yet both ones are below it."""
+    """It rounds to 1 in float32, but both ones are below it."""
     assert of(torch.tensor([1.0, 1.0 + 2.0**-23, 1.0])).overall.share_below[0] == pytest.approx(2 / 3)
 
 
@@ -253,7 +255,7 @@ def test_json() -> None:
 
 
 class Linear(nn.Module):
-    """y = w x + b, with what a model may have besides: dropout, a frozen weight, one that is not used."""
+    """y = w x + b, with dropout, a frozen weight, and one that is not used, as in real models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +306,7 @@ def test_sensitivities_of_a_linear_model() -> None:
 
 
 def test_sensitivities_with_a_loss_of_ones_own() -> None:
-    """Twice the loss, twice the sensitivity; and no_grad around it is no obstacle."""
+    """Twice the loss gives twice the sensitivity, also under no_grad."""
     model = Linear().double()
     data = [{name: t.double() for name, t in batch.items()} for batch in batches()]
     with torch.no_grad():
@@ -316,7 +318,7 @@ def test_sensitivities_with_a_loss_of_ones_own() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_sensitivities_leave_nothing_behind(fails: bool) -> None:
     model = Linear().train()
-    model.norm.eval()  # a part of its own mode, as a frozen one has
+    model.norm.eval()  # a part with its own mode, like a frozen part
     model.w.grad = torch.full((3,), 7.0)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -348,7 +350,7 @@ QUIET = 4  # the tensor in a group without noise
 
 
 def make_pats(backend: str, fused: bool = False, **changes: Any) -> tuple[Any, Any, list[nn.Parameter]]:
-    """PATS or PATSAdamW; the optimizer that it is attached to, or is; the parameters."""
+    """PATS or PATSAdamW, its optimizer (for PATSAdamW, itself), and the parameters."""
     random = torch.Generator().manual_seed(9)
     params = [nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
     params[0].data = params[0].data.t().contiguous().t()
@@ -401,7 +403,7 @@ def assert_summary(source: Any, groups: list[dict[str, Any]]) -> None:
     assert (summary.noisy_share.shape, summary.noisy_share.dtype) == ((), torch.float32)
     np.testing.assert_allclose(summary.mean_gate, a.mean(), rtol=1e-5)
     np.testing.assert_allclose(summary.noisy_share, (a > 0).mean(), rtol=1e-6)
-    assert 0.01 < (a > 0).mean() < 0.99  # there is something to get wrong
+    assert 0.01 < (a > 0).mean() < 0.99  # gates of both kinds, so errors can show
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -419,7 +421,8 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_gate_summary(backend: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces; groups with hyperparameters of their own, a transposed tensor, and one without noise."""
+    """Computed in pieces, with different hyperparameters per group, a transposed tensor, and one without
+    noise."""
     monkeypatch.setattr(analysis, "PIECE", 100)
     pats, optimizer, params = make_pats(backend, **changes)
     take_steps(optimizer, params, 3)
@@ -429,7 +432,7 @@ def test_gate_summary(backend: str, changes: dict[str, Any], monkeypatch: pytest
 
 @pytest.mark.parametrize("changes", [{}, {"fused": True}, {"fused": True, "sensitivity": "moments"}], ids=str)
 def test_gate_summary_is_the_gate_of_the_exact_step(changes: dict[str, Any]) -> None:
-    """With normalization="exact" and lr 0 the elements that moved are those whose gate is open."""
+    """With normalization="exact" and lr 0, the elements that moved are those with an open gate."""
     pats, optimizer, params = make_pats("eager", normalization="exact", **changes)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
     take_steps(optimizer, params, 2)
@@ -451,7 +454,7 @@ def test_gate_summary_without_state() -> None:
 
 
 def test_an_optimizer_that_keeps_no_sensitivity() -> None:
-    """The one that PATS is attached to, say, in PATS's place."""
+    """For example the optimizer that PATS is attached to, given in place of the PATS."""
     _, optimizer, params = make_pats("eager")
     take_steps(optimizer, params, 1)
     for function in (gate_summary, state_sensitivities):
@@ -472,7 +475,7 @@ def test_gate_summary_of_tensors_without_statistics() -> None:
 
 
 def test_gate_summary_follows_a_schedule() -> None:
-    """A group whose noise has been turned off is not counted any more, though its state is still there."""
+    """A group whose noise was turned off no longer counts, though its state is still there."""
     pats, optimizer, params = make_pats("eager")
     take_steps(optimizer, params, 2)
     optimizer.param_groups[0]["noise_scale"] = 0.0
@@ -493,7 +496,7 @@ SUMMARY = [
 
 
 def poison(optimizer: Any, params: list[nn.Parameter]) -> int:
-    """A step with gradient elements that are not finite; how many of them PATS sees."""
+    """Takes a step with gradient elements that are not finite; returns how many of them PATS sees."""
     for param in params:
         param.grad = torch.ones_like(param)
     bad = [torch.nan, torch.inf, -torch.inf]
@@ -506,7 +509,7 @@ def poison(optimizer: Any, params: list[nn.Parameter]) -> int:
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_pats_summary(backend: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Element by element, in float64; groups with noise_scales of their own."""
+    """Compared element by element in float64; each group has its own noise_scale."""
     monkeypatch.setattr(analysis, "PIECE", 100)
     pats, optimizer, params = make_pats(backend, **changes)
     optimizer.param_groups[1]["noise_scale"] = 0.7
@@ -535,7 +538,7 @@ def test_pats_summary(backend: str, changes: dict[str, Any], monkeypatch: pytest
 
 @pytest.mark.parametrize("changes", [{}, {"fused": True}], ids=str)
 def test_pats_summary_counts_what_was_not_finite(backend: str, changes: dict[str, Any]) -> None:
-    """All there ever was; of a group, too, whose noise has been turned off since."""
+    """It counts all that ever were, also in a group whose noise was turned off since."""
     pats, optimizer, params = make_pats(backend, **changes)
     count = poison(optimizer, params)
     assert pats.pats_summary()["nonfinite"] == sum(pats.nonfinite_counts().values()) == count
@@ -565,7 +568,7 @@ def test_pats_summary_without_state(fused: bool) -> None:
 
 
 def test_pats_summary_gives_a_noise_scale_that_all_share_to_the_last_bit() -> None:
-    """As an average of doubles weighted by sizes 1e-5 / 3 would not come back."""
+    """1e-5 / 3 would not survive an average of doubles weighted by sizes."""
     pats, optimizer, params = make_pats("eager", noise_scale=1e-5 / 3)
     take_steps(optimizer, params, 1)
     assert pats.pats_summary()["noise_scale"] == 1e-5 / 3
@@ -575,7 +578,7 @@ def test_pats_summary_gives_a_noise_scale_that_all_share_to_the_last_bit() -> No
 def test_pats_summary_with_a_noise_scale_on_the_device(
     together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the tensor is not read on the host."""
+    """As on a GPU, the host does not read the tensor."""
     pats, optimizer, params = make_pats("eager", noise_scale=1e-2)
     take_steps(optimizer, params, 3)
     second = 0.01 if together else 0.25
@@ -595,7 +598,7 @@ def test_pats_summary_with_a_noise_scale_on_the_device(
 
 
 class Waits(TorchDispatchMode):
-    """Counts what reads a number on the host, but for `tolist`."""
+    """Counts operations that read a number on the host, except `tolist`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -624,7 +627,7 @@ def test_pats_summary_waits_once(changes: dict[str, Any], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_state_sensitivities(state_dtype: torch.dtype, fused: bool) -> None:
-    """The averages themselves, copied, by the model's names, else by place; none where there is none."""
+    """Copies of the averages, by the model's names, or else by position; none for tensors without any."""
     pats, optimizer, params = make_pats("eager", fused, state_dtype=state_dtype)
     take_steps(optimizer, params, 3)
     s = state_sensitivities(pats, [("first", params[0]), ("fourth", params[3]), ("other", torch.ones(3))])
@@ -654,7 +657,7 @@ def test_state_sensitivities_by_the_optimizers_names() -> None:
 
 
 def some_distributions() -> dict[str, Distribution]:
-    """Two layers of three kinds of tensor, a second kind of the same last name, and a tensor of zeros."""
+    """Two layers with three kinds of tensors, another kind with the same last name, and a tensor of zeros."""
     random = torch.Generator().manual_seed(12)
     names = [f"encoder.{i}.{kind}" for i in (0, 1, 10) for kind in ("q.weight", "q.bias", "out.weight")]
     names += ["decoder.0.q.weight", "head", "pos"]
@@ -688,7 +691,7 @@ def test_plot_draws_the_numbers(tmp_path: Path) -> None:
 
 
 def test_plot_has_a_row_for_each_kind_of_tensor() -> None:
-    """One for all layers; named in short where that is unique; sorted by the median of the first."""
+    """One row for all layers, with a short name if unique, sorted by the median in the first model."""
     distributions = some_distributions()
     strip = plot(distributions).axes[2]
     labels = [t.get_text() for t in strip.get_yticklabels()]

@@ -1,4 +1,4 @@
-"""To what PATS can be attached, what it refuses by name, and who loads its state."""
+"""What PATS can be attached to, what it refuses by name, and how its state is loaded."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {"noise_scale": 1e-2, "gamma": 0.5, "seed": 3}
 
 
 class Hookless(AdamW):
-    """As bitsandbytes' optimizers are: state is saved and loaded by code of its own, which runs no hooks."""
+    """Like bitsandbytes' optimizers: its own code saves and loads the state, and runs no hooks."""
 
     def state_dict(self) -> dict[str, Any]:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -42,7 +42,7 @@ class Hookless(AdamW):
 
 
 class OnlyLoads(AdamW):
-    """One that exchanges something, and leaves the rest, hooks included, to torch."""
+    """Replaces the dictionary, and leaves the rest, hooks included, to torch."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(dict(state_dict))
@@ -151,7 +151,7 @@ def test_accelerate_s_wrapper_is_taken_off() -> None:
 
 
 class Lookahead:
-    """As in most repositories: no torch.optim.Optimizer, and its step calls one."""
+    """As in most repositories: not a torch.optim.Optimizer, and its step calls one."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -159,7 +159,8 @@ class Lookahead:
 
 
 class SAM(Optimizer):
-    """Sharpness-aware minimization as in most repositories: it puts the old weights back over the noise."""
+    """Sharpness-aware minimization as in most repositories: it restores the old weights and so undoes the
+    noise."""
 
     def __init__(self, params: Any, base: type[Optimizer], **kwargs: Any) -> None:
         super().__init__(params, kwargs)
@@ -190,7 +191,7 @@ def test_wrappers_are_refused_and_what_they_wrap_is_named(wrapper: Any, error: A
 
 
 class WithGamma(SGD):
-    """AdaBound and MARS have a `gamma`, which is no gate's."""
+    """AdaBound and MARS have a `gamma` that is not a gate's."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.1)
@@ -206,7 +207,7 @@ def test_a_key_with_two_meanings_is_refused() -> None:
 
 
 class Counting(SGD):
-    """MADGRAD keeps a count of its own beside the parameters' state."""
+    """MADGRAD keeps a count beside the parameters' state."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.1, momentum=0.9)
@@ -234,7 +235,7 @@ def test_state_of_the_optimizer_as_a_whole() -> None:
 
 
 class WithMasters(SGD):
-    """Keeps float32 copies of its parameters, in its state or in a list of each group's."""
+    """Keeps float32 copies of its parameters, in its state or in a list in each group."""
 
     in_state = True
 
@@ -280,7 +281,7 @@ def test_other_float32_state_is_no_copy(momentum: float) -> None:
 
 
 def test_removed_from_a_dead_optimizer() -> None:
-    """Nothing in this module keeps an optimizer alive once PATS has been removed from it."""
+    """After PATS has been removed, nothing in this module keeps the optimizer alive."""
     optimizer = SGD(parameters(), lr=0.1)
     alive = weakref.ref(optimizer)
     pats = PATS(optimizer)

@@ -1,4 +1,4 @@
-"""Every backend against the oracle: each number of each step, over shapes, strides, dtypes and variants."""
+"""Each number of each backend's steps against the oracle, over shapes, strides, dtypes and variants."""
 
 from dataclasses import replace
 from itertools import product
@@ -32,7 +32,7 @@ from pats_kernels.plan import Batch
 from pats_kernels.step import Launcher
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-STATES = {  # what each parameter dtype may keep its averages in
+STATES = {  # dtypes of the averages for each parameter dtype
     torch.float32: [torch.float32, torch.bfloat16],
     torch.bfloat16: [torch.bfloat16, torch.float32],
     torch.float16: [torch.float32, torch.bfloat16],
@@ -102,7 +102,7 @@ LAYOUT_SHAPES = LAYOUT_SHAPES[: 2 if INTERPRETED else None]
 @pytest.mark.parametrize("dtype", DTYPES[:2] if INTERPRETED else DTYPES, ids=id_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend: str, layout: str, dtype: torch.dtype) -> None:
-    """Parameter and gradient in the same memory format; the noise follows the logical row-major order."""
+    """Parameter and gradient in the same memory format. The noise follows the logical row-major order."""
     run_checked(backend, Case(LAYOUT_SHAPES, param=layout, grad=layout, dtype=dtype))
 
 
@@ -116,7 +116,7 @@ OTHER_LAYOUTS = [
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize(("param", "grad", "state"), OTHER_LAYOUTS[:: 13 if INTERPRETED else 2])
 def test_mixed_layouts(backend: str, param: str, grad: str, state: str, normalization: str) -> None:
-    """Gradients and averages whose strides are not their parameters'."""
+    """Gradients and averages whose strides differ from their parameters'."""
     case = Case([(12, 21), (2, 3, 4, 5)], param, grad, state, normalization=normalization)
     run_checked(backend, case)
 
@@ -144,7 +144,7 @@ def test_mixed_layouts_in_one_launch(backend: str) -> None:
 
 
 def test_mixed_dtypes_in_one_call(backend: str) -> None:
-    """Each combination of dtypes is its own launch; together they are what they are apart."""
+    """Each combination of dtypes is its own launch. Together they give the same as apart."""
     apart = [
         run(backend, Case([(700,), (3,)], dtype=dtype, state_dtype=state, tensor_ids=[2 * i, 2 * i + 1]))
         for i, (dtype, state) in enumerate(STORAGES)
@@ -174,7 +174,7 @@ def test_hyperparameters_of_each_tensor(backend: str) -> None:
 
 
 def test_variants_of_each_tensor(backend: str) -> None:
-    """Strings too may be one per tensor: the same numbers as one call for each."""
+    """Strings too may be given per tensor, with the same numbers as one call for each."""
     normalizations, uncertainties = (list(column) for column in zip(*VARIANTS, strict=True))
     case = Case([(40,)] * len(VARIANTS), normalization=normalizations, uncertainty=uncertainties)
     work = prepare(case)
@@ -191,14 +191,14 @@ def test_variants_of_each_tensor(backend: str) -> None:
 
 @pytest.mark.parametrize("first_step", [2**24 + 1, 2**31 - 1, 2**32 - 3])
 def test_late_steps(backend: str, first_step: int) -> None:
-    """The counter's word of the step is unsigned, and no float32."""
+    """The step's word of the counter is unsigned, and not a float32."""
     run_checked(backend, Case([(100,)], first_step=first_step))
 
 
 @pytest.mark.parametrize(("normalization", "uncertainty"), VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES[:2] if INTERPRETED else DTYPES, ids=id_of)
 def test_nonfinite_gradients(backend: str, dtype: torch.dtype, normalization: str, uncertainty: str) -> None:
-    """Their elements keep every bit of w, S and U; the others are right, and so are the means."""
+    """Their elements keep every bit of w, S and U. The others are right, and so are the means."""
     case = Case(
         [(1500,)],
         dtype=dtype,
@@ -211,7 +211,7 @@ def test_nonfinite_gradients(backend: str, dtype: torch.dtype, normalization: st
 
 
 def test_nonfinite_gradients_everywhere(backend: str) -> None:
-    """Nothing but the reduced means can move, and they are of the same S."""
+    """Only the reduced means can move, and they are of the same S."""
     case = Case([(1030,), ()], normalization="exact")
     work = run(backend, case)
     before = [t.clone() for t in work.written()]
@@ -221,7 +221,7 @@ def test_nonfinite_gradients_everywhere(backend: str) -> None:
 
 
 def test_a_sensitivity_that_overflows_never_enters(backend: str) -> None:
-    """w and g are finite, |w g| is not: no infinity may live in S for ever."""
+    """w and g are finite, |w g| is not. An infinity must never get into S."""
     case = Case([(64,)])
     work = run(backend, case)
     work.params[0][::5] = 1e30
@@ -240,14 +240,14 @@ def test_a_sensitivity_that_overflows_never_enters(backend: str) -> None:
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("power", [-60, 40] if INTERPRETED else [-60, -16, 16, 40])
 def test_loss_scale_changes_nothing(backend: str, normalization: str, uncertainty: str, power: int) -> None:
-    """Every factor of q is a ratio in one tensor, so a power of two cancels to the last bit.
+    """Every factor of q is a ratio within one tensor, so a power of two cancels to the last bit.
 
-    At 2^-60 the product S * U is subnormal: a kernel that forms it before it normalizes fails here.
+    At 2^-60 the product S * U is subnormal: a kernel that forms it before normalizing fails here.
     """
     case = Case([(1200,)], normalization=normalization, uncertainty=uncertainty)
     plain, scaled = prepare(case), prepare(case)
     for number in range(1, 4):
-        # Gradients of about one size: none of them may leave float32's range on its own.
+        # Gradients of similar size, so that none of them leaves float32's range.
         grads = [g.sign() * (0.5 + g.abs().clamp(max=4)) for g in gradients(case, number)]
         for work, scale in ((plain, 1.0), (scaled, 2.0**power)):
             work.grads = [g * scale for g in grads]
@@ -258,10 +258,10 @@ def test_loss_scale_changes_nothing(backend: str, normalization: str, uncertaint
 
 
 def test_bfloat16_is_held_to_the_bit(backend: str) -> None:
-    """The harness's criterion leaves one bfloat16 to at least nine weights of ten, so it does check bits.
+    """The harness's criterion allows only one bfloat16 for at least nine in ten weights, so it checks bits.
 
-    An element is undecided where a threshold lies in its error bound, 2 * 3e-3 noise_scale = 6e-6 wide;
-    thresholds are 2^-12 = 2.4e-4 apart at |w| = 0.05, so that is one in forty, more for smaller weights.
+    An element is undecided if a threshold lies in its error bound, which is 2 * 3e-3 noise_scale = 6e-6 wide.
+    Thresholds are 2^-12 = 2.4e-4 apart at |w| = 0.05, so that is one in forty, and more for smaller weights.
     """
     case = Case([(5000,)], dtype=torch.bfloat16, normalization="exact")
     work = prepare(case)
@@ -275,7 +275,7 @@ def test_bfloat16_is_held_to_the_bit(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 def test_offsets_beyond_31_bits(backend: str, dtype: torch.dtype) -> None:
-    """Strides are 64-bit: three elements, 2^31 apart in memory that is reserved and never touched."""
+    """Strides are 64-bit: three elements, 2^31 apart in reserved memory that is never touched."""
     whole = torch.empty(2**32 + 1, dtype=dtype)
     param = whole[:: 2**31]
     param.copy_(torch.tensor([1.0, -2.0, 3.0]))
@@ -312,7 +312,7 @@ def test_two_runs_give_the_same_bits(backend: str, normalization: str, uncertain
 def test_threads_give_the_same_bits(
     threaded: str, normalization: str, dtype: torch.dtype, threads: None
 ) -> None:
-    """Fixed chunks and a fixed order of sums; eager's are float64, and the same once rounded to float32."""
+    """Chunks and the order of sums are fixed. eager's sums are float64, and equal once rounded to float32."""
     case = Case([(3_000_017,), (999,)], dtype=dtype, normalization=normalization, steps=2)
     results = []
     for count in (1, 2):
@@ -326,7 +326,7 @@ def test_threads_give_the_same_bits(
 
 
 def test_big_tensor(backend: str) -> None:
-    """Many chunks, a ragged end, and more than one thread's worth."""
+    """Many chunks, an incomplete last one, and more than one thread's work."""
     run_checked(backend, Case([(20_011 if INTERPRETED else 300_007,), (5,)], steps=2))
 
 
@@ -357,7 +357,7 @@ def batch_of(case: Case, work: Work, counters: list[torch.Tensor], counts: list[
 def launched(
     backend: str, case: Case, scale: float | None, infinite: float | None
 ) -> tuple[Work, list[torch.Tensor], list[torch.Tensor]]:
-    """Steps with counters of the steps taken, beginning at 0, and with gradients times `scale`."""
+    """Steps with counters that begin at 0, and with gradients times `scale`."""
     work, launcher = prepare(case), Launcher()
     counters = [torch.zeros(()) for _ in work.params]
     counts = [torch.zeros((), dtype=torch.int64) for _ in work.params]
@@ -383,7 +383,7 @@ SCALER_CASES = {
 
 @pytest.mark.parametrize("name", SCALER_CASES)
 def test_counters(backend: str, name: str) -> None:
-    """A counter of the steps so far is as good as t, and is advanced; non-finite elements are counted."""
+    """A counter of the steps works like t and is advanced. Non-finite elements are counted."""
     case = SCALER_CASES[name]
     work, counters, counts = launched(backend, case, None, None)
     assert_same_bits(work.written(), run(backend, case).written())
@@ -396,7 +396,8 @@ def test_counters(backend: str, name: str) -> None:
 @pytest.mark.parametrize("infinite", [None, 0.0])
 @pytest.mark.parametrize("name", SCALER_CASES)
 def test_grad_scale(backend: str, name: str, infinite: float | None) -> None:
-    """Gradients times a power of two, divided by it: the same bits. (float16's range ends at 2^16.)"""
+    """Gradients times a power of two, divided by it again, give the same bits. (float16's range ends at
+    2^16.)"""
     case = SCALER_CASES[name]
     scale = 2.0**3 if case.dtype == torch.float16 else 2.0**12
     plain, _, plain_counts = launched(backend, case, None, None)
@@ -409,7 +410,7 @@ def test_grad_scale(backend: str, name: str, infinite: float | None) -> None:
 @pytest.mark.parametrize("scale", [None, 2.0**3])
 @pytest.mark.parametrize("name", SCALER_CASES)
 def test_found_inf_changes_nothing(backend: str, name: str, scale: float | None) -> None:
-    """Not a weight, average, mean, counter or count: some steps are taken, one more is skipped."""
+    """No weight, average, mean, counter or count changes: some steps are taken, then one is skipped."""
     case, launcher = SCALER_CASES[name], Launcher()
     work, counters, counts = launched(backend, case, scale, 0.0)
     before = [t.clone() for t in [*work.written(), *counters, *counts]]
@@ -419,7 +420,7 @@ def test_found_inf_changes_nothing(backend: str, name: str, scale: float | None)
     assert_same_bits([*work.written(), *counters, *counts], before)
 
 
-# What nobody thought of.
+# Random combinations.
 
 
 @st.composite
@@ -461,7 +462,7 @@ def test_anything(backend: str, case: Case) -> None:
 
 
 def test_auto_is_one_of_them() -> None:
-    """On a CPU "auto" is cpp where it is built, else eager, and never the interpreter."""
+    """On a CPU "auto" is cpp if built, else eager, and never the interpreter."""
     case = Case([(100,), (3, 4)])
     assert_same_bits(run("auto", case).written(), run(expected_auto(), case).written())
 

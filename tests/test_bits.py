@@ -1,9 +1,9 @@
-"""The same bits, whatever the path, within one backend: docs/bits.md has the list, and which test holds what.
+"""Within one backend, all paths give the same bits. docs/bits.md lists the paths and their tests.
 
-For the same means a tensor steps to the same bits where it is contiguous and aligned (a kernel's path for
-full chunks, and at its end that for tails), misaligned (tails' path alone), with holes (strides) or cut into
-shards, with a GradScaler or without. Instruction sets are in test_isa.py, threads in test_backends.py, other
-shards in test_shards.py; what the compiled GPU kernels compute on each path is in test_codegen.py.
+With the same means, a tensor gets the same bits if it is contiguous and aligned (a kernel's path for full
+chunks, then the path for tails), misaligned (only the path for tails), strided or sharded, with a GradScaler
+or without. test_isa.py tests instruction sets, test_backends.py threads, test_shards.py other shards, and
+test_codegen.py what the compiled GPU kernels compute on each path.
 """
 
 from typing import Any
@@ -44,14 +44,14 @@ def of(tensors: dict[str, Tensor]) -> list[Tensor]:
     return [tensors[key].contiguous() for key in COLUMNS]
 
 
-# Under the interpreter, which is slow, what its paths depend on.
+# Under the interpreter, which is slow, only what its paths depend on.
 FORMS_HERE = ["pats", "ema", "moments"] if INTERPRETED else list(FORMS)
 STORAGES_HERE = ["float32", "bfloat16"] if INTERPRETED else list(STORAGES)
 
 
 @pytest.fixture(scope="module", params=[(form, kind) for form in FORMS_HERE for kind in STORAGES_HERE])
 def stepped(request: pytest.FixtureRequest) -> tuple[Hyperparameters, tuple[Any, Any], list[Tensor]]:
-    """A form, what it is stored in, and what a step makes of a contiguous tensor."""
+    """A form, its storage dtypes, and the result of a step on a contiguous tensor."""
     form, storage = request.param
     whole = tensors_of((NUMEL,), *STORAGES[storage])
     before = of({key: value.clone() for key, value in whole.items()})
@@ -71,7 +71,7 @@ def test_layouts(stepped: Any, layout: str) -> None:
 
 
 def test_shards(stepped: Any) -> None:
-    """Cut at a multiple of four, which keeps the groups whole, and between two multiples."""
+    """Cut at a multiple of four, where groups stay whole, and between two multiples."""
     h, storage, expected = stepped
     for cut in (2048, 1023):
         tensors = tensors_of((NUMEL,), *storage)
@@ -86,7 +86,7 @@ def test_shards(stepped: Any) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "holes"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**3])
 def test_grad_scalers(stepped: Any, scale: float, layout: str) -> None:
-    """A scale of 1, which is how a step without loss scaling looks, and one whose reciprocal is exact."""
+    """A scale of 1, as in a step without loss scaling, and one whose reciprocal is exact."""
     h, storage, expected = stepped
     tensors = tensors_of((NUMEL,), *storage)
     tensors["grads"] *= scale
@@ -98,7 +98,7 @@ def test_grad_scalers(stepped: Any, scale: float, layout: str) -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_averages_of_one_pass_and_of_two(storage: str) -> None:
-    """The normalization decides which means divide, and nothing of S and U."""
+    """The normalization decides which means divide, and does not change S and U."""
     one, two = (tensors_of((NUMEL,), *STORAGES[storage]) for _ in range(2))
     step(KERNEL, one, None, Hyperparameters(noise_scale=0.3, seed=SEED), STATS)
     exact = Hyperparameters(noise_scale=0.3, seed=SEED, normalization="exact")
@@ -110,7 +110,7 @@ def test_averages_of_one_pass_and_of_two(storage: str) -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_adamw_and_pats_share_their_averages(storage: str) -> None:
-    """PATSAdamW's S and U are those of PATS attached to AdamW; in float32 the noise is, too."""
+    """PATSAdamW's S and U are those of PATS attached to AdamW. In float32 the noise is the same too."""
     alone, together = (tensors_of((NUMEL,), *STORAGES[storage]) for _ in range(2))
     step(KERNEL, alone, None, Hyperparameters(noise_scale=0.3, seed=SEED), STATS)
     adamw = AdamWHyperparameters(noise_scale=0.3, seed=SEED, lr=0.0, weight_decay=0.0)
@@ -121,7 +121,7 @@ def test_adamw_and_pats_share_their_averages(storage: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="its chunks' paths add in orders of their own")
 def test_means_on_the_cpu_are_those_of_any_layout(stepped: Any) -> None:
-    """Blocks are gathered before they are summed, so that here the means are the same as well."""
+    """Blocks are gathered before they are summed, so here even the means are the same."""
     h, storage, _ = stepped
     found = []
     for layout in ("contiguous", "holes"):

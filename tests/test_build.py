@@ -1,4 +1,4 @@
-"""What setup.py finds, refuses and leaves out, and what the package says of a library that it lacks."""
+"""What setup.py finds, refuses and leaves out, and what the package says about a missing library."""
 
 import importlib.util
 import platform
@@ -28,7 +28,7 @@ esac
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module: it sets nothing up."""
+    """setup.py as a module, without running its setup()."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.chdir(ROOT)
     for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"):
@@ -44,7 +44,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CUDA 13.0 whose nvcc writes down what it is called with."""
+    """A fake CUDA 13.0 whose nvcc writes down how it is called."""
     return fake_toolkit(tmp_path / "cuda", "13.0", monkeypatch)
 
 
@@ -67,7 +67,8 @@ def torch_of(build: ModuleType, cuda: str | None = "13.0") -> object:
 def test_torch_is_found_without_an_import_of_it(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As under build isolation: nothing to import, but a folder where Python installs packages."""
+    """As under build isolation: torch cannot be imported, but is in a folder where Python installs
+    packages."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.10.0+cu130'\ncuda = '13.0'\n")
     monkeypatch.setattr(build, "find_spec", lambda _: None)
@@ -241,7 +242,7 @@ def test_compilers_at_a_time(build: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there are no CUDA headers")
 def test_the_cuda_operator_compiles(build: ModuleType, tmp_path: Path) -> None:
-    """Also against a torch for the CPU: its headers are the same."""
+    """Also against a CPU build of torch, whose headers are the same."""
     nvcc = build.Nvcc.found(torch_of(build, real_cuda()))
     folders = [
         Path(torch.__file__).parent / "include",
@@ -264,7 +265,7 @@ def real_cuda() -> str:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which the package believes itself to lie."""
+    """The folder that the package takes for its own."""
     folder = tmp_path / "pats_kernels"
     folder.mkdir()
     monkeypatch.setattr(native, "PACKAGE", folder)
@@ -307,7 +308,7 @@ def test_garbage(package: Path) -> None:
 
 
 def test_linked_to_a_library_that_is_gone(package: Path) -> None:
-    """As the extension is where its torch is gone: the loader names what it lacks."""
+    """As when the extension's torch is gone: the loader names the missing library."""
     source, gone = package / "x.c", package / "libgone.so"
     source.write_text("int gone(void); int x(void) { return gone(); }\n")
     (package / "gone.c").write_text("int gone(void) { return 0; }\n")
@@ -323,7 +324,7 @@ def test_linked_to_a_library_that_is_gone(package: Path) -> None:
 
 
 def test_another_trees_library_is_not_taken(package: Path) -> None:
-    """An editable installation's finder, or whatever else imports `pats_kernels._C`, is not asked."""
+    """An editable installation's finder, or anything else that imports `pats_kernels._C`, is not asked."""
     assert native.MISSING is None
     assert importlib.util.find_spec("pats_kernels._C") is not None
     reason = native.load("_C", native.EXTENSION)

@@ -1,4 +1,4 @@
-"""`PATSAdamW.clip_grad_norm_` against torch's, which multiplies the gradients."""
+"""`PATSAdamW.clip_grad_norm_`, compared with torch's, which multiplies the gradients."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pats_kernels import PATSAdamW, release_gradients
 
-MAX_NORMS = [1e-3, 1.0, 1e6]  # of norms around 20: much, some, nothing
+MAX_NORMS = [1e-3, 1.0, 1e6]  # norms are around 20: clips much, some, nothing
 
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -36,9 +36,10 @@ def tensors(optimizer: PATSAdamW) -> list[Tensor]:
 def test_a_step_is_that_of_clipped_gradients(
     backend: str, options: dict[str, Any], norm_type: float, max_norm: float
 ) -> None:
-    """Torch multiplies g by a rounded coefficient and rounds the product; here the reciprocal's reciprocal is
-    taken: a few roundings of 2^-24 of g, which the moments' quotient and the averages inherit. The noise,
-    2e-3 at most, inherits them through the gate's slope, times 1/q. Not clipped: the same bits."""
+    """torch multiplies g by a rounded coefficient and rounds the product. Here g is multiplied by the
+    reciprocal of the coefficient's reciprocal. The difference is a few roundings of 2^-24 of g. The moments'
+    quotient and the averages inherit them, and so does the noise, at most 2e-3, through the gate's slope,
+    times 1/q. Without clipping the bits are the same."""
     pair: list[tuple[list[Tensor], Tensor]] = []
     for clip in (True, False):
         params = params_of()
@@ -68,9 +69,10 @@ def test_a_step_is_that_of_clipped_gradients(
 @pytest.mark.parametrize("unscale", [True, False])
 @pytest.mark.parametrize("factor", [1.0, float("inf")])
 def test_with_a_grad_scaler(backend: str, factor: float, unscale: bool) -> None:
-    """max_norm is that of the unscaled gradients, whether they have been unscaled or the step is to do it.
+    """max_norm refers to the unscaled gradients, whether they are unscaled already or the step does it.
 
-    What the scaler skips changes nothing, and the norm is not the next step's."""
+    A step that the scaler skips changes nothing, and its norm is not used for the next step.
+    """
     params, reference = params_of(), params_of()
     ours = PATSAdamW(params, lr=1e-2, noise_scale=0.0, backend=backend)
     theirs = PATSAdamW(reference, lr=1e-2, noise_scale=0.0, backend=backend)
@@ -96,7 +98,7 @@ def test_with_a_grad_scaler(backend: str, factor: float, unscale: bool) -> None:
 
 
 def test_another_gradient_than_the_norm_s_is_refused() -> None:
-    """As of a backward in between, or of a step that was not taken; nothing is changed."""
+    """As after another backward, or after a step that was not taken. Nothing changes."""
     params = params_of()
     optimizer = PATSAdamW(params, noise_scale=0.0)
     give_grads(params, 1)
@@ -108,11 +110,11 @@ def test_another_gradient_than_the_norm_s_is_refused() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="clip_grad_norm_ was called for other gradients"):
             optimizer.step()
-        give_grads(params, 2)  # new tensors, which are others as well
+        give_grads(params, 2)  # new tensors are other gradients too
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     optimizer.clip_grad_norm_(1.0)
     optimizer.step()
-    optimizer.step()  # one norm is for one step: this one is as without
+    optimizer.step()  # a norm is for one step only: this one is not clipped
 
 
 def test_gradients_are_not_kept_alive_for_a_step_that_does_not_come() -> None:
@@ -153,7 +155,7 @@ def test_released_gradients_are_refused() -> None:
 
 
 def test_behind_accelerate_s_wrapper() -> None:
-    """docs/trainer.md: at the end of an accumulation, on the optimizer within."""
+    """As in docs/trainer.md: at the end of an accumulation, on the wrapped optimizer."""
     accelerate = pytest.importorskip("accelerate")
     # A Trainer of another test may have left its precision in the environment, and in Accelerate's state.
     accelerate.state.AcceleratorState._reset_state()

@@ -1,4 +1,4 @@
-"""torch.compile around a step: the same bits as without, no graph of the step, no recompilation."""
+"""torch.compile around a step: the same bits as without it, no graph of the step, no recompilation."""
 
 import copy
 import subprocess
@@ -23,8 +23,8 @@ counters: Any = torch._dynamo.utils.counters
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "PATSAdamW": (PATSAdamW, {}),
     "moments": (PATSAdamW, {"sensitivity": "moments", "normalization": "exact"}),
-    "AdamW and PATS": (AdamW, {"fused": True}),  # torch's others, compiled, are another arithmetic
-    "SGD and PATS": (SGD, {"momentum": 0.9, "foreach": True}),  # torch 2.10 compiles the other to other bits
+    "AdamW and PATS": (AdamW, {"fused": True}),  # torch's other forms round differently when compiled
+    "SGD and PATS": (SGD, {"momentum": 0.9, "foreach": True}),  # torch 2.10 compiles others to other bits
 }
 
 
@@ -76,7 +76,7 @@ def trained(run: Run, step: Callable[..., Any] = train_step, count: int = STEPS)
 
 
 def with_step(step: Callable[[], Any]) -> Callable[..., None]:
-    """A training step of which only the optimizer's is another."""
+    """A training step that differs from others only in its optimizer."""
 
     def training(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> None:
         loss_of(model, batch).backward()
@@ -89,7 +89,7 @@ def with_step(step: Callable[[], Any]) -> Callable[..., None]:
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_compiled_step(kind: str, compiler: str, backend: str) -> None:
-    """aot_eager is the one that exchanges what is written for copies, as inductor does."""
+    """aot_eager replaces what is written by copies, as inductor does."""
     run = made(kind, backend)
     compiled = torch.compile(run[1].step, backend=compiler)
     assert_same_bits(trained(made(kind, backend)), trained(run, with_step(compiled)))
@@ -105,8 +105,8 @@ def test_a_compiled_training_step(kind: str, compiler: str, backend: str) -> Non
 
 @pytest.mark.parametrize("kind", ["PATSAdamW", "AdamW and PATS"])
 def test_inductor(kind: str) -> None:
-    """A whole training step, beside one whose model alone is compiled: inductor's forward is another, and so
-    would be its SGD."""
+    """A whole training step, compared with one in which only the model is compiled, because inductor's
+    forward differs, and its SGD would too."""
     plain, run = made(kind), made(kind)
     compiled_loss = torch.compile(loss_of)
 
@@ -119,7 +119,7 @@ def test_inductor(kind: str) -> None:
 
 
 def test_state_and_schedule(backend: str) -> None:
-    """A group's values are read at every step, compiled or not; the state is the same."""
+    """A group's values are read at every step, compiled or not. The state is the same."""
     plain, run = made("PATSAdamW", backend), made("PATSAdamW", backend)
     compiled = torch.compile(run[1].step, backend="aot_eager")
     for number, batch in enumerate(batches(), 1):
@@ -139,7 +139,7 @@ def test_state_and_schedule(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_no_warning_and_no_recompilation(kind: str) -> None:
-    """After the second step (the first allocates state) nothing is compiled any more."""
+    """Nothing is compiled after the second step. (The first allocates state.)"""
     run = made(kind)
     compiled = torch.compile(train_step, backend="eager")
     with warnings.catch_warnings():
@@ -168,7 +168,7 @@ def test_a_full_graph_says_why_not(kind: str) -> None:
 
 
 def test_the_functional_step(backend: str) -> None:
-    """pats_step_ in the midst of a compiled function: what is before and after it is compiled."""
+    """pats_step_ in the middle of a compiled function: what comes before and after it is compiled."""
 
     def function(w: Tensor, g: Tensor, S: Tensor, U: Tensor, stats: Tensor) -> Tensor:
         g = g * 2 + 1
@@ -208,6 +208,6 @@ def test_a_closure_may_be_compiled() -> None:
 
 
 def test_importing_imports_no_compiler() -> None:
-    """torch._dynamo takes a second to import: it waits until there is an optimizer, as in torch."""
+    """torch._dynamo takes a second to import. As in torch, that waits until there is an optimizer."""
     code = "import sys, pats_kernels; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,13 +1,13 @@
-"""What PyTorch asks of each of its optimizers, asked of `PATSAdamW` and of `PATS` on torch's optimizers.
+"""PyTorch's own tests of its optimizers, applied to `PATSAdamW` and to `PATS` on torch's optimizers.
 
 The categories are those of PyTorch's test/test_optim.py (`TestOptimRenewed`) in torch 2.7.
-docs/conformance.md has all of them, and the tests in other files that cover some. Inputs, schedulers and
-errors are the installed torch's own, here 2.13's, from `torch.testing._internal.common_optimizers`. That
-module is private: only what PyTorch's tests have used of it since 2.6 is used, and an optimizer that the
-installed torch lacks is left out.
+docs/conformance.md lists all of them, and the tests in other files that cover some. Inputs, schedulers and
+errors come from the installed torch (here 2.13), from `torch.testing._internal.common_optimizers`. That
+module is private, so these tests use only what PyTorch's tests have used since 2.6. Optimizers that the
+installed torch lacks are left out.
 
-The noise is real and loud, so that its absence would show, and drawn from a fixed seed: where two runs have
-to agree, they agree to the bit.
+The noise is large, so that missing noise would show. Its seed is fixed, so two runs that must agree do so to
+the bit.
 """
 
 import copy
@@ -36,7 +36,7 @@ from torch.testing._internal.common_optimizers import (
 from pats_kernels import PATS, PATSAdamW
 from pats_kernels.optim import attached_to
 
-# Many optimizers of one seed live here side by side, which is worth a warning anywhere else.
+# Many optimizers with the same seed exist here at once, which rightly gives a warning elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:PATS")
 
 INFOS = {info.name: info for info in optim_db}
@@ -49,8 +49,8 @@ class Kind:
     """An optimizer under test.
 
     Attributes:
-        name: of torch's optimizer, whose inputs are taken.
-        attached: whether it is that optimizer with `PATS`; else it is `PATSAdamW`.
+        name: the torch optimizer whose inputs are used.
+        attached: whether it is that optimizer with `PATS`, or else `PATSAdamW`.
     """
 
     name: str
@@ -64,9 +64,9 @@ class Kind:
         return INFOS[self.name]
 
     def inputs(self, backend: str = BACKENDS[-1]) -> list[dict[str, Any]]:
-        """The constructor's arguments, each with and without foreach and fused; for slow backends the first.
+        """The constructor's arguments, with and without foreach and fused; for slow backends only the first.
 
-        They are made anew, as a scheduler fills a tensor.
+        They are made anew each time, because a scheduler writes into tensors.
         """
         inputs = _get_optim_inputs_including_global_cliquey_kwargs(
             "cpu", torch.float32, self.info, skip=("differentiable",)
@@ -105,7 +105,8 @@ each_kind_with_groups = pytest.mark.parametrize("kind", WITH_GROUPS, ids=str)
 
 
 class Problem:
-    """Torch's own: the squares of W x + b. All are matrices, as Muon takes nothing else."""
+    """torch's own problem: the squares of W x + b. All parameters are matrices, because Muon takes nothing
+    else."""
 
     def __init__(self, contiguous: bool = True) -> None:
         random = torch.Generator().manual_seed(7)
@@ -163,7 +164,7 @@ def nameless(state_dict: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("noise_scale", [0.0, 1e-2])
 @pytest.mark.parametrize("kind", [kind for kind in WITH_GROUPS if kind.attached], ids=str)
 def test_a_step_is_that_of_pats_and_then_torch_s(backend: str, kind: Kind, noise_scale: float) -> None:
-    """To the bit, with each of torch's inputs and implementations, which PATS leaves as they were chosen.
+    """To the bit, with each of torch's inputs and implementations; PATS does not change which is used.
 
     As in torch's comparisons, nothing has a gradient in one step, and one tensor is frozen in two others.
     """
@@ -214,7 +215,7 @@ def test_goes_in_the_right_direction(backend: str, kind: Kind, contiguous: bool)
 
 @each_kind
 def test_schedulers_go_in_the_right_direction(backend: str, kind: Kind) -> None:
-    """Torch's own combinations, on two groups of which one has a learning rate of its own."""
+    """torch's combinations of schedulers, on two groups with different learning rates."""
     for makers in kind.info.scheduler_inputs[: 1 if INTERPRETED else None]:
         problem = Problem()
         groups = [{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.01}]
@@ -237,7 +238,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_do_what_they_do_to_adamw(backend: str, name: str) -> None:
-    """Learning rates and momenta to the bit; of the parameters roundings differ, as fusion moves them."""
+    """Learning rates and momenta are equal to the bit. Parameters differ only by the roundings of fusion."""
     ours, theirs = Problem(), Problem()
     optimizer = PATSAdamW(ours.params, noise_scale=0.0, backend=backend)
     plain = AdamW(theirs.params)
@@ -260,7 +261,7 @@ def test_schedulers_do_what_they_do_to_adamw(backend: str, name: str) -> None:
 
 @each_kind_with_groups
 def test_groups_are_several_optimizers(backend: str, kind: Kind) -> None:
-    """To the bit, with rates, decays and noise of their own; `tensor_id` says which noise each draws."""
+    """To the bit, with different rates, decays and noise. `tensor_id` says which noise each tensor draws."""
     one, two = Problem(), Problem()
     still = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
 
@@ -286,7 +287,7 @@ def test_groups_are_several_optimizers(backend: str, kind: Kind) -> None:
 
 @each_kind
 def test_a_learning_rate_may_be_a_tensor(backend: str, kind: Kind) -> None:
-    """Close, as torch multiplies by a tensor in other places; in a group of its own just as for all."""
+    """Close, not equal, because torch multiplies by a tensor elsewhere. In one group or in all."""
     ran = 0
     for kwargs in kind.inputs(backend):
         number = float(kwargs.get("lr", 1e-2))
@@ -316,7 +317,7 @@ def test_a_learning_rate_may_be_a_tensor(backend: str, kind: Kind) -> None:
 
 @each_kind
 def test_without_gradients_nothing_happens(backend: str, kind: Kind) -> None:
-    """The closure's value comes back, also where it computes no gradients."""
+    """The closure's value is returned, also if it computes no gradients."""
     for kwargs in kind.inputs(backend):
         params = [torch.ones(2, 3), torch.ones(2, 3)]
         optimizer = kind.make(params, backend, kwargs)
@@ -329,7 +330,7 @@ def test_without_gradients_nothing_happens(backend: str, kind: Kind) -> None:
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @each_kind_with_groups
 def test_zero_gradients_change_nothing(backend: str, kind: Kind, normalization: str) -> None:
-    """Nor do they draw noise: nothing is known of a tensor whose sensitivities are all 0."""
+    """They draw no noise either: a tensor whose sensitivities are all 0 has no statistics."""
     for kwargs in kind.inputs(backend):
         problem = Problem()
         optimizer = kind.make(
@@ -345,7 +346,7 @@ def test_zero_gradients_change_nothing(backend: str, kind: Kind, normalization: 
 
 @each_kind_with_groups
 def test_dtypes_may_be_mixed(backend: str, kind: Kind) -> None:
-    """Each steps as it does in an optimizer of its own; integers, without a gradient, are left alone."""
+    """Each steps as in an optimizer of its own. Integers, which have no gradient, do not change."""
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
     def parameters() -> list[nn.Parameter]:
@@ -381,7 +382,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @each_kind
 def test_the_default_dtype_changes_nothing(backend: str, kind: Kind, dtype: torch.dtype) -> None:
-    """Counts are float32 whatever it is, where torch's are float64 under float64."""
+    """Counts are always float32, where torch's are float64 with a default of float64."""
     runs = []
     for default in (torch.float32, dtype):
         with default_dtype(default):
@@ -403,7 +404,7 @@ def test_the_default_dtype_changes_nothing(backend: str, kind: Kind, dtype: torc
 
 @pytest.mark.parametrize("kind", ATTACHED, ids=str)
 def test_complex_parameters_are_refused_or_left_to_torch(kind: Kind) -> None:
-    """Noise on them is refused by name. Without noise they step, or are refused, as in torch alone."""
+    """Noise on them is refused by name. Without noise they step or are refused as in torch alone."""
 
     def parameters() -> list[Tensor]:
         params = [torch.ones(2, 3, dtype=torch.complex64) * (1 + 2j), torch.ones(2, 3)]
@@ -439,7 +440,7 @@ def test_complex_parameters_are_refused_or_left_to_torch(kind: Kind) -> None:
 
 
 def test_sparse_gradients_without_noise_are_torch_s() -> None:
-    """Uncoalesced, as torch's tests have them; beside a group with noise, which draws that of its place."""
+    """Uncoalesced, as in torch's tests, beside a group with noise, which draws the noise of its position."""
     params, others = ([nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4, 4))] for _ in range(2))
     optimizer = SGD([{"params": params[:1], "noise_scale": 0.0}, {"params": params[1:]}], lr=0.1)
     pats = PATS(optimizer, **NOISE, normalization="exact")
@@ -458,8 +459,8 @@ def test_sparse_gradients_without_noise_are_torch_s() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name == "AdamW"], ids=str)
 def test_parameters_without_memory(kind: Kind) -> None:
-    """On the meta device a step changes nothing and raises nothing, as torch's own but for fused=True; and
-    state that is loaded from another device comes to the parameters', the count too."""
+    """On the meta device a step changes nothing and raises nothing, as in torch, except with fused=True.
+    State loaded from another device moves to the parameters' device, the count too."""
     problem = Problem()
     source = kind.make(problem.params, "auto")
     kind.step(source, problem)
@@ -477,7 +478,7 @@ def test_parameters_without_memory(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in ("AdamW", "SGD")], ids=str)
 def test_a_parameter_twice_is_refused(kind: Kind) -> None:
-    """Torch warns that it will be an error, and steps it twice; its noise would be that of either place."""
+    """torch warns that it will become an error, and steps it twice. Its noise would be ambiguous."""
     param = nn.Parameter(torch.ones(3, 2))
     param.grad = torch.ones(3, 2)
     with pytest.warns(UserWarning, match="duplicate parameters"):
@@ -489,7 +490,7 @@ def test_a_parameter_twice_is_refused(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ATTACHED, ids=str)
 def test_torch_s_errors_come_through(kind: Kind) -> None:
-    """What torch refuses at construction PATS never sees; what it refuses in a step it refuses under PATS."""
+    """Errors at construction come before PATS. Errors in a step are the same under PATS."""
     for error in kind.info.optim_error_inputs_func("cpu", torch.float32):
         if error.error_on != OptimizerErrorEnum.STEP_ERROR:
             continue
@@ -500,7 +501,7 @@ def test_torch_s_errors_come_through(kind: Kind) -> None:
 
 
 def test_differentiable() -> None:
-    """Through an attached optimizer gradients flow as without PATS, the noise being a constant."""
+    """Gradients flow through an attached optimizer as without PATS; the noise is a constant."""
     start, grad = (torch.full((4, 4), value, requires_grad=True) for value in (0.5, 0.25))
     param = start.clone()
     param.grad = grad.clone()
@@ -519,7 +520,7 @@ def test_differentiable() -> None:
 
 
 def assert_resumes(kind: Kind, backend: str, kwargs: dict[str, Any], named: tuple[bool, bool]) -> None:
-    """Asserts that a run and one that goes on from its state are the same to the bit, state and all."""
+    """Asserts that a run, and one that resumes from its state, agree to the bit, in all state."""
     problem = Problem()
     optimizer = kind.make(problem.named(named[0]), backend, kwargs)
     for _ in range(3):
@@ -537,7 +538,7 @@ def assert_resumes(kind: Kind, backend: str, kwargs: dict[str, Any], named: tupl
     assert fixed(nameless(optimizer.state_dict())) == fixed(nameless(second.state_dict()))
     names = ["weight", "bias"] if any(named) else None
     assert second.state_dict()["param_groups"][0].get("param_names") == names
-    # Parameters that are there twice look the same in the dictionary.
+    # Parameters that occur twice look the same in the dictionary.
     second.param_groups.extend(second.param_groups)
     twice = nameless(second.state_dict())
     assert fixed(twice["param_groups"][-1]) == fixed(nameless(optimizer.state_dict())["param_groups"][-1])
@@ -561,7 +562,7 @@ def test_state_dicts_with_names_and_without(backend: str, kind: Kind, named: tup
 
 @each_kind
 def test_older_state_dicts_load(kind: Kind) -> None:
-    """Groups without the flags that came later; for PATSAdamW without anything of PATS, as AdamW's are."""
+    """Groups without flags that came later; for PATSAdamW without anything of PATS, like AdamW's."""
     ours = {*DEFAULTS, "sensitivity", "state_dtype", "maximize", "capturable"}
     missing = {*kind.info.not_og_supported_flags, *(() if kind.attached else ours)}
     for kwargs in kind.inputs():
@@ -579,7 +580,7 @@ def test_older_state_dicts_load(kind: Kind) -> None:
         changed = {key for key in missing & kwargs.keys() if kind.attached and kwargs[key]}
         kind.step(optimizer, problem)
         kind.step(older, other)
-        # For what is missing torch puts its default, PATSAdamW what the group had.
+        # For missing keys torch sets its default, PATSAdamW keeps the group's value.
         if not changed:
             assert_same_bits(problem.values(), other.values())
         elif "maximize" in changed:
@@ -606,7 +607,7 @@ def test_saved_with_weights_only(kind: Kind, named: bool, state_dtype: torch.dty
 
 @each_kind
 def test_counts_that_are_no_tensors_load(kind: Kind) -> None:
-    """Torch's as ours, in the optimizer's entries and in PATS's: the run goes on as it was."""
+    """In the optimizer's entries and in PATS's. The run continues as it was."""
     for kwargs in kind.inputs():
         problem = Problem()
         optimizer = kind.make(problem.params, "auto", kwargs)
@@ -629,7 +630,7 @@ def test_counts_that_are_no_tensors_load(kind: Kind) -> None:
 
 @each_kind
 def test_state_is_not_empty(backend: str, kind: Kind) -> None:
-    """After a step every parameter has state of PATS, and no entry of the optimizer's own is empty."""
+    """After a step every parameter has state of PATS, and none of the optimizer's entries is empty."""
     for kwargs in kind.inputs(backend):
         problem = Problem()
         optimizer = kind.make(problem.params, backend, kwargs)
@@ -641,7 +642,8 @@ def test_state_is_not_empty(backend: str, kind: Kind) -> None:
 
 
 def test_dictionaries_of_adam_and_adamw() -> None:
-    """Ours decouples its decay, as AdamW does whatever the dictionary says, and gives AdamW what it needs."""
+    """PATSAdamW decouples its decay, as AdamW does, whatever Adam's dictionary says. AdamW can load
+    PATSAdamW's."""
     problem = Problem()
     adam = Adam(problem.params, weight_decay=0.1)
     for _ in range(2):
@@ -671,7 +673,7 @@ def test_dictionaries_of_adam_and_adamw() -> None:
 
 @each_kind
 def test_state_dict_hooks(kind: Kind) -> None:
-    """One before, one after, both; the one after sees what ours has put in, and may take it out."""
+    """A hook before, one after, and both. The one after sees what PATS has added, and may remove it."""
 
     def before(optimizer: Optimizer) -> None:
         optimizer.state["test"] = 1  # type: ignore[index]
@@ -695,7 +697,8 @@ def test_state_dict_hooks(kind: Kind) -> None:
 
 @each_kind
 def test_load_state_dict_hooks(kind: Kind) -> None:
-    """One that changes the dictionary and one that gives another, in either order; and one after both."""
+    """A hook that changes the dictionary and one that returns another, in either order, and one after
+    both."""
 
     def changes(_: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["param_groups"][0]["lr"] = 0.002
@@ -727,7 +730,7 @@ def test_load_state_dict_hooks(kind: Kind) -> None:
 @pytest.mark.parametrize("early", [False, True])
 @each_kind
 def test_a_hook_may_load_another_dictionary(kind: Kind, early: bool) -> None:
-    """All of it, PATS's part as well, whether the hooks were there before PATS or came later."""
+    """All of it, also PATS's part, whether the hooks were registered before PATS or later."""
     problem, other = Problem(), Problem()
     source = kind.make(problem.params, "auto")
     for _ in range(2):
@@ -753,8 +756,8 @@ def test_a_hook_may_load_another_dictionary(kind: Kind, early: bool) -> None:
 
 @each_kind
 def test_a_hook_may_match_parameters_by_name(kind: Kind) -> None:
-    """The example of torch's documentation: parameters in another order, which is refused until a hook moves
-    their state. Of an attached PATS it knows nothing, so that begins anew, and says so."""
+    """The example in torch's documentation: parameters in another order are refused until a hook reorders
+    their state. The hook knows nothing of an attached PATS, so PATS starts anew, and says so."""
     problem, other = Problem(), Problem()
     source = kind.make(problem.named(), "auto")
     for _ in range(2):
@@ -789,7 +792,7 @@ def test_a_hook_may_match_parameters_by_name(kind: Kind) -> None:
 
 @each_kind
 def test_step_hooks(kind: Kind) -> None:
-    """Those of all optimizers come first and last, each once a step; removed, they are gone, PATS is not."""
+    """Hooks for all optimizers run first and last, once per step. When they are removed, PATS stays."""
     problem = Problem()
     optimizer, other = kind.make(problem.params, "auto"), SGD(Problem().params)
     seen: list[str] = []
@@ -820,7 +823,7 @@ def test_step_hooks(kind: Kind) -> None:
 
 
 def test_a_hook_from_before_pats_may_change_gradients() -> None:
-    """Hooks run as they were registered, so PATS steps on what it finds: the same as with those gradients."""
+    """Hooks run in the order of registration, so PATS steps on the changed gradients."""
     runs = []
     for clipped in (False, True):
         problem = Problem()
@@ -842,7 +845,7 @@ def test_a_hook_from_before_pats_may_change_gradients() -> None:
 
 @each_kind
 def test_printed(kind: Kind) -> None:
-    """PATSAdamW with all it has; an attached PATS leaves the optimizer's text as it was."""
+    """PATSAdamW shows all its settings. An attached PATS does not change the optimizer's text."""
     for kwargs in kind.inputs():
         optimizer = kind.make(Problem().params, "auto", kwargs)
         text = repr(optimizer)
@@ -854,7 +857,7 @@ def test_printed(kind: Kind) -> None:
 
 @each_kind
 def test_copies_have_all_public_attributes(kind: Kind) -> None:
-    """And the numbers behind them are those of tests/test_lifetime.py and tests/test_adamw_optim.py."""
+    """tests/test_lifetime.py and tests/test_adamw_optim.py compare their numbers."""
 
     def public(optimizer: Optimizer) -> set[str]:
         return {name for name in vars(optimizer) if not name.startswith("_")}
@@ -872,7 +875,7 @@ def test_copies_have_all_public_attributes(kind: Kind) -> None:
 
 @pytest.mark.parametrize("tolerance", [math.inf, -math.inf])
 def test_lbfgs_returns_what_its_closure_gives(tolerance: float) -> None:
-    """Of one type, whether it stops at the first evaluation or goes on."""
+    """Of the same type, whether it stops at the first evaluation or continues."""
     params = [torch.randn(10, 5), torch.randn(10)]
     optimizer = torch.optim.LBFGS(params, tolerance_grad=tolerance)
     PATS(optimizer, **NOISE)
@@ -880,7 +883,7 @@ def test_lbfgs_returns_what_its_closure_gives(tolerance: float) -> None:
 
 
 class Decorated(AdamW):
-    """Does something around its parent's step."""
+    """Does something before and after its parent's step."""
 
     def __init__(self, params: Any, warmup: int, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
@@ -904,8 +907,8 @@ class DecoratedPATSAdamW(PATSAdamW):
 @pytest.mark.parametrize("with_closure", [False, True])
 @pytest.mark.parametrize("attached", [False, True])
 def test_subclasses_step_once(backend: str, attached: bool, with_closure: bool) -> None:
-    """A step that calls its parent's is one step, of PATS too, though torch runs hooks for both classes once
-    there has been an optimizer of each: the bits of the parent itself."""
+    """A step that calls its parent's step is one step, also for PATS, though torch runs hooks for both
+    classes once there has been an optimizer of each. The bits are those of the parent alone."""
     one, two = Problem(), Problem()
     if attached:
         plain, optimizer = AdamW(one.params, lr=0.01), Decorated(two.params, 5, lr=0.01)
@@ -931,7 +934,7 @@ def test_subclasses_step_once(backend: str, attached: bool, with_closure: bool) 
 
 
 def test_a_failed_step_does_not_count_as_one_within() -> None:
-    """The next one draws its noise."""
+    """The next step draws its noise."""
     problem = Problem()
     optimizer = Decorated(problem.params, 5, lr=0.01)
     pats = PATS(optimizer, **NOISE)

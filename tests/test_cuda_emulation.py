@@ -1,8 +1,7 @@
-"""The CUDA kernels' own source, run on the CPU, against the oracle: that they index right needs no GPU.
+"""The CUDA kernels' source, run on the CPU and compared with the oracle: tests indexing without a GPU.
 
-tests/cuda_emulation/ stands in for CUDA: threads are fibers, barriers and shuffles really wait. What it
-cannot show is the GPU's approximate instructions (tests/gpu/) and what the compiler makes of it
-(test_cuda_build.py).
+tests/cuda_emulation/ replaces CUDA: threads are fibers, and barriers and shuffles really wait. It does not
+cover the GPU's approximate instructions (tests/gpu/) nor the compiled code (test_cuda_build.py).
 """
 
 import ctypes
@@ -21,7 +20,7 @@ from conftest import NO_EXTENSION
 from harness import assert_same_bits
 from ptx.cuda_driver import schema
 
-# What every backend has to pass, here with the fixture of this file.
+# The tests of every backend, here with this file's fixture.
 from test_adamw import (  # noqa: F401
     test_a_learning_rate_on_the_device,
     test_a_noise_scale_on_the_device,
@@ -108,7 +107,7 @@ PHASES = ["one_pass", "averages", "noise"]
 
 
 def compiled(dtype: torch.dtype, folder: Path) -> Any:
-    """The kernels for parameters of `dtype` as a function of the host's."""
+    """The kernels for parameters of `dtype`, as a function on the host."""
     library = folder / f"{DTYPES[dtype]}.so"
     command = ["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-shared", "-fPIC", f"-DPATS_PARAM={DTYPES[dtype]}", "-DPATS_LAUNCH=launch_it"]
@@ -121,7 +120,7 @@ def compiled(dtype: torch.dtype, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")  # no longer: "auto" would take it in other tests of the process
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """ "cuda", on the CPU: the operator that csrc/cuda.cpp defines, with the emulated kernels behind it."""
+    """ "cuda" on the CPU: the operator of csrc/cuda.cpp, with the emulated kernels."""
     folder = tmp_path_factory.mktemp("cuda_emulation")
     with ThreadPoolExecutor(2) as pool:
         kernels = dict(zip(DTYPES, pool.map(lambda dtype: compiled(dtype, folder), DTYPES), strict=True))
@@ -147,7 +146,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         tensors = [ctypes.c_void_p(t.data_ptr()) for t in (table, layout, chunks, starts, partials)]
         sizes = (ctypes.c_int64(len(chunks)), ctypes.c_int64(len(table)))
         scaler = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (grad_scale, found_inf)]
-        partials.fill_(torch.nan)  # nothing may rely on what an earlier launch left there
+        partials.fill_(torch.nan)  # no launch may rely on what an earlier one left there
         assert kernels[param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
 
     library = torch.library.Library("pats_kernels", "FRAGMENT")
@@ -174,7 +173,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_averages_and_moments_have_the_cpu_s_bits(
     backend: str, form: str, storage: str, scale: float | None
 ) -> None:
-    """One formula, one order, the same random bits: the noise alone is each backend's own."""
+    """The formula, its order and the random bits are the same. Only the noise depends on the backend."""
     grad_scale = None if scale is None else torch.tensor(scale)
     found = []
     for name in (backend, "cpp"):
@@ -186,7 +185,7 @@ def test_averages_and_moments_have_the_cpu_s_bits(
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reason each: a library that is missing, another device, no GPU."""
+    """One reason each: a missing library, another device, no GPU."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cuda, "MISSING", "a build without CUDA")

@@ -1,6 +1,6 @@
-"""What the pages show is what their code does: their Python is run as it stands, and what it prints compared.
+"""Runs the Python of the documentation's pages, and compares its output with what the pages show.
 
-Numbers may differ as far as another CPU rounds otherwise, which each test says; the text around them may not.
+Numbers may differ by what other CPUs round differently; each test has its tolerance. The text must be equal.
 """
 
 import io
@@ -27,7 +27,7 @@ from pats_kernels.optim import attached_to
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(.*?)(?=^```python\n|\Z)", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
-# A command of docs/distributed.md, and what it says that it prints: in a comment, or indented below.
+# A command of docs/distributed.md with its output, which is in a comment or indented below.
 COMMAND = re.compile(
     r"^    OMP_NUM_THREADS=1 python -m torch\.distributed\.run --standalone --nproc_per_node (\d) "
     r"(\w+\.py)( resume)?(?: +# (\S+))?\n(?:\n((?:    rank .*\n)+))?",
@@ -36,7 +36,7 @@ COMMAND = re.compile(
 
 
 def blocks(page: str) -> list[tuple[str, list[str]]]:
-    """A page's Python in order, and with each the indented lines that show what it prints."""
+    """A page's Python blocks in order, each with the indented lines that show its output."""
     found = []
     for code, rest in BLOCK.findall((ROOT / page).read_text()):
         shown = re.match(r"\n((?:    .*\n)+)", rest)
@@ -45,7 +45,7 @@ def blocks(page: str) -> list[tuple[str, list[str]]]:
 
 
 def assert_shows(shown: str, printed: str, **tolerance: float) -> None:
-    """A line of a page, in which "..." stands for anything, against what was printed."""
+    """Compares a line of a page, in which "..." stands for anything, with the printed line."""
     text, numbers = NUMBER.split(shown.strip()), NUMBER.findall(shown)
     pattern = f"({NUMBER.pattern})".join(re.escape(t).replace(re.escape("..."), ".*?") for t in text)
     match = re.fullmatch(pattern, printed.strip())
@@ -72,10 +72,10 @@ def test_assert_shows(shown: str, printed: str, good: bool) -> None:
 
 
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    """docs/trainer.md from its first block to its last, as one script.
+    """Runs docs/trainer.md from its first block to its last, as one script.
 
-    To 0.2%: a few gradients are nothing but rounding, as of attention's key biases, and so are their gates;
-    instruction sets and numbers of threads have made a difference of 0.02%.
+    To 0.2%: a few gradients are only rounding errors, such as those of attention's key biases, and so are
+    their gates. Instruction sets and numbers of threads have made a difference of 0.02%.
     """
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
@@ -95,7 +95,7 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None)
 
 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its snippets run, given what they take for granted: a model, arguments, another optimizer."""
+    """Runs its snippets, given what they assume: a model, arguments, another optimizer."""
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(3, 2)
     names: dict[str, Any] = {"Trainer": Trainer, "args": TrainingArguments(str(tmp_path)), "model": model}
@@ -131,7 +131,7 @@ def in_folder(folder: str) -> Iterator[None]:
 
 
 def run_script(folder: str, script: str, arguments: list[str]) -> str:
-    """A script as torchrun starts it on this rank, with the process group that the pool has made for it."""
+    """Runs a script on this rank as torchrun would, with the process group of the pool."""
     output = io.StringIO()
     with (
         in_folder(folder),
@@ -145,7 +145,8 @@ def run_script(folder: str, script: str, arguments: list[str]) -> str:
 
 
 def test_distributed(pool: Pool, tmp_path: Path) -> None:
-    """The scripts by the commands of the page. A unit of the last digit: the last may round either way."""
+    """Runs the scripts by the commands of the page. Allows a unit in the last digit, which may round either
+    way."""
     page = (ROOT / "docs/distributed.md").read_text()
     for name, code in re.findall(
         r"^`(\w+\.py)`[^\n]*\n\n```python\n(.*?)^```\n", page, re.MULTILINE | re.DOTALL
@@ -176,8 +177,8 @@ def names_of_tests(file: str) -> set[str]:
 
 
 def test_conformance() -> None:
-    """Every test that the table names exists, every test of tests/test_conformance.py is in it, and no row is
-    without a test or a reason."""
+    """Every test that the table names exists, every test of tests/test_conformance.py is in it, and every row
+    has a test or a reason."""
     page = (ROOT / "docs/conformance.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]

@@ -1,6 +1,6 @@
-"""Where numbers end: statistics that die out, the loss's scale, closed gates, roots of what is subnormal.
+"""Extreme numbers: vanishing statistics, the loss's scale, closed gates, roots of subnormal numbers.
 
-Every backend, each number against the oracle or a closed form.
+On every backend, each number is compared with the oracle or a closed form.
 """
 
 import warnings
@@ -32,7 +32,7 @@ every_variant = pytest.mark.parametrize(("normalization", "uncertainty"), VARIAN
 
 
 def in_the_middle(case: Case, S: float, U: float) -> Work:
-    """A case's tensors as a run may have left them, every average of a tensor the same."""
+    """A case's tensors as after some steps; all elements of a tensor have the same averages."""
     work = prepare(case)
     for i, (sens, unc, stats) in enumerate(zip(work.sens, work.unc, work.stats, strict=True)):
         sens.fill_(S)
@@ -59,10 +59,10 @@ def checked_step(backend: str, case: Case, work: Work, number: int) -> None:
 def test_no_noise_once_the_statistics_are_gone(
     backend: str, dtype: torch.dtype, state_dtype: torch.dtype, normalization: str, uncertainty: str
 ) -> None:
-    """Gradients of zero: 0.85 times 3 spacings of float32's subnormals is 3 of them once more, for good.
+    """Zero gradients: 0.85 times 3 spacings of float32's subnormals rounds to 3 of them, forever.
 
-    The tensor is no more than one without gradients from the first; it was given full noise. When they
-    come back it is as any other after its first step.
+    Such a tensor must be treated like one that never had gradients; it once got full noise. When gradients
+    return, it behaves like any other after its first step.
     """
     case = Case(
         [(300,)],
@@ -89,7 +89,7 @@ def test_no_noise_once_the_statistics_are_gone(
 def test_a_layer_that_is_never_used(
     backend: str, dtype: torch.dtype, state_dtype: torch.dtype, stochastic_rounding: bool
 ) -> None:
-    """One real gradient, then zeros: there is noise for some hundred steps, and from then on none."""
+    """One real gradient, then zeros: noise for some hundred steps, and from then on none."""
     case = Case(
         [(64,)],
         dtype=dtype,
@@ -107,7 +107,7 @@ def test_a_layer_that_is_never_used(
         moved.append(not same_bits(work.params[0], before))
         if number == 1:
             work.grads = [torch.zeros(64, dtype=dtype)]
-    # To the nearest bfloat16 an average of few bits comes to rest at once, far above where float32 ends.
+    # Rounded to nearest, a bfloat16 average stops at once, far above the end of float32's range.
     if dtype == torch.bfloat16 and not stochastic_rounding:
         return
     assert all(moved[1:300])
@@ -121,7 +121,7 @@ def test_the_rule_is_the_oracle_s() -> None:
 @pytest.mark.parametrize("mean", [LEAST * (1 - 2.0**-24), LEAST, MOST, MOST * (1 + 2.0**-23), np.inf])
 @pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
 def test_where_statistics_begin_and_end(backend: str, uncertainty: str, mean: float) -> None:
-    """From the least to the most mean that counts the gates are the formula's, beyond they are closed."""
+    """From the least to the greatest valid mean the gates follow the formula. Beyond, they are closed."""
     case = Case([(500,)], noise_scale=0.5, uncertainty=uncertainty, sens_betas=(0.99, 0.99))
     work = prepare(case)
     spread = torch.linspace(0.02, 4, 500)
@@ -147,7 +147,7 @@ def test_where_statistics_begin_and_end(backend: str, uncertainty: str, mean: fl
         (level, gamma)
         for level in (2.0**-119, 1e-8, 2.0**100)
         for gamma in (0.0, 1e-3, 50.0, 1e4, 1e30)
-        # What is subnormal a GPU takes for 0, which opens the gate as well.
+        # A GPU treats subnormals as 0, which opens the gate as well.
         if level * 0.2 / max(gamma, 1) >= 2.0**-126
     ],
 )
@@ -168,7 +168,7 @@ def test_any_gamma_at_any_level(backend: str, gamma: float, level: float, uncert
 
 
 def test_moments_of_a_layer_that_is_never_used(backend: str) -> None:
-    """0.999 times 500 spacings is 500 once more: v comes to rest, and does not count as a sensitivity."""
+    """0.999 times 500 spacings rounds to 500: v stops there, and does not count as a sensitivity."""
     case = AdamWCase(
         [(200,)], noise_scale=0.5, normalization="exact", adamw={"sensitivity": "moments", "lr": 0.0}
     )
@@ -191,7 +191,7 @@ def test_moments_of_a_layer_that_is_never_used(backend: str) -> None:
 
 
 def scaled_runs(backend: str, case: Case, scale: float) -> tuple[Work, Work]:
-    """Three steps with gradients of about one size, and with the same `scale` times as big."""
+    """Three steps with gradients of similar size, and the same with all gradients times `scale`."""
     works = prepare(case), prepare(case)
     for work in works:
         work.params[0].copy_(0.02 * (1.5 + torch.rand(600, generator=torch.Generator().manual_seed(3))))
@@ -212,7 +212,8 @@ def scaled_runs(backend: str, case: Case, scale: float) -> tuple[Work, Work]:
 def test_a_power_of_two_changes_nothing(
     backend: str, normalization: str, uncertainty: str, power: int
 ) -> None:
-    """Weights to the last bit, from where U, a thirtieth of w g here, is 2^-120 to where w g is 2^108."""
+    """Weights are equal to the last bit, from where U, here a thirtieth of w g, is 2^-120, to where w g is
+    2^108."""
     case = Case([(600,)], normalization=normalization, uncertainty=uncertainty)
     plain, scaled = scaled_runs(backend, case, 2.0**power)
     assert_same_bits(plain.params, scaled.params)
@@ -222,7 +223,7 @@ def test_a_power_of_two_changes_nothing(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_a_loss_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
-    """Gates inherit some 16 roundings of 2^-24, times 1/q; nothing is bigger than noise_scale |z| < 7e-3."""
+    """Gates inherit some 16 roundings of 2^-24, times 1/q. No noise is larger than noise_scale |z| < 7e-3."""
     case = Case([(600,)], dtype=dtype, state_dtype=torch.float32, normalization="exact")
     plain, scaled = scaled_runs(backend, case, scale)
     off = (plain.params[0].double() - scaled.params[0].double()).abs()
@@ -236,7 +237,7 @@ def test_a_loss_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("uncertainty", ["product", "none"])
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 def test_a_tensor_of_one_element(backend: str, gamma: float, uncertainty: str) -> None:
-    """Its mean is itself: q = 1 with exact normalization, so gamma = 1 means never any noise, 0.9 always."""
+    """Its mean is itself, so q = 1 with exact normalization: gamma = 1 means never any noise, 0.9 always."""
     case = Case(
         [(), (1,), (1, 1)], gamma=gamma, uncertainty=uncertainty, normalization="exact", noise_scale=0.5
     )
@@ -254,7 +255,7 @@ def test_a_tensor_of_one_element(backend: str, gamma: float, uncertainty: str) -
 
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 def test_without_memory_there_is_no_uncertainty(backend: str, normalization: str) -> None:
-    """sens_betas=(0, b): S is s to the last bit, so U and its mean are 0, and nobody ever gets noise."""
+    """sens_betas=(0, b): S is s to the last bit, so U and its mean are 0, and no element ever gets noise."""
     case = Case([(700,)], sens_betas=(0.0, 0.95), normalization=normalization, noise_scale=0.5)
     work = prepare(case)
     before = work.params[0].clone()
@@ -269,7 +270,8 @@ def test_without_memory_there_is_no_uncertainty(backend: str, normalization: str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_moments_of_one_gradient_know_no_uncertainty(backend: str, dtype: torch.dtype) -> None:
-    """v^ is m^^2 then, for betas however near to 1: what rounds beta^t is many times that of 1 - beta^t."""
+    """Then v^ is m^^2, even for betas close to 1, where beta^t's rounding is large compared with 1 -
+    beta^t."""
     betas = [1 - digit * 10.0**-place for place in range(1, 6) for digit in range(1, 10)]
     params = [nn.Parameter(torch.ones(8, dtype=dtype)) for _ in betas]
     groups = [{"params": [p], "betas": (beta, beta)} for p, beta in zip(params, betas, strict=True)]
@@ -284,7 +286,7 @@ def test_moments_of_one_gradient_know_no_uncertainty(backend: str, dtype: torch.
 
 @pytest.mark.backend
 def test_bias_corrections_do_not_cancel() -> None:
-    """1 - beta^t for a beta near to 1: by a constant gradient each of AdamW's steps is lr."""
+    """1 - beta^t for a beta close to 1: with a constant gradient each of AdamW's steps is lr."""
     param = nn.Parameter(torch.zeros(8, dtype=torch.float64))
     settings: dict[str, Any] = {"betas": (1 - 1e-6, 1 - 1e-6), "eps": 0.0, "weight_decay": 0.0}
     optimizer = PATSAdamW([param], lr=1.0, noise_scale=0.0, backend=KERNEL, **settings)
@@ -297,7 +299,8 @@ def test_bias_corrections_do_not_cancel() -> None:
 
 @every_variant
 def test_a_constant_gradient(backend: str, normalization: str, uncertainty: str) -> None:
-    """s stays, S nears it and U goes to 0: still a ratio, until S = s to the last bit. No step is off."""
+    """s stays, S approaches it and U goes to 0: still a valid ratio, until S = s to the last bit. No step is
+    wrong."""
     case = Case(
         [(300,)],
         noise_scale=1e-30,
@@ -315,7 +318,7 @@ def test_a_constant_gradient(backend: str, normalization: str, uncertainty: str)
 @every_variant
 @pytest.mark.parametrize("what", ["weights", "gradients"])
 def test_all_zeros(backend: str, normalization: str, uncertainty: str, what: str) -> None:
-    """Nothing is known of such a tensor: no noise, whichever factor it is."""
+    """Such a tensor has no statistics, whichever factor is zero, so it gets no noise."""
     case = Case([(300,)], noise_scale=0.5, normalization=normalization, uncertainty=uncertainty)
     work = prepare(case)
     work.grads = [torch.randn(300, generator=torch.Generator().manual_seed(1))]
@@ -332,7 +335,8 @@ def test_all_zeros(backend: str, normalization: str, uncertainty: str, what: str
 def test_subnormal_weights_and_gradients(
     backend: str, dtype: torch.dtype, normalization: str, uncertainty: str
 ) -> None:
-    """Each kind alone and both together, beside ordinary ones; then a tensor of nothing else."""
+    """Subnormal weights, subnormal gradients, and both, beside ordinary ones. Then a tensor with nothing
+    else."""
     case = Case([(400,), (400,)], dtype=dtype, normalization=normalization, uncertainty=uncertainty)
     least = torch.finfo(dtype).smallest_normal
     work = prepare(case)
@@ -355,7 +359,7 @@ def test_subnormal_weights_and_gradients(
 def test_a_closed_gate_moves_nothing(
     backend: str, dtype: torch.dtype, normalization: str, noise_scale: float
 ) -> None:
-    """However much noise there is; and a negative zero keeps its sign."""
+    """However large the noise. A negative zero keeps its sign."""
     case = Case([(400,)], dtype=dtype, normalization=normalization, noise_scale=noise_scale)
     work = in_the_middle(case, 1.0, 1.0)
     work.sens[0].fill_(4.0)
@@ -371,7 +375,7 @@ def test_a_closed_gate_moves_nothing(
 
 @pytest.mark.parametrize("sensitivity", ["ema", "moments"])
 def test_a_closed_gate_with_adamw(backend: str, sensitivity: str) -> None:
-    """The same where AdamW's step follows: lr = 0 leaves what the noise left."""
+    """The same if AdamW's step follows: with lr = 0, closed gates leave the weights as they are."""
     random = torch.Generator().manual_seed(4)
     param = nn.Parameter(torch.randn(400, generator=random))
     options: dict[str, Any] = {
@@ -396,9 +400,9 @@ def test_a_closed_gate_with_adamw(backend: str, sensitivity: str) -> None:
 @pytest.mark.parametrize("sensitivity", ["ema", "moments"])
 @pytest.mark.parametrize("gradient", [3e-22, 1e-19, 1e-10, 1.0, 1e15])
 def test_adamw_without_eps(backend: str, gradient: float, sensitivity: str, noise_scale: float) -> None:
-    """m^ / sqrt(v^) is the gradient's sign, however small the gradient: v of 1e-19 is subnormal.
+    """m^ / sqrt(v^) is the gradient's sign, however small the gradient: for 1e-19 v is subnormal.
 
-    Of 3e-22 v is one of the last subnormals, right to a few parts in a hundred.
+    For 3e-22 v is one of the last subnormals, right to a few percent.
     """
     g = gradient * torch.tensor([1.0, -1.0]).repeat(32)
     param = nn.Parameter(torch.full((64,), 0.5))
@@ -415,7 +419,8 @@ def test_adamw_without_eps(backend: str, gradient: float, sensitivity: str, nois
 
 
 def test_the_normals_where_the_radius_nears_zero() -> None:
-    """The oracle's own: a uniform within 2^-24 of 1 is a float32 of 1, a radius of 0; never a NaN."""
+    """The oracle's own normals: a uniform within 2^-24 of 1 is 1 in float32 and gives a radius of 0, not a
+    NaN."""
     words: Tensor = torch.tensor([[2**32 - 1, 2**31, 2**32 - 2**8, 5]])
     z = reference.normals(words)
     assert z.isfinite().all()
@@ -429,7 +434,8 @@ def test_the_normals_where_the_radius_nears_zero() -> None:
 
 
 def test_a_float32_counts_on() -> None:
-    """Up to 2^24 the number itself, then one float32 after another, past where their spacing doubles."""
+    """Up to 2^24 the count is the number itself. Then each step is the next float32, also after the spacing
+    doubles."""
     steps = torch.tensor([0, 1, 2, 2**24 - 1, 2**24, 2**24 + 1, 2**25, 2**26 + 3, counters.MOST_STEPS])
     counter = counters.counter_at(steps)
     assert counter.dtype == torch.float32
@@ -443,7 +449,7 @@ def test_a_float32_counts_on() -> None:
 @pytest.mark.parametrize("normalization", ["delayed", "exact"])
 @pytest.mark.parametrize("first", [2**24 - 2, 2**24, 2**24 + 2**23 - 2, 2**28 + 3])
 def test_steps_past_what_a_float32_holds(backend: str, first: int, normalization: str) -> None:
-    """An optimizer's steps are those of `pats_step_`, which is told their numbers, to the last bit."""
+    """An optimizer's steps equal those of `pats_step_`, which gets the step numbers, to the last bit."""
     case = Case([(300,)], noise_scale=0.5, normalization=normalization, first_step=first)
     work = prepare(case)
     param = nn.Parameter(work.params[0].clone())

@@ -1,8 +1,8 @@
-"""A process that has stepped on two threads forks, as DataLoaders and fork-start launchers do.
+"""A process that has taken steps with two threads forks, as DataLoaders and fork-start launchers do.
 
-GNU's OpenMP, which torch's own operations run on, then waits in the child for threads that are not there:
-whoever computes in a forked child calls `torch.set_num_threads(1)`, as DataLoader's workers do. The C++
-kernel does not need it. Whatever hangs here is killed after a while, and fails.
+In the child, GNU's OpenMP, which torch's operations use, waits for threads that do not exist. So code that
+computes in a forked child must call `torch.set_num_threads(1)`, as DataLoader's workers do. The C++ kernel
+does not need it. A test that hangs is killed after a while, and fails.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from pats_kernels import PATSAdamW
 
 SIZE = 40_000  # three of the kernel's chunks, and more than torch gives to one thread
-TIMEOUT = 60.0  # seconds, where a child takes less than one
+TIMEOUT = 60.0  # seconds; a child takes less than one
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks are Linux's"),
@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def training(backend: str) -> tuple[nn.Parameter, PATSAdamW]:
-    """In its third step, on two threads."""
+    """A parameter and its optimizer after two steps, before the third."""
     random = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.randn(SIZE, generator=random))
     param.grad = torch.randn(SIZE, generator=random)
@@ -43,12 +43,12 @@ def training(backend: str) -> tuple[nn.Parameter, PATSAdamW]:
 
 
 def in_child(function: Callable[[], Tensor]) -> Tensor:
-    """What it returns in a forked process, of which it may use what there is here."""
+    """The function's result in a forked process, which may use what exists in this one."""
     ours, theirs = multiprocessing.Pipe()
 
     def work() -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(TIMEOUT))  # ends it wherever it is, and so each of its children
+        signal.alarm(int(TIMEOUT))  # kills it wherever it is, as in each of its children
         theirs.send_bytes(function().detach().numpy().tobytes())
 
     child = multiprocessing.get_context("fork").Process(target=work)
@@ -65,7 +65,7 @@ def in_child(function: Callable[[], Tensor]) -> Tensor:
 def check_child(
     backend: str, prepare: Callable[[], None], fork: Callable[[Callable[[], Tensor]], Tensor] = in_child
 ) -> None:
-    """A step in a process that `fork` makes, prepared there, is the next one here, to the bit."""
+    """A step in a process made by `fork`, prepared there, equals the next step here, to the bit."""
     torch.set_num_threads(2)
     param, optimizer = training(backend)
 
@@ -89,17 +89,17 @@ def test_a_child_that_takes_one_thread(backend: str, threads: None) -> None:
 
 
 def test_a_child_that_does_not(threads: None) -> None:
-    """It takes the parent's number of threads: torch's own operations would hang, the kernel does not."""
+    """It keeps the parent's number of threads. torch's own operations would hang, but the kernel does not."""
     check_child("cpp", has_two_threads)
 
 
 def test_a_child_s_child(threads: None) -> None:
-    """Its parent has one thread, and the same memory of threads that are gone."""
+    """Its parent has one thread, and the same memory of threads that no longer exist."""
     check_child("cpp", lambda: None, lambda step: in_child(lambda: in_child(step)))
 
 
 class Steps(Dataset[Any]):
-    """Each item is what a worker's own optimizer makes of the same start."""
+    """Each item is the result of a worker's own optimizer from the same start."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -112,7 +112,7 @@ class Steps(Dataset[Any]):
 
 
 def test_workers_of_a_data_loader(backend: str, threads: None) -> None:
-    """They step, and so does the process that has them, in between."""
+    """They take steps, and so does their parent process, in between."""
     torch.set_num_threads(2)
     expected = training(backend)[0].detach()
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""Param groups by name: lists by hand, patterns, tied parameters, embeddings that rest, the Trainer."""
+"""Param groups by name: lists written by hand, patterns, tied parameters, unused embeddings, the Trainer."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ DECAY, NOISE = 0.1, 1e-3
 
 
 def named(groups: list[dict[str, Any]]) -> dict[tuple[float, float], list[str]]:
-    """What is in the groups by (weight_decay, noise_scale), once it is sure that each says so once."""
+    """The groups' parameters by (weight_decay, noise_scale), after a check that no pair occurs twice."""
     found = {(group["weight_decay"], group["noise_scale"]): group["param_names"] for group in groups}
     assert len(found) == len(groups) <= 4
     assert all(len(group["params"]) == len(group["param_names"]) > 0 for group in groups)
@@ -86,7 +86,7 @@ def test_bert() -> None:
 
 
 def test_gpt2() -> None:
-    """`ln_1`, `wte` say nothing: their modules' classes do. lm_head is tied to wte."""
+    """`ln_1` and `wte` say nothing by name, but their modules' classes do. lm_head is tied to wte."""
     config = GPT2Config(
         vocab_size=20, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
     )
@@ -102,7 +102,7 @@ def test_gpt2() -> None:
 
 
 def test_llama() -> None:
-    """RMSNorm; no bias at all, which is no error. The head is its own, and is left out by name."""
+    """RMSNorm, and no bias at all, which is not an error. The head is not tied, and is excluded by name."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=12))
     layer = "model.layers.0"
     dense = [f"{layer}.self_attn.{name}_proj.weight" for name in "qkvo"]
@@ -125,7 +125,7 @@ def test_llama() -> None:
 
 
 class EmbeddingNormModel(nn.Module):
-    """Its own class's name, and those of the modules far out, say nothing about what is inside."""
+    """Its own class's name, and those of outer modules, say nothing about what is inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def test_patterns(kind: str) -> None:
 
 
 def pieces(model: nn.Module) -> list[str]:
-    """Names of modules and parameters, their endings, their parts, parts of those, classes."""
+    """Names of modules and parameters, their endings, their parts, parts of those, and classes."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     endings = {name.split(".", cut)[-1] for name in names for cut in range(3)}
     components = {part for name in names for part in name.split(".")}
@@ -187,7 +187,7 @@ def pieces(model: nn.Module) -> list[str]:
 
 
 def takes(model: nn.Module, entry: str, name: str) -> bool:
-    """The rule once more, by walking from the model down to the parameter."""
+    """The rule in other code, which walks from the model down to the parameter."""
     path, module = name.split("."), model
     wanted = entry.split(".")
     if any(path[i : i + len(wanted)] == wanted for i in range(len(path))):
@@ -200,7 +200,7 @@ def takes(model: nn.Module, entry: str, name: str) -> bool:
 
 @given(st.data())
 def test_any_patterns(data: st.DataObject) -> None:
-    """Each trainable parameter once, in the model's order, in the group that the rule says."""
+    """Each trainable parameter once, in the model's order, in the group that the rule gives."""
     model = EmbeddingNormModel()
     entries = st.lists(st.sampled_from(pieces(model)), max_size=3)
     no_noise, no_decay = data.draw(entries), data.draw(entries)
@@ -229,7 +229,8 @@ def test_any_patterns(data: st.DataObject) -> None:
 
 
 def test_an_entry_that_matches_nothing() -> None:
-    """Is an error that names it, unless it is a default's: a model need not have biases or embeddings."""
+    """It is an error that names the entry, unless it is a default: a model need not have biases or
+    embeddings."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     assert [g["noise_scale"] for g in param_groups(model, weight_decay=DECAY, noise_scale=NOISE)] == [NOISE]
     assert quiet(model, (*NO_NOISE, "0")) == {"0.weight"}
@@ -294,7 +295,7 @@ MAKE: dict[str, Callable[[Any], Optimizer]] = {
 
 
 def optimizer_of(kind: str, model: nn.Module) -> tuple[Optimizer, Any]:
-    """The optimizer and what holds the state of PATS."""
+    """The optimizer, and the object that keeps the state of PATS."""
     optimizer = MAKE[kind](param_groups(model, weight_decay=DECAY, noise_scale=NOISE))
     return optimizer, optimizer if kind == "PATSAdamW" else PATS(optimizer)
 
@@ -312,7 +313,7 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_optimizers_know_the_names(kind: str) -> None:
-    """In errors; after a state_dict, a pickle, a copy too. Only what gets noise has a state of PATS."""
+    """In errors, and after a state_dict, a pickle or a copy. Only what gets noise has a state of PATS."""
     model = small()
     optimizer, pats = optimizer_of(kind, model)
     step(model, optimizer)
@@ -337,7 +338,7 @@ def test_optimizers_know_the_names(kind: str) -> None:
 
 
 def test_the_order_of_another_model_is_told() -> None:
-    """Other patterns make other positions, which the noise depends on: loading says so, by name."""
+    """Other patterns give other positions, on which the noise depends. Loading says so, with the names."""
     model = small()
     optimizer, _ = optimizer_of("PATSAdamW", model)
     step(model, optimizer)
@@ -351,7 +352,7 @@ def test_the_order_of_another_model_is_told() -> None:
 
 
 def unused_rows(no_noise: Any, steps: int) -> tuple[Tensor, Tensor]:
-    """The word embeddings of tokens that no batch has, before and after training without decay."""
+    """The word embeddings of tokens that are in no batch, before and after training without decay."""
     model = bert(dropout=0.0)
     groups = param_groups(model, weight_decay=0.0, noise_scale=NOISE, no_noise=no_noise)
     optimizer = PATSAdamW(groups, lr=1e-4, seed=3)
@@ -366,8 +367,9 @@ def unused_rows(no_noise: Any, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def test_unused_embeddings_rest() -> None:
-    """By default. With noise they walk: their sensitivity is 0, so their gates are open, and nothing ever
-    moves them back. A step's noise is N(0, NOISE^2), after the first, which has none."""
+    """By default they do not change. With noise they would walk: their sensitivity is 0, so their gates are
+    open, and nothing ever moves them back. A step's noise is N(0, NOISE^2), except in the first step, which
+    has none."""
     before, after = unused_rows(NO_NOISE, steps=10)
     assert torch.equal(before, after)
     before, after = unused_rows(("bias", "norm"), steps=10)
@@ -386,7 +388,7 @@ ROADS = ("optimizer_cls_and_kwargs", "optimizers", "optimizers, AdamW and PATS")
 
 
 def trainer(road: str, folder: Path, seed: int = 1) -> tuple[Trainer, Any]:
-    """And what holds the state of PATS, once there is an optimizer."""
+    """A Trainer and, once there is an optimizer, the object that keeps the state of PATS."""
     model = bert(seed=seed)
     groups = param_groups(model, weight_decay=DECAY, noise_scale=NOISE)
     options: dict[str, Any] = {"optimizer_cls_and_kwargs": (PATSAdamW, {"params": groups, "lr": 1e-3})}
@@ -399,7 +401,7 @@ def trainer(road: str, folder: Path, seed: int = 1) -> tuple[Trainer, Any]:
         str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=4,
-        weight_decay=0.7,  # the groups' own is what counts
+        weight_decay=0.7,  # the groups' own value counts
         save_steps=STEPS // 2,
         report_to=[],
         use_cpu=True,
@@ -419,7 +421,7 @@ def tensors(made: Trainer, pats: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("road", ROADS)
 def test_trainer(road: str, tmp_path: Path) -> None:
-    """No subclass; the groups arrive as they are; a resumed run continues to the bit."""
+    """Without a subclass: the groups arrive unchanged, and a resumed run continues to the bit."""
     full, pats = trainer(road, tmp_path / "full")
     full.train()
     optimizer: Any = full.optimizer

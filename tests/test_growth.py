@@ -1,7 +1,7 @@
-"""Memory over long runs: what a step leaves behind, it leaves behind once.
+"""Memory in long runs must not grow.
 
-Sets of frozen parameters, schedules and gradients that come and go make a step's plans, hyperparameters and
-tables new again and again. All that is kept of them has a limit, which is reached in the first part of a run.
+Changing sets of frozen parameters, schedules and gradients that come and go make new plans, hyperparameters
+and tables again and again. What is kept of them is limited, and the first part of a run reaches the limit.
 """
 
 import gc
@@ -23,7 +23,7 @@ from pats_kernels.hyperparameters import AdamWHyperparameters, _cached, hyperpar
 pytestmark = pytest.mark.usefixtures("quick_gc")
 
 WARM_UP, STEPS = 700, 10_000 if FUZZ else 1_500
-LAYERS = 5  # so 31 sets of those that are not frozen
+LAYERS = 5  # so 31 sets of layers that are not frozen
 PAGE = 4096
 
 
@@ -43,7 +43,7 @@ MAKERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def schedule(optimizer: Optimizer, number: int, as_tensor: bool) -> None:
-    """A new value in each step, and in each a tensor of its own where it is one."""
+    """Sets new values in each step; tensors are new objects in each step."""
     for place, group in enumerate(optimizer.param_groups):
         for name, value in (("lr", 1e-3), ("noise_scale", 1e-4)):
             value /= 1 + number + place / 2
@@ -71,7 +71,7 @@ def tensors_alive() -> int:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory, where Linux tells."""
+    """Resident memory of this process in bytes, where Linux reports it."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
@@ -79,12 +79,13 @@ def resident() -> int:
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_long_run_does_not_grow(kind: str, as_tensor: bool) -> None:
-    """Tensors: not one more. Python's memory: less than 64 KiB, as dictionaries grow and shrink by a few; one
-    step's hyperparameters, 200 bytes a group, would come to 300 KiB in the fewest steps there are here.
+    """Not one tensor more, and less than 64 KiB of Python's memory, as dictionaries grow and shrink a little.
+    One step's hyperparameters, 200 bytes per group, would add up to 300 KiB even in the shortest run here.
 
-    What is kept of hyperparameters, the last 1024, and of plans is full after the steps to warm up, each of
-    which has new ones for two groups. Resident memory, which counts C++'s too, comes in an allocator's
-    portions: less than 4 MiB. One table lost a step, 10 rows of 37 numbers, would be 30 MiB in 10,000 steps.
+    What is kept of hyperparameters (the last 1024) and of plans is full after the warm-up steps, each of
+    which has new ones for two groups. Resident memory, which includes C++'s, grows in an allocator's
+    portions: less than 4 MiB. One leaked table per step, 10 rows of 37 numbers, would be 30 MiB in 10,000
+    steps.
     """
     _cached.cache_clear()
     model = nn.ModuleList(nn.Linear(4, 4) for _ in range(LAYERS))
@@ -105,7 +106,7 @@ def test_a_long_run_does_not_grow(kind: str, as_tensor: bool) -> None:
 
 
 def test_no_cache_keeps_a_tensor_alive() -> None:
-    """Neither one that stays on its device: "meta" is one here, where the host would wait for it."""
+    """Not even one that stays on its device: "meta" stands for a device where reading makes the host wait."""
     tensor = torch.empty((), device="meta")
     values = hyperparameters({"lr": tensor}, kind=AdamWHyperparameters)
     assert values.lr is tensor

@@ -1,8 +1,8 @@
-"""No backend touches what lies beyond a tensor, or before it: an operand ends or begins at a forbidden page.
+"""No backend accesses memory before or after a tensor: operands begin or end at an inaccessible page.
 
-A tensor's memory is usually followed by more of the process's own, so that a few elements too many are read
-without a word, and written over what belongs to others. Here they end the process. The bits are those of
-ordinary memory. `PATS_GUARD_PAGES=1` takes all sizes and storages, a few minutes' worth.
+Ordinarily more of the process's memory follows a tensor, so reading a few elements too many goes unnoticed,
+and writing them damages other data. Here it ends the process. The bits are the same as in ordinary memory.
+`PATS_GUARD_PAGES=1` tests all sizes and storages, which takes a few minutes.
 """
 
 import os
@@ -27,7 +27,7 @@ VECTOR, BLOCK, CHUNK = 16, 256, 16384  # elements: AVX-512's floats; csrc/cpu_ke
 AROUND = [n + d for n in (2 * VECTOR, BLOCK, 2 * BLOCK, CHUNK) for d in (-1, 0, 1)]
 LONG = [*range(1, 71), *AROUND, *(k * BLOCK + d for k in (3, 8, 33) for d in range(-VECTOR, VECTOR + 1, 3))]
 SIZES = LONG if ALL else [*range(1, VECTOR + 2), 31, 33, 67, 255, 257, 511, 513, CHUNK - 1, CHUNK + 1]
-FEW = [1, 5, 67] if INTERPRETED else [1, 2, 3, 5, 8, 67, 130]  # of the backends that are slow
+FEW = [1, 5, 67] if INTERPRETED else [1, 2, 3, 5, 8, 67, 130]  # for slow backends
 STRIDED = [(1, 1), (3, 5), (5, 3), (7, 37), (17, 16), (2, BLOCK + 1), (BLOCK + 3, 3)]
 STORAGES = [
     (torch.float32, torch.float32),
@@ -46,7 +46,7 @@ if ALL:
     VARIANTS += [(kind, normalization) for kind in ("ucb", "none") for normalization in ("delayed", "exact")]
 LAYOUTS = ["contiguous", "holes"] + ["transposed"] * (not INTERPRETED)
 
-pytestmark = pytest.mark.filterwarnings("ignore:PATS")  # much noise, so that it is seen
+pytestmark = pytest.mark.filterwarnings("ignore:PATS")  # large noise, so that it shows
 
 
 def shapes_of(backend: str, layout: str) -> list[tuple[int, ...]]:
@@ -122,7 +122,7 @@ def test_adamw(
             for param in params:
                 param.data = made.copy(param.detach(), end)
                 param.grad = made.copy(param.grad, end)
-                optimizer.state[param] |= {  # of the first step: what it made itself
+                optimizer.state[param] |= {  # empty before the first step, which makes it
                     key: made.copy(value, end) for key, value in optimizer.state[param].items()
                 }
             optimizer._nonfinite.update({key: made.copy(t, end) for key, t in optimizer._nonfinite.items()})
@@ -138,7 +138,7 @@ def test_adamw(
 
 @pytest.mark.parametrize("end", get_args(End))
 def test_a_guard_ends_the_process(end: End) -> None:
-    """One element beyond, read from where the copy ends, or before where it begins."""
+    """One element read after the copy's end, or before its beginning."""
     code = (
         "import ctypes, torch; from guarded import guards\n"
         "with guards() as made:\n"

@@ -1,4 +1,4 @@
-"""A stock Hugging Face Trainer with PATS: it resumes to the bit, accumulates, and logs what PATS does."""
+"""A stock Hugging Face Trainer with PATS: resumes to the bit, accumulates gradients, logs PATS's figures."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def model(seed: int = 1, dropout: float = 0.1) -> BertForSequenceClassification:
 
 @dataclass
 class Run:
-    """A Trainer, all its own, and the PATS in it: attached to its optimizer; `fused`: its optimizer."""
+    """A Trainer and its PATS, which is attached to its optimizer or, if `fused`, is the optimizer."""
 
     folder: Path
     bert: BertForSequenceClassification = field(default_factory=model)
@@ -110,7 +110,7 @@ class Run:
         return [param for group in self.groups for param in group["params"]]
 
     def tensors(self) -> list[Tensor]:
-        """All that a checkpoint has to bring back: parameters, the optimizer's state and PATS's."""
+        """All that a checkpoint must restore: parameters, the optimizer's state and PATS's."""
         optimizer: Any = self.trainer.optimizer
         both = (optimizer.state,) if self.fused else (optimizer.state, self.pats.state)
         states = [state[param] for state in both for param in self.params()]
@@ -140,7 +140,8 @@ def full_and_resumed(
     edit: Callable[[Path], None] = lambda checkpoint: None,
     fused: bool = False,
 ) -> tuple[Run, Run]:
-    """A run of STEPS steps, and one of other weights that goes on from its checkpoint half-way."""
+    """A run of STEPS steps, and one that starts with other weights and resumes from its checkpoint
+    half-way."""
     full = Run(folder / "full", prepare(model()), arguments, settings, fused=fused).train()
     checkpoint = folder / f"checkpoint-{STEPS // 2}"
     shutil.copytree(folder / "full" / checkpoint.name, checkpoint)
@@ -152,25 +153,25 @@ def full_and_resumed(
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumes_to_the_bit(kind: str, fused: bool, tmp_path: Path) -> None:
-    """With dropout, a schedule and clipping on: parameters, both states, the last loss and norm."""
+    """With dropout, a schedule and clipping: parameters, both states, the last loss and norm."""
     full, resumed = full_and_resumed(tmp_path, *KINDS[kind], fused=fused)
     assert_same_bits(full.tensors(), resumed.tensors())
     assert {float(state["step"]) for state in resumed.pats.state.values()} == {STEPS}
     last = {key: logs(full)[-1][key] for key in ("loss", "grad_norm", "learning_rate")}
     assert last.items() <= logs(resumed)[-1].items()
-    assert all(entry["grad_norm"] > CLIP for entry in logs(full))  # so clipping had something to do
+    assert all(entry["grad_norm"] > CLIP for entry in logs(full))  # so clipping had an effect
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_resumes_to_the_bit_in_bfloat16(fused: bool, tmp_path: Path) -> None:
-    """Parameters of bfloat16: stochastic rounding goes on where it was."""
+    """bfloat16 parameters: stochastic rounding continues where it stopped."""
     full, resumed = full_and_resumed(tmp_path, {}, {}, lambda bert: bert.to(torch.bfloat16), fused=fused)
     assert_same_bits(full.tensors(), resumed.tensors())
     assert full.params()[0].dtype == torch.bfloat16
 
 
 def test_resuming_needs_the_state(tmp_path: Path) -> None:
-    """The tests above would fail: without PATS's part of the checkpoint the run ends elsewhere."""
+    """Shows that the tests above can fail: without PATS's part of the checkpoint the result differs."""
 
     def without_pats(checkpoint: Path) -> None:
         state_dict = torch.load(checkpoint / "optimizer.pt", weights_only=True)
@@ -183,7 +184,7 @@ def test_resuming_needs_the_state(tmp_path: Path) -> None:
 
 
 class LessNoise(TrainerCallback):
-    """What docs/trainer.md says of a noise_scale that is to be another one from a checkpoint on."""
+    """The way docs/trainer.md changes noise_scale when resuming from a checkpoint."""
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         for group in optimizer.param_groups:
@@ -192,7 +193,7 @@ class LessNoise(TrainerCallback):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_checkpoint_brings_back_its_hyperparameters(fused: bool, tmp_path: Path) -> None:
-    """Whatever the script says; what is set after loading stays."""
+    """They replace the script's. What is set after loading stays."""
     Run(tmp_path / "full", fused=fused).train()
     for changed in (False, True):
         run = Run(
@@ -207,7 +208,7 @@ def test_a_checkpoint_brings_back_its_hyperparameters(fused: bool, tmp_path: Pat
 
 
 def test_autocast(tmp_path: Path) -> None:
-    """bf16=True: the matrix products are bfloat16's, parameters and averages stay float32."""
+    """bf16=True: matrix products are in bfloat16, parameters and averages stay in float32."""
     seen: set[torch.dtype] = set()
     run = Run(tmp_path, arguments={"bf16": True, "save_strategy": "no"})
     pooler: Any = run.bert.bert.pooler
@@ -232,7 +233,7 @@ def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_is_the_loop_by_hand(accumulate: int, fused: bool, tmp_path: Path) -> None:
-    """PATS steps once for each of the optimizer's steps, over epochs, with clipping and a schedule."""
+    """PATS steps once per step of the optimizer, over epochs, with clipping and a schedule."""
     batches: list[dict[str, Tensor]] = []
 
     def collate(items: list[Any]) -> dict[str, Tensor]:
@@ -276,7 +277,7 @@ def test_is_the_loop_by_hand(accumulate: int, fused: bool, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_both_groups_get_their_noise(fused: bool, tmp_path: Path) -> None:
-    """With a learning rate of 0 all that moves is the noise: of the decayed and of the other parameters."""
+    """With a learning rate of 0 only the noise moves parameters, in the groups with and without decay."""
     arguments = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no"}
     settings: dict[str, Any] = {"normalization": "exact"} | ({"lr": 0.0} if fused else {})
     run = Run(tmp_path, arguments=arguments, settings=settings, fused=fused)
@@ -304,7 +305,7 @@ def gates(pats: Any, param: Tensor) -> oracle.Array:
 
 
 class Witness(TrainerCallback):
-    """What a callback is told, and at each step what the callback under test ought to say of it."""
+    """Records what a callback is told, and at each step what the callback under test should report."""
 
     def __init__(self, pats: Any = None) -> None:
         self.pats = pats
@@ -334,7 +335,7 @@ class Witness(TrainerCallback):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_logs(fused: bool, tmp_path: Path) -> None:
-    """The numbers of the moment at which the Trainer logs, in its history and in its checkpoint."""
+    """The figures at the moment when the Trainer logs, in its history and in its checkpoint."""
     run = Run(tmp_path, fused=fused)
     run.callback.add_to(run.trainer)
     witness = Witness(run.pats)
@@ -352,7 +353,8 @@ def test_logs(fused: bool, tmp_path: Path) -> None:
 
 
 def seen_by(early: Witness, run: Run) -> list[dict[str, Any]]:
-    """Trains; what a witness was told of PATS in each training log; one that is last is told all."""
+    """Trains. Returns what an early witness was told of PATS in each training log; a late witness is told
+    all."""
     late = Witness()
     run.trainer.callback_handler.callbacks.append(late)
     run.train()
@@ -372,9 +374,9 @@ def in_history(run: Run) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("way", ["instance", "class", "add_callback", "add_callback of a class", "add_to"])
 def test_who_is_told(way: str, fused: bool, tmp_path: Path) -> None:
-    """Whatever way it comes, a reporter that is before it in the Trainer's list is told.
+    """However it was added, a reporter before it in the Trainer's list is told.
 
-    Attached PATS is found by its optimizer.
+    An attached PATS is found from its optimizer.
     """
     early = Witness()
     given: dict[str, list[Any]] = {"instance": [PATSCallback()], "class": [PATSCallback]}
@@ -391,11 +393,11 @@ def test_who_is_told(way: str, fused: bool, tmp_path: Path) -> None:
     after = run.trainer.callback_handler.callbacks
     assert type(after[0]) is PATSCallback
     order.remove(PATSCallback)
-    assert [type(callback) for callback in after[1:-1]] == order  # the others as they were
+    assert [type(callback) for callback in after[1:-1]] == order  # the others are unchanged
 
 
 def test_everybody_is_told_that_training_begins(tmp_path: Path) -> None:
-    """Once each, though the list is changed while it is gone through."""
+    """Once each, though the list changes during the iteration."""
     begun: list[int] = []
 
     class Begun(TrainerCallback):
@@ -412,7 +414,7 @@ def test_everybody_is_told_that_training_begins(tmp_path: Path) -> None:
 
 
 def test_in_a_wrapper_and_again(tmp_path: Path) -> None:
-    """A subclass that comes between does not hide the handler; training once more changes nothing."""
+    """A subclass in between does not hide the handler. Training again changes nothing."""
 
     class Own(PATSCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -427,7 +429,7 @@ def test_in_a_wrapper_and_again(tmp_path: Path) -> None:
 
 
 def test_another_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no such handler: told once, and only those behind it are told of PATS."""
+    """Without such a handler, a warning says so once, and only later callbacks are told of PATS."""
     monkeypatch.delattr(hf.trainer_callback, "CallbackHandler")
     early = Witness()
     run = Run(
@@ -451,7 +453,7 @@ def test_another_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_computes_only_where_the_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not at the other steps, and not for the logs of an evaluation."""
+    """Not at other steps, and not for the logs of an evaluation."""
     calls: list[int] = []
     real = PATS.pats_summary
 
@@ -470,8 +472,8 @@ def test_computes_only_where_the_trainer_logs(tmp_path: Path, monkeypatch: pytes
 
 
 class Poison(TrainerCallback):
-    """Three elements of one gradient that are not finite, in the second step; after the Trainer's clipping,
-    whose norm would spread them to all."""
+    """Makes three elements of one gradient not finite in the second step, after the Trainer's clipping, whose
+    norm would spread them to all."""
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -490,7 +492,7 @@ def test_logs_what_was_not_finite(fused: bool, tmp_path: Path) -> None:
 
 
 def test_logs_without_noise(tmp_path: Path) -> None:
-    """No state, so no gate to speak of."""
+    """Without state there is no gate to report."""
     run = Run(tmp_path, arguments={"save_strategy": "no"}, settings={"noise_scale": 0.0})
     PATSCallback(run.pats).add_to(run.trainer)
     run.train()
@@ -498,7 +500,7 @@ def test_logs_without_noise(tmp_path: Path) -> None:
 
 
 def test_the_wrong_optimizer(tmp_path: Path) -> None:
-    """Said as training begins, not at the first log."""
+    """The error comes when training begins, not at the first log."""
     other = PATS(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
     for pats, reason in (
         (None, "no PATS is attached to it"),

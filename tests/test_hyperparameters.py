@@ -1,4 +1,4 @@
-"""What a param group may hold: every value that is allowed passes, every other is named with its range."""
+"""What a param group may hold: allowed values pass, and errors name all others with the allowed range."""
 
 import math
 from collections import UserList
@@ -45,7 +45,7 @@ GOOD = [
 
 
 def test_large_integers_are_floats() -> None:
-    """torch multiplies by none above 2^63: an eager step stopped halfway."""
+    """torch multiplies by no integer above 2^63: an eager step once stopped half-way."""
     names = ("noise_scale", "gamma", "lr", "eps", "weight_decay")
     h = AdamWHyperparameters(**dict.fromkeys(names, 2**70))
     assert h == AdamWHyperparameters(**dict.fromkeys(names, 2.0**70))
@@ -54,7 +54,7 @@ def test_large_integers_are_floats() -> None:
 
 
 class Config:
-    """A sequence that says so by what it has alone."""
+    """A sequence by its methods only, not by its type."""
 
     def __init__(self, *entries: float) -> None:
         self._entries = entries
@@ -162,7 +162,7 @@ def test_a_pair_of_tensors_is_followed() -> None:
 
 
 def test_a_changed_value_is_seen() -> None:
-    """The cache is by value, so a schedule is followed."""
+    """The cache is by value, so a schedule takes effect."""
     group = {"noise_scale": 1e-3}
     assert hyperparameters(group, DEFAULTS).noise_scale == 1e-3
     group["noise_scale"] = 1e-4
@@ -174,7 +174,7 @@ def test_a_changed_value_is_seen() -> None:
 
 @pytest.mark.parametrize("values", [{"stochastic_rounding": 1}, {"noise_scale": True}, {"seed": 1.0}])
 def test_a_cached_equal_does_not_let_a_wrong_type_through(values: dict[str, Any]) -> None:
-    """1 == True == 1.0 have one hash: what was valid before must not decide for the other."""
+    """1 == True == 1.0 have the same hash. A valid one must not make the others valid."""
     hyperparameters({"seed": 1, "noise_scale": 1.0, "stochastic_rounding": True}, DEFAULTS)
     hyperparameters({"seed": 1}, DEFAULTS)
     hyperparameters({"noise_scale": 1.0}, DEFAULTS)
@@ -192,7 +192,7 @@ def test_variant() -> None:
 
 @pytest.mark.parametrize("name", ["noise_scale", "lr"])
 def test_a_tensor_on_a_device_is_not_read(name: str) -> None:
-    """One on "meta" cannot be read at all."""
+    """A tensor on "meta" cannot be read at all."""
     value = torch.empty((), device="meta")
     h = hyperparameters({name: value}, kind=AdamWHyperparameters)
     assert getattr(h, name) is value

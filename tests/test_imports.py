@@ -1,4 +1,4 @@
-"""What an import takes along, and what the package says of what is missing."""
+"""What importing the package imports, and its messages about missing packages."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def output_of(program: str, **environment: str) -> list[str]:
-    """The lines that a program prints in a process of its own, which imports this checkout's package."""
+    """The lines printed by a program in its own process, which imports this checkout's package."""
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -25,7 +25,7 @@ def output_of(program: str, **environment: str) -> list[str]:
 
 
 def test_import_brings_nothing_but_the_package() -> None:
-    """Neither Triton, a third of a second, nor torch._dynamo, over one: only what `import torch` brings."""
+    """Neither Triton (a third of a second) nor torch._dynamo (over one): only what `import torch` imports."""
     program = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
@@ -45,7 +45,7 @@ NOT_HERE = "its kernels run on GPUs, and on the CPU only under TRITON_INTERPRET=
 
 @pytest.mark.parametrize("value", ["1", "true", "0"])
 def test_triton_decides_at_its_import_whether_it_interprets(value: str) -> None:
-    """What the environment says then holds, by Triton's own reading of it, and goes on to."""
+    """The environment at Triton's import decides, as Triton reads it. Later changes have no effect."""
     interprets = value != "0"
     program = (
         "import os, pats_kernels\n"
@@ -68,7 +68,7 @@ def test_without_triton() -> None:
 
 
 def test_with_a_triton_that_cannot_be_imported(tmp_path: Path) -> None:
-    """Its error is the reason where it would run, and nobody's where it would not."""
+    """Its error is the reason for devices where it would run, and no others."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise RuntimeError('of another Python')\n")
     program = (
@@ -76,7 +76,7 @@ def test_with_a_triton_that_cannot_be_imported(tmp_path: Path) -> None:
         f"{CPU}"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         f"{CPU}"
-        "try:\n"  # by the function that every step asks: torch's own optimizers need a Triton that imports
+        "try:\n"  # calls the function that every step calls: torch's optimizers need a Triton that imports
         "    pats_kernels.backends.choose('triton', torch.device('cpu'))\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
@@ -88,7 +88,7 @@ def test_with_a_triton_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 def test_lightning_is_asked_for_by_name() -> None:
-    """Where neither of its packages is installed, and only by the module that needs it."""
+    """If neither of its packages is installed, only the module that needs it says so."""
     program = (
         "import sys, pats_kernels\n"
         "sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"

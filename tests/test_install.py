@@ -1,7 +1,7 @@
-"""The package installs with its extension where there are a compiler and torch, else says what is missing.
+"""The package installs with its extension if a compiler and torch are present, and else says what is missing.
 
-Nothing is downloaded. The environments that are installed into see the packages of the one that runs the
-tests by links; setuptools, which pip wants for its isolated builds, is packed up again from there.
+Nothing is downloaded. The environments link to the packages of the one that runs the tests. setuptools, which
+pip needs for isolated builds, is repacked from there.
 """
 
 import json
@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("install")  # they share their objects
+pytestmark = pytest.mark.xdist_group("install")  # they share compiled objects
 
-# The kernel takes long to compile, and its objects depend on csrc/ and the flags alone: compiled once, and
-# those of the instruction sets that these tests do not run in a hurry.
+# The kernel takes long to compile, and its objects depend only on csrc/ and the flags. So it is compiled
+# once, and without optimization for the instruction sets that these tests do not run.
 COMPILER = """#!{python}
 import hashlib, os, shutil, subprocess, sys
 from pathlib import Path
@@ -71,7 +71,7 @@ OFFLINE |= {"PATS_KERNELS_CUDA": "0"}  # minutes of nvcc, where there is one for
 
 
 class Environment:
-    """A virtual environment with all that this one has, but for `without`."""
+    """A virtual environment with all packages of this one, except `without`."""
 
     def __init__(self, folder: Path, without: tuple[str, ...] = ()) -> None:
         venv.create(folder, symlinks=True)
@@ -100,7 +100,7 @@ class Environment:
         return self.run("-m", "pip", *arguments, **settings)
 
     def prove(self, bits: str, folder: Path | None = None) -> None:
-        """The package that it has, in this folder, takes steps with its extension, with these bits."""
+        """The installed package, run in this folder, takes steps with its extension and gives these bits."""
         file, found = self.run(ROOT / "tests" / "installed.py").split()
         assert Path(file).is_relative_to(folder or self.packages)
         assert found == bits
@@ -117,7 +117,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def bits() -> str:
-    """What this checkout's own extension makes of the steps."""
+    """The digest of the steps with this checkout's own extension."""
     command = [sys.executable, ROOT / "tests" / "installed.py"]
     settings = os.environ | OFFLINE | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(
@@ -144,14 +144,14 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copied(folder: Path) -> Path:
-    """The sources alone."""
+    """A copy of the sources only."""
     left_out = [".venv*", ".git", "build", "dist", "runs", "*.so", "_build.py", "*.egg-info", "__pycache__"]
     left_out += [".*_cache", ".hypothesis", ".benchmarks"]
     return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out)))
 
 
 def built_before(folder: Path) -> Path:
-    """Sources in which something was built, in place and for a wheel: it is not what lies there now."""
+    """Sources with stale build products, in place and of a wheel."""
     source = copied(folder)
     built = source / "build" / f"lib.linux-x86_64-cpython-{sys.version_info[0]}{sys.version_info[1]}"
     for package in (source / "pats_kernels", *{built / "pats_kernels", build_lib(source) / "pats_kernels"}):
@@ -170,7 +170,7 @@ def build_lib(source: Path) -> Path:
 
 
 def contents(wheel: Path) -> dict[str, str]:
-    """Of a wheel's package: the names, and what its Python files say."""
+    """A wheel's contents for the package: the names, and the text of its Python files."""
     with zipfile.ZipFile(wheel) as opened:
         names = [name for name in opened.namelist() if name.startswith("pats_kernels/")]
         return {name: opened.read(name).decode() if name.endswith(".py") else "" for name in names}
@@ -189,7 +189,7 @@ def test_without_isolation(tmp_path: Path, source: Path, compiler: str, bits: st
 
 
 def test_isolated(tmp_path: Path, source: Path, compiler: str, wheelhouse: Path, bits: str) -> None:
-    """pip hides the environment's torch from the build, and it is found."""
+    """pip hides the environment's torch from the build, but the build finds it."""
     here = Environment(tmp_path)
     here.pip("install", "--no-deps", "--find-links", wheelhouse, source, CXX=compiler)
     here.prove(bits)
@@ -222,7 +222,7 @@ def test_sdist_to_wheel_to_step(tmp_path: Path, source: Path, compiler: str, bit
 
 
 def test_editable(tmp_path: Path, compiler: str, bits: str) -> None:
-    """In the tree itself. A build that fails takes away what an earlier one left."""
+    """In the source tree itself. A failed build removes the products of an earlier one."""
     source, here = built_before(tmp_path / "source"), Environment(tmp_path / "here")
     here.pip("install", "--no-deps", "--no-build-isolation", "--editable", source, CXX=compiler)
     here.prove(bits, source)
@@ -263,7 +263,7 @@ def test_no_compiler(tmp_path: Path, source: Path, compiler: str, reason: str) -
 
 
 def test_required(tmp_path: Path, source: Path) -> None:
-    """The reason is the last that the build says, and pip fails."""
+    """The reason is the last line of the build's output, and pip fails."""
     here = Environment(tmp_path)
     settings = OFFLINE | {"CXX": "/bin/false", "PATS_KERNELS_REQUIRE_EXTENSION": "1"}
     built = subprocess.run(
@@ -283,7 +283,8 @@ def test_required(tmp_path: Path, source: Path) -> None:
 
 
 def test_no_linker(tmp_path: Path, source: Path) -> None:
-    """A compiler that makes objects and no libraries: the package is built, and says so."""
+    """With a compiler that makes objects but no libraries, the package builds without extension, and says
+    so."""
     compiler, here = tmp_path / "c++", Environment(tmp_path / "here")
     compiler.write_text(
         '#!/bin/sh\nfor last; do :; done\ncase "$*" in *" -c "*) touch "$last" ;; *) exit 1 ;; esac\n'

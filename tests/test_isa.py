@@ -1,4 +1,4 @@
-"""The CPU kernel's other instruction sets: PATS_KERNELS_ISA takes a lesser one than the machine has."""
+"""The CPU kernel with other instruction sets: PATS_KERNELS_ISA asks for a lesser one than the machine's."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 
 def digests(isa: str) -> dict[str, str]:
-    # The package that is tested here, wherever Python would look first.
+    # The package under test, wherever else Python would look first.
     places = [str(Path(pats_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     settings = {"PATS_KERNELS_ISA": isa, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, str(TESTS / "digests.py"), "cpp"]
@@ -27,9 +27,8 @@ def digests(isa: str) -> dict[str, str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="there is but one instruction set")
 def test_vectors_of_any_width_give_the_same_bits() -> None:
-    """AVX2 and AVX-512 (where the machine has it): weights, averages, moments and means of every variant. The
-    baseline has no fused multiply-add: there the numbers are rounded once more, which shows that bits are
-    compared."""
+    """AVX2, and AVX-512 if the machine has it: weights, averages, moments and means of every variant. The
+    baseline has no fused multiply-add, so its numbers are rounded once more and differ: bits are compared."""
     widest, avx2, baseline = (digests(isa) for isa in ("avx512", "avx2", "baseline"))
     assert len(widest) == 4 * 2 * 2 * 3 * 3
     assert widest == avx2
@@ -42,7 +41,7 @@ def test_vectors_of_any_width_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_backend_with_a_lesser_instruction_set(isa: str) -> None:
-    """The numbers of every variant and layout again; which function runs is decided once a process."""
+    """Every variant and layout, in another process, because a process chooses its function once."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What keeps what alive: everything goes with its last reference, and copies take everything along."""
+"""Lifetimes: objects are freed with their last reference, and copies are complete."""
 
 import copy
 import gc
@@ -40,7 +40,7 @@ MAKERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def state_of(optimizer: Optimizer) -> Any:
-    """Where PATS keeps its state."""
+    """The mapping in which PATS keeps its state."""
     return optimizer.state if isinstance(optimizer, PATSAdamW) else attached_to(optimizer).state  # type: ignore[union-attr]
 
 
@@ -50,7 +50,7 @@ def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    AdamW(parameters())  # torch keeps the first optimizer of a process in frames of an import that failed
+    AdamW(parameters())  # in torch, a failed import's frames keep a process's first optimizer alive
     gc.collect()
     gc.disable()
     yield
@@ -131,7 +131,7 @@ def test_all_is_freed_with_its_last_reference(
 
 @pytest.mark.filterwarnings("ignore:PATS")
 def test_only_the_optimizer_is_kept(no_collector: None) -> None:
-    """PATS(optimizer) is a statement: what it gives is nobody's, and the steps have noise all the same."""
+    """PATS(optimizer) may be a statement: nobody keeps its result, and the steps have noise all the same."""
     params, others = parameters(), parameters()
     optimizer, other = AdamW(params), AdamW(others)
     PATS(optimizer, **SETTINGS)
@@ -183,7 +183,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("kind", [*MAKERS, "bfloat16"])
 def test_a_copy_continues_bit_for_bit(kind: str, copied: str) -> None:
-    """With the model, in which its parameters are; and what it saves goes on in the original."""
+    """Copied with the model, which has its parameters. The original can continue from what the copy saves."""
     params = parameters(torch.bfloat16 if kind == "bfloat16" else torch.float32)
     optimizer = MAKERS.get(kind, MAKERS["AdamW"])(params)
     steps(params, optimizer, 1, 2)
@@ -231,7 +231,7 @@ def test_copies_of_what_is_removed_have_none(copied: str) -> None:
 
 
 def test_copies_leave_other_hooks_where_they_are() -> None:
-    """As torch's do; and hooks that the copy is given later do not take the place of PATS's."""
+    """As torch's copies do. Hooks that the copy gets later do not replace PATS's."""
     optimizer = AdamW(parameters())
     seen: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("original"))
@@ -262,13 +262,14 @@ def test_a_copy_that_cannot_have_it_says_so() -> None:
 
 # Parameters that come and go.
 
-PLANS = 8  # that a planner keeps, with what they are of
+PLANS = 8  # that a planner keeps, with their tensors' references
 
 
 @pytest.mark.filterwarnings("ignore:PATS")
 @pytest.mark.parametrize("kind", MAKERS)
 def test_replaced_parameters_are_forgotten(no_collector: None, kind: str) -> None:
-    """As where a model's points are split and pruned: the optimizer's state is moved to, or made anew."""
+    """As when a model's points are split and pruned: the optimizer's state is moved to the new ones, or made
+    anew."""
     optimizer = MAKERS[kind](parameters())
     gone: list[weakref.ref[Any]] = []
     for number in range(30):
@@ -298,7 +299,7 @@ def test_cleared_state_begins_anew() -> None:
 
 @pytest.mark.filterwarnings("ignore:PATS")
 def test_parameters_that_may_come_back_are_remembered() -> None:
-    """Out of their group while the optimizer remembers them; or where it is shown a few at a time."""
+    """Parameters out of their group whose state the optimizer still has, or shown to it a few at a time."""
     params = parameters()
     optimizer = AdamW(params)
     pats = PATS(optimizer, **SETTINGS)
@@ -318,7 +319,7 @@ def test_parameters_that_may_come_back_are_remembered() -> None:
 
 
 def test_a_counter_goes_with_its_parameter(no_collector: None) -> None:
-    """They are by id: the next parameter that got one had the other's elements that were not finite."""
+    """Counters are kept by id. Once, the next parameter with the same id had the other's count."""
     optimizer = PATSAdamW(parameters(), **SETTINGS)
     first, second = params_of(optimizer)
     for param in (first, second):
@@ -333,7 +334,7 @@ def test_a_counter_goes_with_its_parameter(no_collector: None) -> None:
     assert key not in optimizer._nonfinite
     assert sum(optimizer.nonfinite_counts().values()) == 5
 
-    counters, device = Counters(), torch.device("cpu")  # and one with that id keeps its own
+    counters, device = Counters(), torch.device("cpu")  # an id that comes back gets a new counter
     param = nn.Parameter(torch.ones(1))
     old = counter_of(counters, param, device)
     keep_only(counters, [])
@@ -343,7 +344,7 @@ def test_a_counter_goes_with_its_parameter(no_collector: None) -> None:
 
 
 def test_counters_are_where_the_state_is() -> None:
-    """After a model and its state have moved; what was counted is not lost. "meta" is another device."""
+    """After a model and its state have moved, the count is not lost. "meta" is the other device."""
     params = parameters()
     counters = Counters()
     state = {params[1]: {"step": torch.zeros(())}}

@@ -1,6 +1,6 @@
-"""What users do to an optimizer, in any order: see machine.py for what is held against what.
+"""What users do to an optimizer, in any order. machine.py says what is compared.
 
-A few hundred steps in each run of the tests, always the same; `make fuzz` for other ones, and many more.
+Each run of the tests takes the same few hundred steps; `make fuzz` takes many more, and others each time.
 """
 
 from collections import Counter
@@ -26,12 +26,13 @@ from machine import BAD, FORMS, HYPERPARAMETERS, MOVES, OF_ADAMW, SHAPES, Gradie
 DONE: Counter[str] = Counter()
 
 numbers = st.integers(0, 2**16)
-places = st.integers(0, 63)  # modulo how many there are
+places = st.integers(0, 63)  # modulo their number
 shapes = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3)
 
 
 def action(**strategies: Any) -> Any:
-    """A rule that is counted. After what is no step there may be one at once, so that there are enough."""
+    """A rule that is counted. After an action that is no step, a step may follow at once, so that there are
+    enough steps."""
 
     def decorated(function: Callable[..., None]) -> Any:
         is_step = function.__name__.startswith("step")
@@ -108,7 +109,7 @@ class Machine(RuleBasedStateMachine):
         for i in range(times):
             self.lockstep.step(Gradients(number + i, missing=frozenset({i % 2})))
 
-    # What changes how it goes on.
+    # Changes of settings.
 
     @action(i=places, frozen=st.booleans())
     def freeze(self, i: int, frozen: bool) -> None:
@@ -163,7 +164,7 @@ class Machine(RuleBasedStateMachine):
     def sparse(self, i: int) -> None:
         self.lockstep.sparse(i % self.lockstep.count)
 
-    # What changes nothing.
+    # Actions that change nothing.
 
     @action(set_to_none=st.booleans())
     def zero_grad(self, set_to_none: bool) -> None:
@@ -205,7 +206,7 @@ class AdamWMachine(Machine):
 
 
 class AttachedMachine(Machine):
-    """PATS attached to torch's own."""
+    """PATS attached to torch's optimizers."""
 
     forms = tuple(form for form in FORMS if form != "PATSAdamW" and "fused" not in form)
     names = ("lr", *(name for name in HYPERPARAMETERS if name not in OF_ADAMW))
@@ -216,7 +217,7 @@ class AttachedMachine(Machine):
 
 
 class FusedMachine(AttachedMachine):
-    """PATS attached to torch's fused ones, which obey a GradScaler, and take all memory to be contiguous."""
+    """PATS attached to torch's fused optimizers, which obey a GradScaler and assume contiguous memory."""
 
     forms = tuple(form for form in FORMS if "fused" in form)
     layouts = ("contiguous", "misaligned")

@@ -1,4 +1,4 @@
-"""The figures of examples/moments_fidelity.py, against scikit-learn's and scipy's and against the kernels."""
+"""The figures of examples/moments_fidelity.py, compared with scikit-learn, scipy and the kernels."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from pats_kernels import PATSAdamW
 
 
 def sensitivity(seed: int, count: int = 3000) -> Sensitivity:
-    """Over some orders of magnitude; every tenth element has had no gradient."""
+    """Over some orders of magnitude. Every tenth element has had no gradient."""
     random = torch.Generator().manual_seed(seed)
     S, U = (torch.randn(count, generator=random).exp() ** 2 for _ in range(2))
     S[seed::10] = 0
@@ -43,7 +43,7 @@ def test_agreement_is_what_others_compute(gamma: float, uncertainty: str) -> Non
 
 
 def test_agreement_by_chance() -> None:
-    """Of independent sets: the overlap is what chance gives, kappa and the correlation are 0, to 5 standard
+    """For independent sets, the overlap is that by chance, and kappa and the correlation are 0, to 5 standard
     errors of 1 / sqrt(n)."""
     found = agreement(sensitivity(3, 20_000), sensitivity(4, 20_000), 1.0, "product")
     error = 5 / np.sqrt(found["numel"])
@@ -61,7 +61,7 @@ def test_agreement_with_itself_and_with_nothing() -> None:
         1,
         0,
     )
-    steady = Sensitivity(a.S, torch.zeros_like(a.U))  # as the moments are in their first step: no gate opens
+    steady = Sensitivity(a.S, torch.zeros_like(a.U))  # like the moments in their first step: no gate opens
     found = agreement(steady, a, 1.0, "product")
     assert np.isnan(found["rank"])
     assert (found["overlap"], found["kappa"], found["gate_a"]) == (0, pytest.approx(0), 0)
@@ -69,7 +69,7 @@ def test_agreement_with_itself_and_with_nothing() -> None:
 
 
 def test_only_so_many_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample of n has the correlation of all, to some 1 / sqrt(n)."""
+    """A sample of n has the correlation of all elements, to some 1 / sqrt(n)."""
     a, b = sensitivity(6), sensitivity(7)
     b = Sensitivity(a.S * b.S, a.U * b.U)
     of_all = agreement(a, b, 1.0, "product")["rank"]
@@ -113,7 +113,7 @@ def test_means_are_weighted_by_elements() -> None:
 
 @pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
 def test_of_moments_is_what_the_optimizer_had(uncertainty: Any) -> None:
-    """PATSAdamW(sensitivity="moments") leaves the means of its S and U: of the weights before the step."""
+    """PATSAdamW(sensitivity="moments") stores the means of its S and U, from the weights before the step."""
     arguments = Arguments("", "", "", adam_beta2=0.99, uncertainty=uncertainty)
     param = nn.Parameter(torch.randn(500, generator=torch.Generator().manual_seed(0)))
     optimizer = PATSAdamW(

@@ -1,8 +1,8 @@
-"""Every backend's noise, isolated: right at every element, normal, and independent of all its neighbours.
+"""The noise of every backend: right at every element, normal, and independent of all its neighbours.
 
-With w = 0, g = 0 and S = 0 under a mean of 1, q = 0 and the gate is exactly 1: one step with noise_scale = 1
-leaves z itself in w. The seeds are fixed, so each statistical bound was passed once and for all; it is set
-where a true normal fails once in a million draws (five standard deviations) to keep out luck.
+With w = g = S = 0 and a mean of 1, q = 0 and the gate is exactly 1, so one step with noise_scale = 1 writes z
+to w. The seeds are fixed, so a statistical test that passes once always passes. The bounds are those that a
+true normal exceeds once in a million draws (five standard deviations).
 """
 
 from functools import lru_cache
@@ -66,7 +66,8 @@ def check_distribution(z: Array) -> None:
 
 
 def check_independence(a: Array, b: Array) -> None:
-    """Correlations of z and of z^2, each of variance 1/n; and the uniforms' joint law on a 16 x 16 grid."""
+    """Correlations of z and of z^2, each with variance 1/n, and the uniforms' joint distribution on a 16 x 16
+    grid."""
     n = len(a)
     assert abs(np.corrcoef(a, b)[0, 1]) < SIGMAS / np.sqrt(n)
     assert abs(np.corrcoef(a**2, b**2)[0, 1]) < SIGMAS / np.sqrt(n)
@@ -125,7 +126,7 @@ def test_streams_are_independent(backend: str, other: str) -> None:
     ids=["small", "all ones", "top bits"],
 )
 def test_every_normal_is_right(backend: str, h: Hyper) -> None:
-    """Within the contract's 2e-3 at each of 2^20 elements; words drawn wrong would be off by 1."""
+    """Within the contract's 2e-3 at each of 2^20 elements. Wrong words would be off by 1."""
     (got,) = draw(backend, [SAMPLE], [h.tensor_id], h.seed, h.step)
     exact = oracle.normal(h, np.arange(SAMPLE))
     assert np.abs(got.double().numpy() - exact).max() <= TOLERANCES[backend].z
@@ -134,8 +135,8 @@ def test_every_normal_is_right(backend: str, h: Hyper) -> None:
 def extreme_tensors(count: int) -> tuple[list[int], Array]:
     """Ids of the tensors whose first group has the most extreme words of 2^21, and their exact normals.
 
-    For each word: nearest to 0 and to 2^32 (for a radius the largest and smallest r there are), and for an
-    angle also to the quarter turns, where sine or cosine cross zero.
+    For each word these are the nearest to 0 and to 2^32 (for a radius, the largest and the smallest r) and,
+    for an angle, also the nearest to quarter turns, where sine or cosine cross zero.
     """
     ids = np.arange(2**21, dtype=np.uint64)
     zeros = np.zeros_like(ids)
@@ -152,7 +153,7 @@ def extreme_tensors(count: int) -> tuple[list[int], Array]:
 
 
 def test_extreme_normals_are_right(backend: str) -> None:
-    """The ends of the range, where approximations of log, sqrt and sine are worst: all in one launch."""
+    """The ends of the range, where approximations of log, sqrt and sine are worst, all in one launch."""
     ids, exact = extreme_tensors(1 if INTERPRETED else 8)
     got = torch.cat(draw(backend, [4] * len(ids), ids)).double().numpy()
     assert np.abs(exact).max() > 5  # P(|z| > 5) = 5.7e-7: the search has found the far tail
@@ -161,9 +162,10 @@ def test_extreme_normals_are_right(backend: str) -> None:
 
 
 def test_noise_scale_is_its_standard_deviation(backend: str) -> None:
-    """Times 2^-17, about the default: the same normals to the bit, as a power of two rounds nothing.
+    """A factor of 2^-17, about the default, gives the same normals to the bit, because a power of two rounds
+    nothing.
 
-    A kernel may fold noise_scale into a coefficient, also without rounding.
+    A kernel may fold noise_scale into a coefficient, if that rounds nothing either.
     """
     plain, small = (draw(backend, [4099], [7], scale=scale)[0] for scale in (1.0, 2.0**-17))
     assert torch.equal(plain * 2.0**-17, small)

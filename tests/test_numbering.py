@@ -1,4 +1,4 @@
-"""No two elements of a model draw the same noise: numbers given, made where positions repeat, warned of."""
+"""No two elements of a model draw the same noise: tensor numbers given by the user, made, or warned about."""
 
 import copy
 import warnings
@@ -52,7 +52,7 @@ def signs(after: list[nn.Parameter], before: list[Tensor]) -> list[Tensor]:
 
 
 def agreement(one: Tensor, other: Tensor) -> float:
-    """Share of elements in which both have the same sign: 0.5 where they are independent."""
+    """The share of elements with the same sign in both: 0.5 if they are independent."""
     size = min(len(one), len(other))
     return (one[:size] == other[:size]).double().mean().item()
 
@@ -102,7 +102,7 @@ def test_groups_without_numbers_go_by_position(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_an_optimizer_a_parameter_with_numbers_is_one_optimizer(kind: str) -> None:
-    """To the bit, and nothing is warned of, whether they step in a loop or in backward."""
+    """To the bit and without a warning, whether the optimizers step in a loop or in backward."""
     for in_backward in (False, True):
         params, plain = parameters(30, 1, 500), parameters(30, 1, 500)
         together = MAKERS[kind](plain)
@@ -118,7 +118,7 @@ def test_an_optimizer_a_parameter_with_numbers_is_one_optimizer(kind: str) -> No
 
 
 def step_each(params: list[nn.Parameter], optimizers: list[Any], number: int, in_backward: bool) -> None:
-    """A step of one optimizer a parameter, as its gradient is there or after all of them are."""
+    """A step with one optimizer per parameter, as soon as its gradient exists or after all of them do."""
 
     def step(param: Tensor, optimizer: Any) -> None:
         optimizer.step()
@@ -168,12 +168,13 @@ def test_numbers_that_two_tensors_have(kind: str) -> None:
     optimizer.step()
 
 
-# Optimizers that count anew.
+# Optimizers whose numbers start from 0 again.
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_an_optimizer_a_parameter_in_backward(kind: str) -> None:
-    """The recipe without numbers: noise of its own for each, one warning, the same when run again."""
+    """The recipe without numbers: different noise for each parameter, one warning, the same in another
+    run."""
 
     def run() -> tuple[list[nn.Parameter], list[Any], list[str]]:
         params = parameters(SIZE, SIZE, SIZE, SIZE)
@@ -222,7 +223,8 @@ def test_two_live_optimizers_with_one_seed(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_optimizers_that_share_nothing(kind: str) -> None:
-    """Another seed, other numbers, or one that is gone, which waits for no garbage collector."""
+    """With another seed, other numbers, or after the first is gone, without waiting for the garbage
+    collector."""
     params = parameters(10, 10, 10, 10, 10)
     own = {"seed": SEED + 10 + list(MAKERS).index(kind)}  # no other test's, whose optimizers may be alive
     groups: list[dict[str, Any]] = [own, {"seed": SEED + 20}, own | {"tensor_id": 8}]
@@ -237,7 +239,7 @@ def test_optimizers_that_share_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_new_optimizer_at_each_stage(kind: str) -> None:
-    """It would draw the noise of the stage before; its own seed, or a loaded state, does not."""
+    """It would draw the noise of the stage before. With its own seed, or a loaded state, it does not."""
     params = parameters(50)
     first = MAKERS[kind](params)
     give_gradients(params)
@@ -254,13 +256,14 @@ def test_a_new_optimizer_at_each_stage(kind: str) -> None:
         resumed.step()
 
 
-# An optimizer that is given a few of its tensors at a time, as DeepSpeed's ZeRO does it.
+# An optimizer that gets a few of its tensors at a time, as in DeepSpeed's ZeRO.
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("emptied", [False, True])
 def test_tensors_that_take_turns(kind: str, emptied: bool) -> None:
-    """Stages 1 and 2 show a group at a time, stage 3 empties the others: each tensor has its own noise."""
+    """ZeRO stages 1 and 2 show one group at a time, stage 3 empties the others. Each tensor has its own
+    noise."""
 
     def run(resume: Any = None) -> tuple[list[nn.Parameter], Any, list[Tensor]]:
         params = parameters(SIZE, SIZE, SIZE)
@@ -313,7 +316,7 @@ def turn(optimizer: Any, i: int, emptied: bool) -> None:
 
 
 def test_replaced_parameters_keep_the_number_of_their_place() -> None:
-    """Model surgery, the old tensor still held: no turns are taken."""
+    """Model surgery while the old tensor still exists: these are not tensors that take turns."""
     params = parameters(SIZE)
     optimizer = SGD(params, lr=0.0)
     PATS(optimizer, **SETTINGS)

@@ -1,4 +1,4 @@
-"""torch.ops.pats_kernels.step_ as the dispatcher sees it, and the row that Python and C++ share."""
+"""torch.ops.pats_kernels.step_ in the dispatcher, and the table row that Python and C++ share."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 
 
 class Operands(list[Any]):
-    """The operator's arguments, and the tensors that its table names: those it writes, and the gradient."""
+    """The operator's arguments, and the tensors in its table: those that it writes, and the gradient."""
 
     def __init__(self, arguments: list[Any], written: list[Tensor], read: list[Tensor]) -> None:
         super().__init__(arguments)
@@ -52,7 +52,7 @@ def arguments() -> Operands:
 
 
 def test_schema_and_fake_kernel(arguments: Operands) -> None:
-    """Its schema is one that the dispatcher takes, and its fake kernel traces."""
+    """The dispatcher accepts its schema, and its fake kernel traces."""
     torch.library.opcheck(
         torch.ops.pats_kernels.step_.default, tuple(arguments), test_utils=("test_schema", "test_faketensor")
     )
@@ -81,7 +81,7 @@ def test_tables_of_another_version(arguments: Operands, which: int, table: Tenso
 
 
 def test_the_row_is_the_same_in_both_languages() -> None:
-    """The fields of csrc/table.h's RowOf, in their order, are the names of `Column`."""
+    """The fields of csrc/table.h's RowOf, in order, are the names of `Column`."""
     struct = re.search(r"struct RowOf \{(.*?)\};", (CSRC / "table.h").read_text(), re.DOTALL)
     assert struct is not None
     fields = re.findall(r"^\s*[\w ]+?[ *]+(\w+);", struct.group(1), re.MULTILINE)
@@ -119,7 +119,7 @@ def test_names_that_no_kernel_has(arguments: Operands, which: int, value: Any, s
 
 
 def test_it_refuses_copies(arguments: Operands) -> None:
-    """A compiled graph would give it copies of what it writes, and write those back over its work."""
+    """A compiled graph would pass copies of what it writes, and write those back over its results."""
     before = [tensor.clone() for tensor in arguments.written]
 
     def function(table: Tensor) -> None:

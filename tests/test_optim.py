@@ -1,4 +1,4 @@
-"""PATS attached to torch's optimizers: what `pats_step_` by hand does, its state kept, and nothing else."""
+"""PATS attached to torch's optimizers does what `pats_step_` by hand does, keeps its state, and no more."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def give_gradients(params: list[nn.Parameter], number: int, set_to_none: bool = True) -> None:
-    """The gradients of step `number`: the same for every set of parameters of one dtype."""
+    """The gradients of step `number`, the same for every set of parameters of one dtype."""
     random = torch.Generator().manual_seed(number)
     for param in params:
         grad = torch.randn(param.shape, generator=random).to(param.dtype)
@@ -50,7 +50,7 @@ def give_gradients(params: list[nn.Parameter], number: int, set_to_none: bool = 
 
 @dataclass
 class ByHand:
-    """What PATS has to do, in one call of `pats_step_` before each step of the optimizer."""
+    """What PATS must do, in one call of `pats_step_` before each step of the optimizer."""
 
     backend: str
     defaults: dict[str, Any]
@@ -83,7 +83,8 @@ class ByHand:
         return {"exp_avg_sens": averages[0], "exp_avg_unc": unc, "sens_stats": torch.zeros(2), "step": 0}
 
     def assert_same(self, params: list[nn.Parameter], pats: PATS, own: list[nn.Parameter]) -> None:
-        """Parameters and state to the bit. `own` are the parameters stepped by hand, in the same order."""
+        """Compares parameters and state to the bit. `own` are the parameters stepped by hand, in the same
+        order."""
         assert_same_bits([p.data for p in params], [p.data for p in own])
         assert len(pats.state) == len(self.state)
         for param, twin in zip(params, own, strict=True):
@@ -120,7 +121,7 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Twins:
-    """The same parameters twice: under PATS, and by hand under an optimizer that never heard of it."""
+    """The same parameters twice: under PATS, and by hand under an optimizer without PATS."""
 
     backend: str
     factory: Factory = OPTIMIZERS["AdamW"]
@@ -226,7 +227,7 @@ STATE_DTYPES = [
 
 @pytest.mark.parametrize(("dtype", "chosen", "expected"), STATE_DTYPES)
 def test_state_dtype(dtype: torch.dtype, chosen: torch.dtype | None, expected: torch.dtype) -> None:
-    """By the parameter's dtype, or as chosen; the means and the count are float32 always."""
+    """By the parameter's dtype, or as chosen. The means and the count are always float32."""
     params = parameters(dtype)
     pats = PATS(SGD(params, lr=0.1), state_dtype=chosen)
     give_gradients(params, 1)
@@ -241,7 +242,7 @@ def test_state_dtype(dtype: torch.dtype, chosen: torch.dtype | None, expected: t
 
 
 def two_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """The usual split: biases and norms without weight decay; here with hyperparameters of their own too."""
+    """The usual split: biases and norms without weight decay; here also with different hyperparameters."""
     decay = [p for p in params if p.ndim >= 2]
     rest = [p for p in params if p.ndim < 2]
     own = {"noise_scale": 1e-1, "gamma": 0.5, "sens_betas": (0.5, 0.9), "uncertainty": "ucb", "seed": 12}
@@ -256,7 +257,7 @@ def test_groups_with_their_own_hyperparameters(backend: str) -> None:
 
 
 def test_a_schedule_changes_hyperparameters(backend: str) -> None:
-    """Read at every step, in one group and not in the other; to 0 and back."""
+    """They are read at every step, in one group and not in the other, also down to 0 and back."""
     twins = Twins(backend, groups=two_groups)
     for number, scale in enumerate([1e-1, 1e-2, 0.0, 0.0, 1e-3, 1e-2], start=1):
         for optimizer in (twins.optimizer, twins.plain):
@@ -295,7 +296,7 @@ def test_added_group(backend: str) -> None:
 
 
 def test_frozen_and_unfrozen(backend: str) -> None:
-    """Without a gradient a tensor's own step count stands still; the others keep their tensor_ids."""
+    """Without a gradient a tensor's step count does not change. The others keep their tensor_ids."""
     twins = Twins(backend)
     for number, without in enumerate([(), (1, 4), (0, 1, 2, 3, 4), (1,), (0,), ()], start=1):
         twins.step(number, without)
@@ -305,7 +306,7 @@ def test_frozen_and_unfrozen(backend: str) -> None:
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(backend: str, set_to_none: bool) -> None:
-    """Gradients that move and gradients that stay, through backward passes and optimizer.zero_grad."""
+    """Gradients in new and in the same memory, through backward passes and optimizer.zero_grad."""
     twins = Twins(backend)
     for number in range(1, 5):
         targets = torch.randn(len(SHAPES), generator=torch.Generator().manual_seed(number))
@@ -320,7 +321,7 @@ def test_zero_grad(backend: str, set_to_none: bool) -> None:
 
 
 def test_attached_to() -> None:
-    """Found by the optimizer alone, among other hooks, as long as it is attached."""
+    """PATS is found from the optimizer, among other hooks, as long as it is attached."""
     optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
     optimizer.register_step_pre_hook(lambda *_: None)
     assert attached_to(optimizer) is None
@@ -346,7 +347,7 @@ def test_remove() -> None:
 
 
 def test_lr_scheduler(backend: str) -> None:
-    """It wraps optimizer.step; PATS runs once in each, and the schedule is followed."""
+    """It wraps optimizer.step. PATS runs once in each step, and the schedule takes effect."""
     twins = Twins(backend)
     schedulers = [LambdaLR(o, lambda epoch: 0.5**epoch) for o in (twins.optimizer, twins.plain)]
     for number in range(1, 4):
@@ -361,7 +362,7 @@ def test_lr_scheduler(backend: str) -> None:
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("zeroed_before", [False, True])
 def test_closure(backend: str, by_name: bool, zeroed_before: bool) -> None:
-    """PATS sees the gradient that the closure computes, and the optimizer steps on it after the noise."""
+    """PATS sees the gradient that the closure computes. The optimizer steps on it after the noise."""
     twins = Twins(backend)
     for number in range(1, 5):
         calls: list[int] = []
@@ -389,7 +390,7 @@ def test_closure(backend: str, by_name: bool, zeroed_before: bool) -> None:
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
 def test_lbfgs_is_perturbed_once_a_step_and_resumes(backend: str, line_search: str | None) -> None:
-    """The noise comes after the first of a step's many evaluations, which search from where it led."""
+    """The noise comes after the first of a step's many evaluations; the others search from there."""
 
     def made(weights: Tensor) -> tuple[nn.Parameter, Optimizer, PATS]:
         param = nn.Parameter(weights.clone())
@@ -460,7 +461,7 @@ def test_repr() -> None:
 
 
 def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as a checkpoint goes."""
+    """The state after saving to a file and loading, as in a checkpoint."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -468,7 +469,7 @@ def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def resumed(twins: Twins, through_optimizer: bool, load: Callable[[dict[str, Any]], Any]) -> Twins:
-    """Fresh objects, PATS with other defaults, from the checkpoint of the first of the twins."""
+    """New objects, PATS with other defaults, resumed from the checkpoint of the first twin."""
     other = Twins(twins.backend, twins.factory, twins.changes, twins.groups, twins.dtype)
     other.pats.remove()
     other.pats = PATS(other.optimizer, noise_scale=0.5, seed=99, backend=twins.backend)
@@ -502,7 +503,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_continues_bit_for_bit(name: str, load: str, through_optimizer: bool) -> None:
-    """Noise, averages and their dtypes, means, counts and hyperparameters: all of it is in the checkpoint."""
+    """The checkpoint has everything: noise, averages and their dtypes, means, counts and hyperparameters."""
     twins = Twins("auto", **RESUMED[name]).steps(1, 2, 3)
     other = resumed(twins, through_optimizer, LOADS[load])
     assert other.pats.defaults == twins.pats.defaults
@@ -527,7 +528,7 @@ def test_a_resumed_run_continues_on_each_backend(backend: str) -> None:
 
 
 def test_float32_averages_survive_the_optimizer_s_cast() -> None:
-    """Optimizer.load_state_dict casts state to the parameter's dtype; not PATS's."""
+    """Optimizer.load_state_dict casts state to the parameter's dtype, but not PATS's."""
     params = parameters(torch.bfloat16)
     optimizer = AdamW(params)
     pats = PATS(optimizer, state_dtype=torch.float32)
@@ -540,7 +541,7 @@ def test_float32_averages_survive_the_optimizer_s_cast() -> None:
 
 
 def test_loading_copies() -> None:
-    """The checkpoint's tensors and the live ones share nothing, so one checkpoint starts two runs."""
+    """The checkpoint's tensors and the live ones share no memory, so one checkpoint can start two runs."""
     twins, other = Twins("auto").steps(1, 2), Twins("auto")
     state_dict = twins.pats.state_dict()
     before = [t.clone() for t in tensors_in(state_dict["state"])]
@@ -552,7 +553,7 @@ def test_loading_copies() -> None:
 
 
 def test_state_dict_is_that_of_torch() -> None:
-    """By number of the parameter, live tensors, and of no parameter that has no state."""
+    """By the parameter's number, with live tensors, and without parameters that have no state."""
     twins = Twins("auto")
     twins.step(1, without=(0, 3))
     state_dict = twins.pats.state_dict()
@@ -564,7 +565,7 @@ def test_state_dict_is_that_of_torch() -> None:
 
 
 def test_a_checkpoint_without_pats_loads() -> None:
-    """Of a plain AdamW: its moments are there, the sensitivity starts empty, the hyperparameters stay."""
+    """A plain AdamW's: its moments are loaded, the sensitivity starts empty, the hyperparameters stay."""
     plain_params = parameters()
     plain = AdamW(plain_params, lr=1e-2)
     give_gradients(plain_params, 1)
@@ -587,7 +588,7 @@ def test_a_checkpoint_with_pats_loads_without() -> None:
 
 
 def older(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Of a version that did not say its version, nor how many parameters it had, nor its defaults."""
+    """As saved by an old version: without version, number of parameters and defaults."""
     return {"state": state_dict["state"]}
 
 
@@ -686,7 +687,8 @@ def named_run() -> tuple[list[nn.Parameter], AdamW, PATS]:
 @pytest.mark.parametrize("through_optimizer", [True, False])
 @pytest.mark.parametrize("name", BAD_STATE_DICTS)
 def test_bad_state_dicts(name: str, through_optimizer: bool) -> None:
-    """Named, and neither PATS nor its optimizer has changed; the run goes on as if nothing was loaded."""
+    """They are refused by name. PATS and its optimizer do not change, and the run continues as if nothing was
+    loaded."""
     edit, parts = BAD_STATE_DICTS[name]
     params, optimizer, pats = named_run()
     twin_params, twin, _ = named_run()
@@ -749,7 +751,7 @@ def test_a_state_dict_of_another_form(key: str, value: Any) -> None:
 
 
 def test_the_groups_own_values_outlive_a_checkpoint_without_pats() -> None:
-    """As the defaults do; torch's load_state_dict takes the checkpoint's groups for its own."""
+    """Like the defaults, although torch's load_state_dict replaces the groups by the checkpoint's."""
     plain = AdamW(two_groups(parameters()))
     for group in plain.param_groups:
         for name in DEFAULTS:
@@ -806,7 +808,7 @@ def test_missing_means_are_those_of_the_averages() -> None:
 
 
 def test_loading_under_another_default_device() -> None:
-    """The parameters' device counts, as in torch; what has a graph behind it is loaded without."""
+    """The parameters' device counts, as in torch. Tensors with a graph are loaded without it."""
     params, _, pats = named_run()
     before = snapshot(pats.optimizer, pats)
     state_dict = saved(pats.state_dict())
@@ -819,7 +821,7 @@ def test_loading_under_another_default_device() -> None:
 
 
 def test_a_dict_that_the_optimizer_refuses() -> None:
-    """Then PATS takes nothing of it either, now or at the next load."""
+    """Then PATS takes nothing from it either, now or at the next load."""
     _, optimizer, pats = named_run()
     before = snapshot(optimizer, pats)
     state_dict = saved(optimizer.state_dict())
@@ -842,7 +844,7 @@ def test_what_is_no_state_dict() -> None:
 
 
 def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | None = None) -> Twins:
-    """Fused AdamW, which unscales on its own; gradients times the scale, one of them infinite in one step."""
+    """Fused AdamW, which unscales by itself, with gradients times the scale. One is infinite in one step."""
     run = Twins(backend, OPTIMIZERS["AdamW, fused"])
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=99
@@ -853,7 +855,7 @@ def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | N
             param.grad *= scaler.get_scale()
         if number == inf_at:
             run.params[4].grad[3] = torch.inf
-        scaler.scale(torch.ones(()))  # as a loss; starts the scaler
+        scaler.scale(torch.ones(()))  # like a loss; initializes the scaler
         before = snapshot(run.optimizer, run.pats)
         if unscale and scale is not None:
             scaler.unscale_(run.optimizer)
@@ -867,7 +869,7 @@ def scaled_run(backend: str, scale: float | None, unscale: bool, inf_at: int | N
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(backend: str, unscale: bool) -> None:
-    """Scaled by a power of two and unscaled once: the bits of the run without a scaler."""
+    """A scale that is a power of two, unscaled once, gives the bits of the run without a scaler."""
     plain, scaled = scaled_run(backend, None, unscale), scaled_run(backend, 2.0**10, unscale)
     assert_same_bits(snapshot(scaled.optimizer, scaled.pats), snapshot(plain.optimizer, plain.pats))
     assert {float(state["step"]) for state in scaled.pats.state.values()} == {5.0}
@@ -875,7 +877,7 @@ def test_grad_scaler(backend: str, unscale: bool) -> None:
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler_skips_a_step(backend: str, unscale: bool) -> None:
-    """With an infinity nothing changes, not the count either; the next steps go on from there."""
+    """With an infinity nothing changes, not even the count. The next steps continue from there."""
     run = scaled_run(backend, 2.0**10, unscale, inf_at=3)
     expected = Twins(backend, OPTIMIZERS["AdamW, fused"])
     for number in (1, 2, 4, 5):
@@ -886,7 +888,7 @@ def test_grad_scaler_skips_a_step(backend: str, unscale: bool) -> None:
 
 
 def test_grad_scaler_skips_the_first_step(backend: str) -> None:
-    """State may be allocated then; it is all zeros, and stays without effect."""
+    """State may be allocated then. It is all zeros and has no effect."""
     run = Twins(backend, OPTIMIZERS["AdamW, fused"])
     before = [p.detach().clone() for p in run.params]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -899,7 +901,8 @@ def test_grad_scaler_skips_the_first_step(backend: str) -> None:
 
 
 def test_grad_scaler_with_an_optimizer_that_skips_itself(backend: str) -> None:
-    """SGD without `fused` knows no scale: the scaler unscales first, and does not call it on an infinity."""
+    """SGD without `fused` knows no scale: the scaler unscales first, and does not call it after an
+    infinity."""
     run, plain = Twins(backend, OPTIMIZERS["SGD"]), Twins(backend, OPTIMIZERS["SGD"])
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=99)
     for number in range(1, 4):
@@ -918,7 +921,7 @@ def test_grad_scaler_with_an_optimizer_that_skips_itself(backend: str) -> None:
 
 
 def test_uncertainty_may_change_on_the_way(backend: str) -> None:
-    """From "none", which keeps no U, to "product": U starts at zero, as if it had always been there."""
+    """From "none", which keeps no U, to "product": U starts at zero, as if it had always existed."""
     w = torch.ones(100, requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=0.0)
     pats = PATS(optimizer, uncertainty="none", backend=backend)
@@ -934,7 +937,8 @@ def test_uncertainty_may_change_on_the_way(backend: str) -> None:
 
 
 def test_means_beyond_float32_load(backend: str) -> None:
-    """A kernel's sum of some elements may leave float32 where their mean does not. Both are no statistics."""
+    """A kernel's sum of elements may overflow float32 although their mean does not. Both count as no
+    statistics."""
     params = [torch.full((50,), 1e19, requires_grad=True) for _ in range(2)]
     optimizers = [SGD([param], lr=0.0) for param in params]
     pats, other = (PATS(optimizer, noise_scale=1e17, gamma=0.0, backend=backend) for optimizer in optimizers)

@@ -1,4 +1,4 @@
-"""The random bits: published vectors, then an independent NumPy over the whole range of the counter."""
+"""The random bits: published vectors, then an independent NumPy version over the counter's whole range."""
 
 import numpy as np
 import oracle
@@ -59,7 +59,7 @@ def test_words(rounding: bool, seed: int, step: int, tensor_id: int, offset: int
 
 
 def test_words_of_a_step_tensor() -> None:
-    """A counter on the device takes the place of an int: the same words, without a sync."""
+    """A counter on the device replaces an int: the same words, without a sync."""
     expected = philox.random_words(3, 17, 5, 20)
     assert torch.equal(philox.random_words(3, torch.tensor(17), 5, 20), expected)
 
@@ -81,7 +81,7 @@ def test_streams_differ() -> None:
 
 @given(seed=SEED, step=WORD, tensor_id=WORD, offset=OFFSET, numel=st.integers(0, 40))
 def test_normals(seed: int, step: int, tensor_id: int, offset: int, numel: int) -> None:
-    """To 1e-12: two libms' log, sqrt and cos differ by an ulp each, times an |z| of at most 6.8."""
+    """To 1e-12: log, sqrt and cos of two libms differ by an ulp each, times an |z| of at most 6.8."""
     got = reference.philox_normal(seed, step, tensor_id, numel, offset)
     h = Hyper(seed=seed, step=step, tensor_id=tensor_id)
     expected = oracle.normal(h, np.arange(offset, offset + numel))
@@ -102,7 +102,8 @@ EXTREME_WORDS = [0, 1, 2**30, 2**31 - 1, 2**31, 3 * 2**30, ONES - 1, ONES]
 @pytest.mark.parametrize("radius_word", EXTREME_WORDS)
 @pytest.mark.parametrize("angle_word", EXTREME_WORDS)
 def test_box_muller_at_the_ends(radius_word: int, angle_word: int) -> None:
-    """The formula by hand. Near U = 1, log's argument is off by 2^-54, so r = sqrt(2 (1 - U)) by 2^-38."""
+    """Compared with the formula. Near U = 1, log's argument is off by 2^-54, so r = sqrt(2 (1 - U)) by
+    2^-38."""
     r = np.sqrt(-2 * np.log((radius_word + 0.5) / 2**32))
     theta = 2 * np.pi * (angle_word + 0.5) / 2**32
     got = philox.normals(torch.tensor([radius_word, angle_word, ONES, 0]))[:2]

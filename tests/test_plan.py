@@ -1,4 +1,4 @@
-"""The tables: dimensions merged, chunks that cover, alignment; kept while they are true and not longer."""
+"""The tables: merged dimensions, complete chunks, alignment; kept only as long as they are valid."""
 
 import gc
 import weakref
@@ -46,7 +46,7 @@ def test_collapse(
 
 
 def walk(dimensions: list[tuple[int, ...]], numel: int, operand: int) -> list[int]:
-    """Each element's offset, as a kernel finds it from its row-major index."""
+    """Each element's offset, computed from its row-major index as in a kernel."""
     if not dimensions:
         return list(range(numel))
     sizes = [dimension[0] for dimension in dimensions]
@@ -86,7 +86,7 @@ def test_chunks_cover_every_element_once(numels: list[int], chunk: int) -> None:
 
 
 def test_chunks_of_a_huge_tensor() -> None:
-    """2^33 elements: sizes are 64-bit, numbers of pieces are small."""
+    """2^33 elements: sizes are 64-bit, and numbers of chunks are small."""
     chunks, starts = chunk_table(np.array([3, 2**33 + 1], dtype=np.int64), 2**20)
     assert starts.tolist() == [0, 1, 2 + 2**13]
     assert chunks[-1].tolist() == [1, 2**13]
@@ -139,7 +139,7 @@ def test_alignment(case: Case, aligned: bool) -> None:
 
 
 def test_alignment_follows_the_gradient() -> None:
-    """It moves at every step, and with it the widest access that is allowed."""
+    """The gradient moves at every step, and with it the widest allowed access."""
     planner, work = Planner(), work_of(Case([(64,)]))
     for layout in ("contiguous", "misaligned", "contiguous"):
         work.grads = gradients(Case([(64,)], grad=layout), 1)
@@ -149,7 +149,7 @@ def test_alignment_follows_the_gradient() -> None:
 
 
 def test_table() -> None:
-    """Every column, against the tensors it describes."""
+    """Every column, compared with the tensors that it describes."""
     work = work_of(Case([(6,), (4, 5)], param="transposed"))
     h = Hyperparameters(noise_scale=0.1, gamma=2.5, sens_betas=(0.25, 0.75), seed=2**64 - 2)
     (launch,) = Planner().plan(batch(work, [9, 2**32 - 1], h)).launches
@@ -179,7 +179,7 @@ def test_launches() -> None:
 
 
 def test_interleaved_tensors_have_no_memory_in_common() -> None:
-    """Two views with holes that lie in each other's, and one that does not fit in."""
+    """Two views, each in the holes of the other, are allowed. Two views of the same elements are not."""
     work, memory = work_of(Case([(8,)])), torch.zeros(16)
     work.params, work.sens = [memory[::2]], [memory[1::2]]
     assert len(Planner().plan(batch(work)).launches) == 1
@@ -282,7 +282,7 @@ def test_a_variant_is_part_of_the_plan() -> None:
 
 
 def test_alternating_sets_are_all_kept() -> None:
-    """Layers that are frozen and unfrozen in turn cost nothing, a dozen sets of them no more than one."""
+    """Layers that are frozen and unfrozen in turn: a dozen sets of them cost no more than one."""
     planner, work = Planner(), work_of(Case([(n,) for n in range(1, 13)]))
     sets = [[i for i in range(12) if i != frozen] for frozen in range(12)]
     plans = [planner.plan(part(work, chosen, 12)) for chosen in sets]
@@ -293,7 +293,7 @@ def test_alternating_sets_are_all_kept() -> None:
 
 
 def test_the_share_of_the_sets_that_fits_is_kept() -> None:
-    """Three in turn where there is room for two: not all three are planned anew again and again."""
+    """Three sets in turn with room for two: not all three are planned again each time."""
     planner, works = Planner(capacity=2, spare=0), [work_of(Case([(5,)])) for _ in range(3)]
     seen = [planner.plan(batch(work)) for work in works]
     hits = 0
@@ -318,7 +318,7 @@ def test_plans_take_no_more_than_there_is_room_for(spare: int) -> None:
 
 
 def part(work: Work, index: list[int], kept: int) -> Batch:
-    """Some of the tensors of a caller who keeps `kept`."""
+    """A batch of some of the tensors, with the caller's `kept`."""
     all_ = batch(work)
     columns = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "sens_stats", "steps", "tensor_ids")
     own = {name: [getattr(all_, name)[i] for i in index] for name in columns}
@@ -326,7 +326,7 @@ def part(work: Work, index: list[int], kept: int) -> Batch:
 
 
 def test_each_tensor_stepped_alone_keeps_its_plan() -> None:
-    """More of them than there is room for plans of one set, and beside a plan of all of them."""
+    """More tensors than there is room for plans of one set, beside a plan of all of them."""
     count = 20
     planner, work = Planner(capacity=2, spare=0), work_of(Case([(n,) for n in range(1, 1 + count)]))
     together = planner.plan(batch(work))
@@ -337,7 +337,7 @@ def test_each_tensor_stepped_alone_keeps_its_plan() -> None:
 
 
 def test_no_plan_keeps_tensors_alive_that_come_and_go() -> None:
-    """Neither of an owner: parameters that are replaced again and again leave with their last reference."""
+    """Nor does an owner's plan: parameters that are replaced again and again go with their last reference."""
     planner = Planner(owned=True)
     references: list[weakref.ref[Tensor]] = []
     gc.collect()
@@ -356,7 +356,7 @@ def test_no_plan_keeps_tensors_alive_that_come_and_go() -> None:
 
 @pytest.mark.parametrize("name", ["params", "grads", "sens", "unc", "stats"])
 def test_a_kept_plan_does_not_hide_a_wrong_dtype(name: str) -> None:
-    """The same address, of a dtype that no kernel may touch: as wrong as in the first step."""
+    """The same address with a dtype that kernels do not support: refused as in the first step."""
     planner, work = Planner(), work_of(Case([(8,)]))
     planner.plan(batch(work))
     column = getattr(work, name)
@@ -367,7 +367,7 @@ def test_a_kept_plan_does_not_hide_a_wrong_dtype(name: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_a_kept_plan_does_not_hide_a_sparse_gradient(layout: str) -> None:
-    """Also not that of a 0-d tensor, whose strides are a dense one's."""
+    """Not even of a 0-d tensor, whose strides are those of a dense one."""
     planner, work = Planner(), work_of(Case([(3, 5), ()], layout, layout))
     planner.plan(batch(work))
     work.grads[1] = work.grads[1].to_sparse()
@@ -394,7 +394,7 @@ SAME_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", ["params", "grads", "sens", "unc"])
 @pytest.mark.parametrize("change", SAME_PLACE)
 def test_a_kept_plan_does_not_hide_the_same_object_s_other_view(change: str, name: str) -> None:
-    """`tensor.data = ...` of the same memory: neither object nor address says so. In the second block."""
+    """`tensor.data = ...` with the same memory changes neither object nor address. In the second block."""
     planner, work = Planner(), work_of(Case([(6, 6)] * (BLOCK + 2)))
     plan = planner.plan(batch(work))
     tensor = getattr(work, name)[BLOCK]
@@ -420,7 +420,7 @@ def test_a_gradient_that_two_parameters_share_is_planned_once() -> None:
 
 
 def test_a_column_that_is_nobody_else_s_is_looked_at_when_it_is_another() -> None:
-    """As long as it is the same list it is not: that is what it says."""
+    """While it is the same list it is not checked again; the caller promises not to change it."""
     planner, work = Planner(), work_of(Case([(6,), (7,)]))
     counted = replace(batch(work), nonfinite=Own(torch.zeros((), dtype=torch.int64) for _ in work.params))
     plan = planner.plan(counted)
@@ -458,7 +458,7 @@ def test_a_step_keeps_nothing_alive(backend: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "holes"])
 def test_gradients_that_are_freed_and_come_back_elsewhere(backend: str, layout: str) -> None:
-    """Between steps their memory is taken by something else: a stale address would read its ones."""
+    """Between steps something else takes their memory. A stale address would read that."""
     case = Case([(640,), (33, 5)], grad=layout)
     expected = run(backend, case)
     work, squatters = prepare(case), []
@@ -474,7 +474,7 @@ def test_gradients_that_are_freed_and_come_back_elsewhere(backend: str, layout: 
 
 
 def test_tensors_that_come_and_go_at_the_same_addresses(backend: str) -> None:
-    """New tensors of other shapes, strides and dtypes where old ones were: no old plan is used."""
+    """New tensors with other shapes, strides and dtypes at old addresses: no old plan is used."""
     cases = [
         Case([(24,), (6,)]),
         Case([(6,), (24,)]),

@@ -1,5 +1,5 @@
-"""The example that pretrains a small BERT, and what is done with its model: fine-tuning, pictures, sweeps,
-comparisons of dtypes and of sensitivities."""
+"""The example that pretrains a small BERT, and the examples that use its model: fine-tuning, pictures,
+sweeps, comparisons of dtypes and of sensitivities."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ def sentences() -> list[list[tuple[str, int]]]:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, sentences: list[list[tuple[str, int]]]) -> Path:
-    """A model that saw thirty batches, with its record."""
+    """A model trained on thirty batches, with its record."""
     folder = tmp_path_factory.mktemp("pretrained")
     lines = [text for text, _ in sentences[0]]
     text = "\n\n".join(" ".join(lines[i : i + 20]) for i in range(0, len(lines), 20))
@@ -59,7 +59,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, sentences: list[list[tu
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, sentences: list[list[tuple[str, int]]]) -> Path:
-    """The grammar's sentences in SST-2's files."""
+    """The grammar's sentences in the files of SST-2."""
     folder = tmp_path_factory.mktemp("data")
     for stem, rows in zip(("train", "dev"), sentences, strict=True):
         lines = [f"{text}\t{label}\n" for text, label in rows]
@@ -149,7 +149,7 @@ def test_a_sweep_continues_where_it_was(
 
 
 def test_dtypes_are_compared(pretrained: Path, tmp_path: Path) -> None:
-    """A learning rate that a bfloat16 rounded to nearest does not feel."""
+    """With a learning rate too small for a bfloat16 that rounds to nearest."""
     text = str(pretrained.parent / "text.txt")
     out, picture = tmp_path / "runs.json", tmp_path / "runs.png"
     files = ["--model_name_or_path", str(pretrained), "--text", text, "--heldout_text", text]

@@ -1,4 +1,4 @@
-"""A torch that has renamed what it keeps private: the same import and steps, or an error that says so."""
+"""A torch with renamed private parts: the package imports and steps as before, or an error says why not."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ from pats_kernels.compiling import REASON, uncompiled
 
 ROOT = Path(__file__).parent.parent
 
-# What the package looks for while it is imported. torch itself needs some of it, later, and gets it back.
+# Names that the package looks up during its import. torch itself needs some later, and gets them back.
 AT_IMPORT = """
 import sys
 import torch
@@ -62,7 +62,8 @@ print([param.tolist() for param in params], pats.state[params[1]]["step"].item()
 
 
 def test_names_that_the_import_asks_for() -> None:
-    """The same bits after three steps, of which a parent's `step` makes no six."""
+    """The same bits after three steps, also where a step calls its parent's, which must not make six of
+    them."""
     found = []
     for names in ("as they are", "renamed"):
         command = [sys.executable, "-c", AT_IMPORT + STEPS, names]
@@ -91,7 +92,7 @@ def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_checks")
 def test_a_capture_without_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is refused in torch's words, also where torch's own check has another name."""
+    """It is refused in torch's words, also if torch's own check has another name."""
     param = parameter()
     optimizer = PATSAdamW([param])
     optimizer.step()
@@ -110,7 +111,7 @@ class Calling(SGD):
 
 
 def test_a_parents_step_is_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where torch's wrapper of `step` cannot be asked for."""
+    """Also if torch's wrapper of `step` cannot be asked for."""
     SGD([parameter()])  # the parent's class has hooks of its own now
     param = parameter()
     optimizer = Calling([param], lr=0.1)
@@ -124,7 +125,7 @@ def test_a_parents_step_is_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("constant", ["STEP_HOOKS", "SAVE_HOOKS", "LOAD_HOOKS", "LOADED_HOOKS"])
 def test_hooks_under_another_name(constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PATS names it and is not attached; what needs no hooks of PATS's own works."""
+    """PATS names the missing one and is not attached. What needs no hooks of PATS's still works."""
     monkeypatch.setattr(private, constant, "_hooks_of_another_torch")
     param = parameter()
     optimizer = SGD([param], lr=0.1)
@@ -140,7 +141,7 @@ def test_hooks_under_another_name(constant: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_optimizer_that_was_never_initialized() -> None:
-    """Which has no hooks either, is no other torch."""
+    """It has no hooks either, but must not be mistaken for another torch."""
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         PATS(SGD.__new__(SGD))
 
@@ -170,7 +171,7 @@ def test_copies(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_is_kept_out_of_compiled_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By torch's documented decorator, where there is not the one that spares its import."""
+    """By torch's documented decorator, if the one that saves its import is missing."""
     importlib.import_module("torch._dynamo")  # which needs the name itself, as it is imported
     with monkeypatch.context() as patch:
         patch.delattr(torch, "_disable_dynamo")
@@ -185,7 +186,7 @@ def kinds_of_tensors() -> list[Tensor]:
     return [nn.Parameter(torch.ones(3, 3)), torch.ones(3, 3), torch.ones(3, 3), torch.ones(())]
 
 
-# What becomes of the third: each reads the same bytes, or others, in another way.
+# Changes of the third tensor: each reads the same bytes, or others, in another way.
 OTHER_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "strides": Tensor.t,
     "shape": Tensor.flatten,
@@ -201,7 +202,7 @@ OTHER_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(params=["guards", "one by one"])
 def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """torch's comparison, and what stands in for it where it is gone."""
+    """With torch's comparison, and with its replacement if that is missing."""
     if request.param == "one by one":
         monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")  # type: ignore[attr-defined]
     private._guards_tell_apart.cache_clear()
@@ -221,7 +222,7 @@ def test_other_kinds_are_told_apart(guards: bool, change: str) -> None:
 
 
 def test_a_tensor_may_be_there_twice(guards: bool) -> None:
-    """As the gradient of two parameters, which torch's comparison would never let pass."""
+    """For example as the gradient of two parameters, which torch's comparison would never accept."""
     shared = torch.ones(2)
     kinds = private.Kinds([shared, shared])
     assert kinds.are_of([shared, shared])
@@ -230,7 +231,7 @@ def test_a_tensor_may_be_there_twice(guards: bool) -> None:
 
 
 def test_guards_that_let_everything_pass_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch in which they mean something else."""
+    """As in a torch where they mean something else."""
     careless = SimpleNamespace(check=lambda *_: True)
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", lambda *_, **__: careless)  # type: ignore[attr-defined]
     private._guards_tell_apart.cache_clear()
@@ -268,7 +269,7 @@ def test_what_says_how_tensors_are_split_is_never_the_same_where_it_is_unknown()
 
 
 class Everything:
-    """A store as torch 2.14's FakeStore is: it has each key, with nothing in it."""
+    """A store like torch 2.14's FakeStore: it has every key, with nothing in it."""
 
     def check(self, keys: list[str]) -> bool:
         return True
@@ -278,7 +279,7 @@ class Everything:
 
 
 def test_a_store_that_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is none: what one process says there no other would hear, and all would listen for good."""
+    """It counts as no store: no other process would get a message, and all would wait forever."""
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Everything)
     assert parts._exchange() is None
 
@@ -307,7 +308,7 @@ class Unknown:
 def test_places_of_which_nothing_is_known(
     module: str, name: str, places: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if there were no such module: of what is lost then there is a warning."""
+    """As if the module did not exist. Another warning says what is lost."""
     monkeypatch.setattr(parts.dist, "is_initialized", lambda: True)
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: Unknown}))
     given: list[Any] = []

@@ -1,4 +1,4 @@
-"""What the kernels read by address: where it lies now, what its bytes mean, and what nobody may interrupt."""
+"""What the kernels read by address: tensors that move, what their bytes mean, and interrupts."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ from pats_kernels.optim import attached_to
 from pats_kernels.plan import Batch, Column, Planner
 from pats_kernels.step import Launcher
 
-# Much noise, so that it is seen, and twins with the same.
+# Large noise, so that it shows, and twins with the same.
 pytestmark = pytest.mark.filterwarnings("ignore:PATS")
 SIDE = 6
 
@@ -52,12 +52,12 @@ def form(request: pytest.FixtureRequest) -> Callable[..., Optimizer]:
 
 
 def owner_of(optimizer: Optimizer) -> Any:
-    """Who keeps the state: the optimizer, or the `PATS` attached to it."""
+    """The object that keeps the state: the optimizer, or the `PATS` attached to it."""
     return attached_to(optimizer) or optimizer
 
 
 class Run:
-    """An optimizer over two squares, in its third step."""
+    """An optimizer of two squares, before its third step."""
 
     def __init__(self, form: Callable[..., Optimizer], backend: str, **keywords: Any) -> None:
         random = torch.Generator().manual_seed(7)
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def keeper(self) -> Any:
-        """What has the launcher."""
+        """The object that has the launcher."""
         return self.owner._attachment if isinstance(self.owner, PATS) else self.owner
 
     def give_gradients(self) -> None:
@@ -91,7 +91,7 @@ class Run:
         self.optimizer.step()
 
     def own_step(self) -> None:
-        """With the gradients that there are, and without the step of an optimizer that has PATS attached."""
+        """Steps on the existing gradients, without the step of an optimizer that has PATS attached."""
         if isinstance(self.owner, PATS):
             self.owner._attachment._step(self.optimizer)
         else:
@@ -102,7 +102,7 @@ class Run:
         return [*self.params, *kept, *self.owner._nonfinite.values()]
 
 
-# Where it lies.
+# Addresses.
 
 Move = Callable[[Tensor], None]
 
@@ -126,8 +126,8 @@ MOVES: dict[str, Move] = {"data": by_data, "set_": by_set, "share_memory_": by_s
 @pytest.mark.parametrize("how", MOVES)
 @pytest.mark.parametrize("what", ["weight", "exp_avg_sens", "exp_avg_unc", "sens_stats", "step", "nonfinite"])
 def test_tensors_that_move(form: Callable[..., Optimizer], backend: str, what: str, how: str) -> None:
-    """The object stays and its memory does not: the "move the optimizer's state" snippet. The old memory is
-    kept here, so that who writes to it is found out by the numbers and not by luck."""
+    """The same object with other memory, as in the snippet that moves an optimizer's state. The old memory is
+    kept here, so that writing to it shows in the numbers for certain."""
     run, twin = Run(form, backend), Run(form, backend)
     named = {"weight": run.params[0], "nonfinite": run.owner._nonfinite[id(run.params[0])]}
     tensor = named[what] if what in named else run.state[what]
@@ -144,7 +144,7 @@ def test_tensors_that_move(form: Callable[..., Optimizer], backend: str, what: s
         assert torch.equal(old, memory)
 
 
-# What its bytes mean.
+# The meaning of the bytes.
 
 
 def param_transposed(run: Run) -> None:
@@ -182,7 +182,7 @@ STRIDES = [
 def test_other_strides_at_the_same_address(
     form: Callable[..., Optimizer], backend: str, change: Callable[[Run], None]
 ) -> None:
-    """As in a twin that plans anew at every step."""
+    """The result is that of a twin that plans anew at every step."""
     run, twin = Run(form, backend), Run(form, backend)
     for each in (run, twin):
         change(each)
@@ -225,7 +225,7 @@ def test_other_meanings_at_the_same_address(form: Callable[..., Optimizer], back
 
 
 def test_a_negative_gradient(form: Callable[..., Optimizer], backend: str) -> None:
-    """As backward through `view_as_complex` gives it: the bytes say -g."""
+    """As from backward through `view_as_complex`: the stored bytes are -g."""
     run, twin = Run(form, backend), Run(form, backend)
     for each in (run, twin):
         each.give_gradients()
@@ -300,7 +300,7 @@ def test_parameters_that_share_a_step_count(form: Callable[..., Optimizer], back
 
 
 class Wrapper(Tensor):
-    """A subclass whose numbers lie in another tensor, as torchao's float8 weights."""
+    """A subclass whose numbers are in another tensor, like torchao's float8 weights."""
 
     numbers: Tensor
 
@@ -324,7 +324,7 @@ class Wrapper(Tensor):
 
 @pytest.mark.parametrize("what", ["weight", "gradient", "exp_avg_sens", "step"])
 def test_tensors_without_memory(form: Callable[..., Optimizer], what: str, backend: str) -> None:
-    """Every backend but the plain operations of eager goes by addresses: these it has to refuse."""
+    """Every backend except eager's plain operations uses addresses, so it must refuse these."""
     run = Run(form, backend)
     if what == "weight":
         run.params[0] = nn.Parameter(Wrapper(run.params[0].detach()))
@@ -364,7 +364,7 @@ def test_fake_tensors(name: str) -> None:
 
 
 def test_state_that_is_replaced_at_each_step(form: Callable[..., Optimizer], backend: str) -> None:
-    """As offloading to and fro does: the old tensors go when their last reference does, not later."""
+    """As in offloading: the old tensors are freed with their last reference, not later."""
     run = Run(form, backend)
     old: list[weakref.ref[Tensor]] = []
     for _ in range(4):
@@ -440,7 +440,7 @@ def test_hyperparameters_on_the_device_are_found_where_they_lie_now(name: str, c
     assert tensor.data_ptr() != old.data_ptr()
     assert planner.plan(batch).launches[0] is launch
     assert launch.table[:, column].tolist() == [tensor.data_ptr()] * 2
-    other = torch.tensor(0.01)  # equal, and another
+    other = torch.tensor(0.01)  # an equal number, in another tensor
     batch.hyperparameters = [AdamWHyperparameters(**{name: other})] * 2
     planner.plan(batch)
     assert launch.table[:, column].tolist() == [other.data_ptr()] * 2
@@ -465,7 +465,7 @@ def test_hyperparameters_on_the_device_that_no_longer_are_what_they_were(name: s
 
 
 def test_an_error_leaves_no_hyperparameters_of_the_refused_step() -> None:
-    """Those of before come back after it: the table has to say so."""
+    """After the error the earlier ones are used again, and the table must have them."""
     tensor = torch.tensor(0.01)
     planner, batch = Planner(), hyperparameter_batch(lr=0.5)
     good = batch.hyperparameters
@@ -494,7 +494,7 @@ def many_switches() -> Any:
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is one for all threads")
 def test_the_functional_api_in_threads(many_switches: Any, backend: str) -> None:
-    """Sixteen at once, each with tensors that come and go: the bits are those of one after another."""
+    """Sixteen threads, each with tensors that come and go, give the same bits as one after another."""
     steps = 2 if INTERPRETED else 40
 
     def trained(number: int) -> list[Tensor]:
@@ -536,7 +536,7 @@ def test_optimizers_in_threads(many_switches: Any, form: Callable[..., Optimizer
 
 @contextmanager
 def signals(number: int) -> Iterator[None]:
-    """Within it a signal comes before and after each phase of a backend."""
+    """A context in which a signal comes before and after each phase of a backend."""
     original = backends.resolve
 
     def resolve(name: str, device: torch.device) -> Any:
@@ -555,7 +555,7 @@ def signals(number: int) -> Iterator[None]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C raises, as it does in a terminal: what runs in the background of a shell ignores it."""
+    """Ctrl-C raises, as in a terminal. Background processes of a shell ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -564,7 +564,7 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("normalization", ["exact", "delayed"])
 def test_an_interrupt_in_a_step(form: Callable[..., Optimizer], backend: str, normalization: str) -> None:
-    """It comes when the step is whole: the state goes on, and is that of a run without it."""
+    """It raises when the step is complete. The state continues, and equals that of a run without it."""
     keywords = {"normalization": normalization}
     run, twin = (Run(form, backend, **keywords) for _ in range(2))
     run.give_gradients()
@@ -578,7 +578,8 @@ def test_an_interrupt_in_a_step(form: Callable[..., Optimizer], backend: str, no
 
 
 def test_a_handler_of_the_user_s(backend: str) -> None:
-    """A scheduler's SIGTERM that saves and ends: at the end of the step, once for each signal."""
+    """A scheduler's SIGTERM, whose handler saves and exits, runs at the end of the step, once for each
+    signal."""
     run = Run(adamw, backend, normalization="exact")
     seen: list[float] = []
 

@@ -1,4 +1,4 @@
-"""The reference against the oracle, and both against what can be said without either."""
+"""The reference compared with the oracle, and both with results known without them."""
 
 from itertools import pairwise, product
 from typing import Any
@@ -24,7 +24,7 @@ every_variant = pytest.mark.parametrize(
 
 
 def update(w: Tensor, g: Tensor, S: Tensor, U: Tensor | None, stats: Tensor, **changes: Any) -> int:
-    """`pats_update_` at the oracle's defaults."""
+    """`pats_update_` with the oracle's defaults."""
     return int(pats_update_(w, g, S, U, stats, **(Hyper()._asdict() | changes)))
 
 
@@ -33,9 +33,9 @@ def update(w: Tensor, g: Tensor, S: Tensor, U: Tensor | None, stats: Tensor, **c
 def test_float64_follows_the_oracle(
     normalization: str, uncertainty: str, gamma: float, betas: tuple[float, float]
 ) -> None:
-    """Five steps, nothing synchronized. Float64 leaves 1e-16 a rounding; a gate multiplies relative errors
-    by at most 1/q, some 1e3 where it is not flat, so 1e-12. sens_stats are float32 in both: the same bits.
-    """
+    """Five steps without copying numbers from one to the other. Float64 has errors of 1e-16 per rounding. A
+    gate multiplies relative errors by at most 1/q, some 1e3 where it is not flat, hence 1e-12. sens_stats are
+    float32 in both: the same bits."""
     random = np.random.default_rng(1)
     state = State(0.05 * random.standard_normal(1001), np.zeros(1001), np.zeros(1001), np.zeros(2))
     if uncertainty == "none":
@@ -78,7 +78,8 @@ def test_storage_dtypes(
 
 
 def test_bfloat16_is_held_to_the_bit() -> None:
-    """The check above leaves more than one bfloat16 to few of the weights, so it does check the bits."""
+    """The check above allows more than one bfloat16 only for few of the weights, so it does check the
+    bits."""
     case = Case([(20000,)], dtype=torch.bfloat16, normalization="exact")
     work = prepare(case)
     work.grads = [torch.randn(20000).to(torch.bfloat16)]
@@ -108,7 +109,7 @@ def test_first_delayed_step_adds_no_noise() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 100.0])
 def test_q_of_zero_opens_the_gate_fully(gamma: float) -> None:
-    """a = 1 exactly: the noise is noise_scale z, rounded once for z, once for the product."""
+    """a = 1 exactly: the noise is noise_scale z, rounded once for z and once for the product."""
     w, S, U = torch.zeros(64), torch.zeros(64), torch.ones(64)
     update(w, torch.ones(64), S, U, torch.ones(2), gamma=gamma, noise_scale=0.5, step=4, tensor_id=9)
     z = reference.philox_normal(0, 4, 9, 64)
@@ -118,7 +119,7 @@ def test_q_of_zero_opens_the_gate_fully(gamma: float) -> None:
 @every_variant
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_no_statistics_no_noise(normalization: str, uncertainty: str, gamma: float) -> None:
-    """A tensor whose sensitivities are all zero has mean 0."""
+    """A tensor whose sensitivities are all zero has a mean of 0."""
     w, S = torch.randn(50), torch.zeros(50)
     U, before = None if uncertainty == "none" else torch.zeros(50), w.clone()
     stats = torch.zeros(2)
@@ -129,7 +130,7 @@ def test_no_statistics_no_noise(normalization: str, uncertainty: str, gamma: flo
 
 
 def gate_of(S: float, U: float | None, stats: tuple[float, float], **changes: Any) -> float:
-    """The gate of one element that stays as it is: s = S makes S stay, and betas near 1 do for U."""
+    """The gate of one element that stays constant: s = S keeps S, and betas near 1 keep U."""
     w, g = torch.tensor([1.0], dtype=torch.float64), torch.tensor([S], dtype=torch.float64)
     unc = None if U is None else torch.tensor([U], dtype=torch.float64)
     h = {"sens_betas": (0.5, 1 - 2**-53), "noise_scale": 1.0} | changes
@@ -162,7 +163,7 @@ CLOSED_FORMS = [
 def test_gates_by_hand(
     S: float, U: float | None, stats: tuple[float, float], changes: dict[str, Any], x: float
 ) -> None:
-    """1e-13: w + a z - w loses what is below 2^-53 of w = 1, and |z| here is 0.9."""
+    """1e-13: w + a z - w loses what is below 2^-53 of w = 1, and |z| is 0.9 here."""
     assert gate_of(S, U, stats, **changes) == pytest.approx(np.tanh(x), abs=1e-13)
 
 
@@ -171,7 +172,7 @@ def test_exact_means_are_of_the_state_just_updated() -> None:
     w = torch.tensor([1.0, 1.0], dtype=torch.float64)
     g, S = torch.tensor([1.0, 3.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     h = {"normalization": "exact", "uncertainty": "none", "sens_betas": (0.0, 0.0), "noise_scale": 1.0}
-    stats = torch.tensor([1e9, 1e9])  # of the state before: nobody asks
+    stats = torch.tensor([1e9, 1e9])  # of the state before, which is not used
     update(w, g, S, None, stats, **h)
     z = reference.philox_normal(0, 1, 0, 2)
     torch.testing.assert_close(w, 1 + torch.stack((np.tanh(1) * z[0], 0 * z[1])), rtol=0, atol=1e-15)
@@ -180,9 +181,9 @@ def test_exact_means_are_of_the_state_just_updated() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_beta_of_zero_remembers_nothing(dtype: torch.dtype) -> None:
-    """With b_s = 0 row 2 says S = s; so s - S = 0, U = 0, and a tensor without statistics gets no noise.
+    """With b_s = 0 row 2 says S = s. So s - S = 0, U = 0, and a tensor without statistics gets no noise.
 
-    Where S + (s - S) is rounded, U is rounding errors, and their pattern decides who gets noise.
+    If S + (s - S) were rounded, U would be rounding errors, and their pattern would decide who gets noise.
     """
     random = torch.Generator().manual_seed(2)
     w = torch.randn(1000, generator=random, dtype=dtype)
@@ -198,7 +199,8 @@ def test_a_beta_of_zero_remembers_nothing(dtype: torch.dtype) -> None:
 @every_variant
 @pytest.mark.parametrize("power", [-60, -16, 16, 40])
 def test_loss_scale_changes_nothing(normalization: str, uncertainty: str, power: int) -> None:
-    """A power of two passes through every product unrounded: weights to the bit, S scaled to the bit."""
+    """A power of two passes through every product unrounded: weights are equal to the bit, S is scaled to the
+    bit."""
     case = Case([(2000,)], normalization=normalization, uncertainty=uncertainty)
     works = [prepare(case), prepare(case)]
     for number in range(1, 5):
@@ -215,7 +217,7 @@ def test_loss_scale_changes_nothing(normalization: str, uncertainty: str, power:
 @every_variant
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_gradients(normalization: str, uncertainty: str, value: float) -> None:
-    """They are counted, their elements keep w, S and U, and the others are as if the s were not there."""
+    """They are counted, and their elements keep w, S and U. The others are as if these did not exist."""
     random = torch.Generator().manual_seed(5)
     w, g = (torch.randn(400, generator=random) for _ in range(2))
     S, U = (torch.rand(400, generator=random) for _ in range(2))
@@ -253,7 +255,7 @@ def test_per_tensor_values() -> None:
 
 
 def test_stored_is_monotone() -> None:
-    """What the harness's criterion stands on."""
+    """The harness's criterion depends on it."""
     x = np.sort(np.random.default_rng(3).standard_normal(4096) * 1e-2)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for bits in (None, np.full(4096, 12345, dtype=np.uint64)):

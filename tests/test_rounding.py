@@ -1,5 +1,5 @@
-"""Stochastic rounding: a model proven unbiased, every store of every backend held to it bit by bit, and what
-it is for: noise and averages that rounding to nearest loses."""
+"""Stochastic rounding: a model shown to be unbiased, every store of every backend compared with it bit by
+bit, and its purpose: noise and averages that rounding to nearest loses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,16 +26,15 @@ STEP = 5000
 
 
 def share_rounded_up(round_: Callable[[Singles, Any], Singles], low: int, random: Any) -> float:
-    """Of numbers whose discarded bits are `low`, between the bfloat16s 1 and 1 + 2^-7."""
+    """The share rounded up of numbers with discarded bits `low`, between the bfloat16s 1 and 1 + 2^-7."""
     x = np.full(len(random), 0x3F800000 + low, dtype=np.uint32).view(np.float32)
     return np.count_nonzero(round_(x, random) != 1) / len(random)
 
 
 def test_the_model_is_unbiased() -> None:
-    """All 2^16 random integers with all 2^16 discarded halves: each goes up exactly as often as it is far
-    from the lower neighbour. float32 is evenly spaced between two neighbours, so the mean is x to the last
-    bit; and neighbours differ by one in their bits, whatever they are: these two stand for all.
-    """
+    """All 2^16 random integers with all 2^16 discarded halves: each number is rounded up exactly as often as
+    its distance from the lower neighbour requires. float32 is evenly spaced between two neighbours, so the
+    mean is x to the last bit. Neighbours always differ by one in their bits, so these two stand for all."""
     random = np.arange(HALF, dtype=np.uint32)
     shares = [share_rounded_up(oracle.round_bfloat16, low, random) for low in range(HALF)]
     np.testing.assert_array_equal(shares, np.arange(HALF) / HALF)
@@ -62,14 +61,14 @@ SPECIAL = [sign * x for x in SPECIAL for sign in (1, -1)]
 
 
 def patterns(count: int, seed: int = 0) -> Singles:
-    """Random bits: every exponent, subnormals and NaNs among them; and the special values."""
+    """Random bits, with every exponent, subnormals and NaNs among them, and the special values."""
     bits = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
     special = np.array([*SPECIAL, np.nan], dtype=np.float32)
     return np.concatenate((special, bits))[:count]
 
 
 def test_reference_is_the_model() -> None:
-    """A million bit patterns with random bits, and the special values with the extreme ones."""
+    """A million random bit patterns with random bits, and the special values with the extreme ones."""
     x = np.concatenate((patterns(2**20), np.repeat(patterns(len(SPECIAL) + 1), 3)))
     bits = np.random.default_rng(1).integers(0, HALF, 2**20, dtype=np.uint64)
     bits = np.concatenate((bits, np.tile(np.array([0, 1, HALF - 1], dtype=np.uint64), len(SPECIAL) + 1)))
@@ -81,7 +80,7 @@ def test_reference_is_the_model() -> None:
 
 
 def test_what_is_a_bfloat16_stays() -> None:
-    """All 2^16 of them, with the random integer most eager to change them."""
+    """All 2^16 of them, with the largest random integer."""
     x = torch.arange(HALF, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     kept = round_stochastically(x.float(), torch.full((HALF,), HALF - 1))
     assert torch.equal(kept.isnan(), x.isnan())
@@ -106,13 +105,13 @@ def work_of(xs: list[Singles], form: str = "ema", **changes: Any) -> Work:
 
 
 def doubled(x: Singles) -> Singles:
-    """Only what can be doubled and halved; zero in place of the rest."""
+    """The numbers that can be doubled and halved, with zero in place of the others."""
     size = np.abs(x)
     return np.where(((size >= LEAST) & (size < MOST)) | (size == 0), x, np.float32(0)).astype(np.float32)
 
 
 def finite(store: str, x: Singles) -> Singles:
-    """What a store can be given: gradients that are not finite have rules of their own."""
+    """Numbers that a store can get; gradients that are not finite have their own rules."""
     if store == "moments":
         return np.where(np.isfinite(x), x, np.float32(0))
     return doubled(x)
@@ -132,8 +131,8 @@ def test_every_store_is_the_model(backend: str, store: str, form: str, stochasti
 
 @pytest.mark.parametrize("store", ["moments", "weights"])
 def test_what_is_not_a_number(backend: str, store: str) -> None:
-    """NaN stays one and infinity stays itself, whatever is added to their bits; the greatest float32s round
-    to the greatest bfloat16 or to infinity."""
+    """NaN stays NaN and infinity stays infinity, whatever is added to their bits. The largest float32s round
+    to the largest bfloat16 or to infinity."""
     ends = np.array([np.inf, -np.inf, np.nan, 3.4028235e38, -3.4028235e38, 3.39e38], dtype=np.float32)
     x = np.tile(ends, 50)
     if store == "weights":  # m is x / 2, exactly; but of an infinity it is NaN
@@ -143,8 +142,8 @@ def test_what_is_not_a_number(backend: str, store: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_nan_of_ones_stays_one(backend: str, dtype: torch.dtype) -> None:
-    """What is added to the bits of 0x7FFF..., a GPU's NaN in float16, must not carry into the sign: then
-    it would be a zero."""
+    """What is added to the bits of 0x7FFF..., a GPU's NaN in float16, must not carry into the sign, which
+    would give a zero."""
     integer, ones = (torch.int32, 2**31 - 1) if dtype == torch.float32 else (torch.int16, 2**15 - 1)
     param = nn.Parameter(torch.ones(600, dtype=dtype))
     param.grad = torch.full((600,), ones, dtype=integer).view(dtype)
@@ -157,7 +156,7 @@ def test_a_nan_of_ones_stays_one(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("store", ["averages", "weights"])
 def test_float16_and_float32_are_not_touched(backend: str, store: str) -> None:
-    """Random bits are for bfloat16 alone: float16 rounds to nearest, float32 not at all."""
+    """Random bits are only for bfloat16: float16 rounds to nearest, and float32 is not rounded at all."""
     x = np.random.default_rng(2).standard_normal(2000).astype(np.float32)
     dtypes = [torch.float32] if store == "averages" else [torch.float32, torch.float16]
     for dtype in dtypes:
@@ -170,7 +169,7 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 1023, 1024, 1025, 4097]
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "holes"] if INTERPRETED else LAYOUTS)
 @pytest.mark.parametrize(("store", "form"), WRITERS[::3] if INTERPRETED else WRITERS)
 def test_each_element_has_its_own_bits(backend: str, store: str, form: str, layout: str) -> None:
-    """Whatever the size and the strides: the bits follow the logical row-major order."""
+    """For all sizes and strides, the bits follow the logical row-major order."""
     random = np.random.default_rng(3)
     shapes = [(size,) for size in SIZES[:: 4 if INTERPRETED else 1]] + [(33, 20), (3, 4, 5, 6)]
     xs = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -229,15 +228,15 @@ def test_misplaced_bits_are_noticed(
         check(store, work, backend)
 
 
-# ---- what it is for
+# ---- its purpose
 
 LONG = 10 if INTERPRETED else 1500  # steps
 WIDE = 512 if INTERPRETED else 4096
-SIGMAS = 5.0  # by luck once in a million runs, and these are one run: all is seeded
+SIGMAS = 5.0  # exceeded by chance once in a million runs; seeds are fixed, so this is one run
 
 
 def noise_run(backend: str, dtype: torch.dtype, stochastic: bool) -> Tensor:
-    """How far weights of 0.04 get by the noise of many steps, with their gates open."""
+    """How far weights of 0.04 move by the noise of many steps, with open gates."""
     w = torch.full((WIDE,), 0.04, dtype=dtype)
     start, g = w.clone(), torch.zeros(WIDE, dtype=dtype)
     for step in range(1, LONG + 1):
@@ -259,11 +258,10 @@ def noise_run(backend: str, dtype: torch.dtype, stochastic: bool) -> Tensor:
 
 
 def test_small_noise_adds_up(backend: str) -> None:
-    """1e-5 a step on weights whose neighbours are 2.4e-4 away. To nearest, nothing ever moves. Stochastically
-    each weight goes where float32 goes, plus a walk of its own: at each step it rounds a noise of abs(n), a
-    small share of the spacing, with variance below abs(n) times the spacing; so the slope of where it gets
-    to over where float32 gets to is 1, with a standard error of that walk's size over float32's, over
-    sqrt(n)."""
+    """1e-5 per step on weights whose neighbours are 2.4e-4 away. Rounded to nearest, nothing ever moves.
+    Stochastically, each weight follows float32's, plus a random walk: each step rounds a noise of abs(n), a
+    small share of the spacing, with variance below abs(n) times the spacing. So the slope of its movement
+    over float32's is 1. The standard error is the walk's size divided by float32's, and by sqrt(n)."""
     exact = noise_run(backend, torch.float32, True)
     moved = noise_run(backend, torch.bfloat16, True)
     assert not noise_run(backend, torch.bfloat16, False).any()
@@ -271,7 +269,7 @@ def test_small_noise_adds_up(backend: str) -> None:
     walk = (LONG * 1e-5 * 0.8 * 2.0**-12) ** 0.5  # E abs(z) = 0.8
     standard_error = walk / float(exact.std()) / WIDE**0.5
     assert abs(slope - 1) < SIGMAS * standard_error
-    assert SIGMAS * standard_error < (6 if INTERPRETED else 0.6)  # so that this says something
+    assert SIGMAS * standard_error < (6 if INTERPRETED else 0.6)  # small enough to detect a bias
     assert abs(float((moved - exact).mean())) < SIGMAS * walk / WIDE**0.5
 
 
@@ -296,9 +294,9 @@ def average_run(backend: str, stochastic: bool) -> tuple[Tensor, Tensor]:
 
 
 def test_averages_do_not_stand_still(backend: str) -> None:
-    """S is 1 - b^t, U is 1 - b times the sum of b^(t-i) b^i = (1 - b) t b^t; what rounding adds to an element
-    has mean 0 and is fed through b: the elements' own spread says how far off their mean may be.
-    To nearest both stop where a step is less than half a spacing."""
+    """S is 1 - b^t, U is 1 - b times the sum of b^(t-i) b^i = (1 - b) t b^t. The rounding errors of an
+    element have mean 0 and pass through b, so the elements' own spread gives the standard error of their
+    mean. Rounded to nearest, both stop where a step is less than half a spacing."""
     S, U = average_run(backend, True)
     b = 0.998
     for average, exact in ((S, 1 - b**LONG), (U, (1 - b) * LONG * b**LONG)):

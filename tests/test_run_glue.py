@@ -1,4 +1,4 @@
-"""The example that fine-tunes on GLUE: its readers, its grammar, its metrics, and every method end to end."""
+"""The example that fine-tunes on GLUE: its readers, grammar and metrics, and every method end to end."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ FILES = {
 
 
 def write(folder: Path, task: str, text: str | None = None, gz: bool = False) -> Path:
-    """The task's files, all with the same rows."""
+    """Writes the task's files, all with the same rows."""
     folder.mkdir(parents=True, exist_ok=True)
     content = (FILES[task][0] if text is None else text).encode()
     for stem in TASKS[task].files.values():
@@ -187,7 +187,7 @@ def test_single_words_do_not_tell(sentences: list[list[tuple[str, int]]]) -> Non
 
 @pytest.mark.parametrize("paradigm", grammar.PARADIGMS)
 def test_a_pair_differs_little(paradigm: Any) -> None:
-    """In the order of its words alone, or in one of them."""
+    """Only in the order of its words, or in one word."""
     words = grammar.Words(grammar.random.Random(0))
     for _ in range(50):
         good, bad = (Counter(sentence.split()) for sentence in paradigm(words))
@@ -250,13 +250,13 @@ def run_glue_model(folder: Path) -> nn.Module:
 
 
 def test_without_noise_every_method_is_adamw(tmp_path: Path) -> None:
-    """The methods differ by their noise alone: the same weights, data and order."""
+    """The methods differ only by their noise: weights, data and order are the same."""
     arguments = ("--noise_scale", "0", "--noisytune_lambda", "0", "--seeds", "1")
     methods = ("adamw", "noise", "noisytune", "pats")
     finetune(tmp_path, "--method", ",".join(methods), *arguments)
     models = [run_glue_model(tmp_path / f"{name}-1").state_dict() for name in methods]
     for model in models:
-        # Softmax does not see it: its gradient is rounding alone, and AdamW makes steps of lr out of that.
+        # Softmax ignores it, so its gradient is only rounding errors, of which AdamW makes steps of lr.
         del model["bert.encoder.layer.0.attention.self.key.bias"]
     for other in models[1:]:
         # PATSAdamW's arithmetic may round otherwise than torch's: three steps of at most lr = 1e-3 each.
@@ -285,7 +285,7 @@ def test_true_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_is_the_same_every_time() -> None:
-    """The trainer's own numbers of pieces change from one call to the next."""
+    """The trainer's own numbering of pieces changes from call to call."""
     rows = glue_data.generated(counts=(400, 10))["train"]
     vocabularies = [run_glue.train_tokenizer(glue_data.GRAMMAR_TASK, rows, 150).get_vocab() for _ in range(4)]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)

@@ -1,7 +1,7 @@
-"""A part of a tensor gets the noise, the rounding and the statistics that the whole would have given it.
+"""A shard of a tensor gets the same noise, rounding and statistics as in a step on the whole tensor.
 
-What `distributed` makes of a sharded parameter, without any other process: a batch whose tensors are boxes of
-others. Every backend is held against its own step over the whole, and against the numbers of the contract.
+The tests use what `distributed` makes of a sharded parameter, without other processes: a batch whose tensors
+are boxes of whole tensors. Every backend is compared with its own step on the whole, and with the contract.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ COLUMNS = ("params", "grads", "exp_avg_sens", "exp_avg_unc", "exp_avg", "exp_avg
 def tensors_of(
     shape: tuple[int, ...], dtype: torch.dtype, state: torch.dtype, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """A tensor in the middle of its training: no element's number is like another's."""
+    """A tensor in the middle of training; all its elements have different numbers."""
     random = torch.Generator().manual_seed(7)
     drawn = {key: torch.randn(shape, generator=random, dtype=torch.float64) for key in COLUMNS}
     dtypes = {"params": dtype, "grads": dtype}
@@ -47,7 +47,7 @@ def step(
     stats: Tensor,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
-    """One step in place; returns the share of the new means."""
+    """Takes one step in place; returns the shard's part of the new means."""
     keys = ["params", "grads", *averages_of(h.variant)]
     columns: dict[str, Any] = {key: [tensors[key]] for key in keys}
     missing: dict[str, Any] = {key: [None] for key in ("exp_avg_sens", "exp_avg_unc") if key not in keys}
@@ -74,7 +74,7 @@ def box_of(whole: tuple[int, ...], box: Box) -> Shard:
 
 @st.composite
 def partitions(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
-    """A shape, and boxes that are all of it: cut once along each of some dimensions."""
+    """A shape, and boxes that make up all of it: cut once along some of the dimensions."""
     shape = tuple(draw(st.lists(st.integers(1, 13), min_size=1, max_size=3)))
     if draw(st.booleans()):
         shape = (
@@ -96,7 +96,7 @@ FORMS: dict[str, Hyperparameters] = {
     "ema": AdamWHyperparameters(noise_scale=0.3, seed=SEED),
     "moments": AdamWHyperparameters(noise_scale=0.3, seed=SEED, sensitivity="moments"),
 }
-# Under the interpreter, which is slow, what its paths depend on: one group or two in a vector, and AdamW.
+# Under the interpreter, which is slow, only what paths depend on: one or two groups per vector, and AdamW.
 FORMS_HERE = ["pats", "ema"] if INTERPRETED else ["pats", "ema", "moments"]
 STORAGES_HERE = ["float32", "bfloat16"] if INTERPRETED else ["float32", "bfloat16", "mixed", "float64"]
 STORAGES = {
@@ -121,7 +121,7 @@ def test_parts_are_what_the_whole_is(
     means = step(backend, whole, None, FORMS[form], stats)
     shares = []
     for box in boxes:
-        # Views keep the strides of the whole, as no shard does: one case more of those there may be.
+        # Views keep the strides of the whole, which no shard does: one more case.
         part = {key: value[box].clone() if copies else value[box] for key, value in parts.items()}
         shares.append(step(backend, part, box_of(shape, box), FORMS[form], stats))
         for key, value in part.items():
@@ -129,7 +129,7 @@ def test_parts_are_what_the_whole_is(
     for key, value in whole.items():
         if backend != "eager":
             assert_same_bits([parts[key]], [value])
-        else:  # torch computes what fills a vector otherwise than what does not
+        else:  # torch computes full vectors differently from the rest
             torch.testing.assert_close(
                 parts[key], value, rtol=2e-6, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}"
             )
@@ -143,7 +143,7 @@ FIRSTS = [0, 1, 4, 2**33 - 6, 2**34 - 8, 2**34 - 6, 2**34 + 4, 2**36, 2**63 - 81
 @pytest.mark.parametrize("first", FIRSTS[1::2] if INTERPRETED else FIRSTS)
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
 def test_the_noise_is_that_of_the_numbers(backend: str, first: int, dtype: torch.dtype) -> None:
-    """With no sensitivity at all the gate is open: what comes to w = 0 is the noise alone."""
+    """Without any sensitivity the gate is open: w = 0 becomes the noise itself."""
     numel, scale = 1024 + 30 if INTERPRETED else 4096 + 30, 0.5
     tensors = {key: torch.zeros(numel, dtype=dtype) for key in COLUMNS}
     h = Hyperparameters(noise_scale=scale, seed=SEED)

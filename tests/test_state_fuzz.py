@@ -1,8 +1,8 @@
-"""State dictionaries with errors in them: refused by name without a trace, or loaded and stepped from.
+"""State dictionaries with errors: refused by name without side effects, or loaded and used.
 
-What is refused leaves a run whose next steps are those of one that never tried. What is loaded is loaded into
-the three runs of machine.py, which then go on in lockstep.
-A few hundred in each run of the tests; `make fuzz` has more, of other seeds in each run.
+After a refusal, the next steps are those of a run that never tried to load. What is accepted is loaded into
+the three runs of machine.py, which then continue in lockstep. Each run of the tests tries a few hundred;
+`make fuzz` tries more, with other seeds each time.
 """
 
 import copy
@@ -47,7 +47,7 @@ class Run(NamedTuple):
         return self
 
     def everything(self) -> tuple[list[Tensor], str]:
-        """All tensors, copied, and all else as text."""
+        """Copies of all tensors, and all else as text."""
         states = [self.optimizer.state, *([] if self.pats is self.optimizer else [self.pats.state])]
         tensors = [t for state in states for p in self.params for _, t in sorted(state[p].items())]
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
@@ -78,7 +78,7 @@ def of_pats(run: Run) -> dict[str, Any]:
 
 
 def of_processes(run: Run) -> dict[str, Any]:
-    """As each of several processes has it, for torch.distributed.checkpoint: by entries alone."""
+    """The state dictionary with several processes, for torch.distributed.checkpoint: only its entries."""
     with (
         patch.object(pats_kernels.optim, "is_distributed", lambda: True),
         patch.object(pats_kernels.adamw, "is_distributed", lambda: True),
@@ -88,7 +88,7 @@ def of_processes(run: Run) -> dict[str, Any]:
 
 
 def of_torch(run: Run) -> dict[str, Any]:
-    """What AdamW would have saved."""
+    """The state dictionary that AdamW would have saved."""
     state_dict = run.optimizer.state_dict()
     own = ("step", "exp_avg", "exp_avg_sq")
     names = defaults_of(Hyperparameters).keys() | {"sensitivity"}
@@ -98,7 +98,7 @@ def of_torch(run: Run) -> dict[str, Any]:
 
 
 class Kind(NamedTuple):
-    """A form of an optimizer; what it saves; whether all of that is this package's own to check."""
+    """A form of an optimizer, what it saves, and whether this package checks all of that itself."""
 
     form: str
     saves: Callable[[Run], dict[str, Any]]
@@ -139,12 +139,12 @@ def wrapped(random: Random, value: Any) -> Any:
         forms += [tuple, set, lambda v: dict(enumerate(v)), lambda v: v * 2] * 2
     try:
         return random.choice(forms)(value)
-    except TypeError:  # a set of what has no hash
+    except TypeError:  # a set of unhashable objects
         return [value]
 
 
 def junk(random: Random, container: Any) -> Any:
-    """Anything, but for a learning rate or weight decay that would rightly make weights infinite."""
+    """Anything, except a learning rate or weight decay that would rightly make weights infinite."""
     numbers = [-1, 0, 0.5, 1, 2, 2.5, torch.nan, torch.inf, -torch.inf, True, 1j]
     others = [None, "x", "1", b"x", [], [1, 2], (0.5, 0.5), {}, {"a": 1}, ..., int]
     large = [] if isinstance(container, dict) and "lr" in container else [2**32, 2**70]
@@ -153,7 +153,7 @@ def junk(random: Random, container: Any) -> Any:
 
 
 def changed(random: Random, tensor: Tensor) -> Any:
-    """A tensor of another dtype, shape, layout or device, or with another value somewhere."""
+    """A tensor with another dtype, shape, layout or device, or with another value somewhere."""
     dtypes = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.cfloat]
     forms: list[Callable[[], Any]] = [
         lambda: tensor.to(random.choice(dtypes)),
@@ -179,10 +179,10 @@ def changed(random: Random, tensor: Tensor) -> Any:
 
 
 def mutate(random: Random, kind: Kind, state_dict: dict[str, Any]) -> None:
-    """One to three errors, anywhere in what this package checks."""
+    """Makes one to three errors anywhere in what this package checks."""
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         part: Any = state_dict
-        if not kind.all_:  # the rest is torch's own to check
+        if not kind.all_:  # torch checks the rest
             groups, entries = state_dict["param_groups"], state_dict["state"]
             part = random.choice([*groups, *entries.values(), *[state_dict.get("pats", groups)] * 4])
             if isinstance(part, list):
@@ -219,7 +219,8 @@ ACTIONS = ["junk", "junk", "change", "change", "change", "delete", "rename", "sw
 
 
 def mutate_own(random: Random, part: dict[str, Any]) -> None:
-    """What PATS has among what is its optimizer's: keys of a param group, or of a parameter's entry."""
+    """Makes errors in PATS's part of its optimizer's data: keys of a param group, or of a parameter's
+    entry."""
     if "params" in part:
         names = [*defaults_of(Hyperparameters), "tensor_id", "param_names", *["pats"] * 4]
     else:
@@ -269,8 +270,8 @@ def in_lockstep(form: str, runs: list[Run]) -> Lockstep:
 
 
 def is_ordinary(lockstep: Lockstep) -> bool:
-    """Whether float32 neither overflows nor underflows on the way, and still counts each step: the oracle
-    does not know of that."""
+    """Whether float32 neither overflows nor underflows, and still counts each step; the oracle models
+    neither."""
     tensors = {name: tensor for name, tensor in lockstep.first.tensors().items() if " own " not in name}
     if any(bool((t != 0).logical_and((t.abs() < 1e-12) | ~(t.abs() < 1e12)).any()) for t in tensors.values()):
         return False

@@ -1,4 +1,4 @@
-"""The functional API and `PATS` given what they must refuse, or skip: the contract's table, row by row."""
+"""Input that the functional API and `PATS` must refuse or skip: the contract's table, row by row."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Lists = dict[str, Any]
 
 
 def arguments(backend: str = "eager") -> Lists:
-    """Three tensors in their fourth step; a test spoils the second."""
+    """Three tensors before their fourth step; a test spoils the second."""
     case = Case([(6,), (3, 4), (5,)])
     work = prepare(case)
     lists = {
@@ -40,14 +40,14 @@ def tensors_of(lists: Lists) -> Iterator[Tensor]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A copy of all there is to compare; what is not dense and on the CPU cannot have been changed."""
+    """A copy of everything to compare. What is not dense and on the CPU cannot have changed."""
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         return torch.zeros(0)
     return tensor.detach().contiguous().clone()
 
 
 def refused(lists: Lists, error: type[Exception], *parts: object) -> None:
-    """The call raises, the message says all of `parts`, and no tensor has another bit than before."""
+    """The call raises, the message has all of `parts`, and no tensor changes by a bit."""
     before = [bits(t) for t in tensors_of(lists)]
     with pytest.raises(error) as raised:
         pats_step_(**lists)
@@ -125,7 +125,7 @@ def test_lists_of_different_lengths(name: str) -> None:
 
 
 def test_two_numbers_are_one_pair_of_betas() -> None:
-    """A list, as JSON and YAML give it, is no list of one value per tensor."""
+    """A list, as from JSON or YAML, is not a list of one value per tensor."""
     tuple_, list_ = arguments(), arguments()
     pats_step_(**tuple_, sens_betas=(0.5, 0.25))
     pats_step_(**list_, sens_betas=[0.5, 0.25])
@@ -134,7 +134,7 @@ def test_two_numbers_are_one_pair_of_betas() -> None:
 
 @pytest.mark.parametrize("name", sorted({row[0] for row in FUNCTIONAL}))
 def test_one_value_per_tensor_of_no_tensors(name: str) -> None:
-    """All parameters frozen: a caller's columns are as empty as its lists."""
+    """With all parameters frozen, a caller's columns are as empty as its lists."""
     pats_step_([], [], [], [], [], **({"step": 1, "tensor_ids": [], "backend": "eager"} | {name: []}))
 
 
@@ -143,7 +143,7 @@ def test_one_value_per_tensor_of_no_tensors(name: str) -> None:
 Spoil = Callable[[Tensor], Tensor | None]
 
 SPOILED: dict[str, tuple[str, Spoil, type[Exception], tuple[str, ...]]] = {
-    # list, what becomes of its second tensor, the error, what it says besides params[1]
+    # list, the change of its second tensor, the error, its text besides params[1]
     "sparse parameter": ("params", Tensor.to_sparse, TypeError, ("sparse", "parameter")),
     "sparse gradient": ("grads", Tensor.to_sparse, TypeError, ("sparse", "gradient")),
     "complex parameter": ("params", lambda t: t.to(torch.complex64), TypeError, ("complex64", "parameter")),
@@ -190,7 +190,7 @@ def test_tensors(name: str) -> None:
 
 
 SHARED = [
-    # what becomes of one list's second tensor: another list's first, second or third
+    # one list's second tensor becomes another list's first, second or third
     ("params", "params", 0),
     ("exp_avg_sens", "params", 1),
     ("exp_avg_unc", "params", 1),
@@ -202,7 +202,7 @@ SHARED = [
 
 @pytest.mark.parametrize(("column", "other", "i"), SHARED)
 def test_memory_that_two_tensors_share(column: str, other: str, i: int) -> None:
-    """Of one shape, so that nothing else is wrong."""
+    """They have the same shape, so nothing else is wrong."""
     lists = arguments()
     for name in ("params", "grads", "exp_avg_sens", "exp_avg_unc"):
         lists[name] = [torch.ones(6) for _ in range(3)]
@@ -219,7 +219,7 @@ def test_uncertainty_none_keeps_none() -> None:
 
 @pytest.mark.parametrize("how", ["empty", "no gradient", "noise_scale=0"])
 def test_skipped(backend: str, how: str) -> None:
-    """Nothing raised, nothing of it touched, and its neighbours are as if it had been stepped."""
+    """Nothing raises, nothing in it changes, and its neighbours are stepped as usual."""
     lists, whole = arguments(backend), arguments(backend)
     scales = [1e-5, 1e-5, 1e-5]
     if how == "empty":
@@ -240,7 +240,7 @@ def test_skipped(backend: str, how: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "cpp"])
 def test_a_backend_that_cannot_run(name: str) -> None:
-    """Says why, in the words of available_backends, and what can. What runs here is asked to, and does."""
+    """The error has available_backends' reason, and what can run. A backend that can run here steps."""
     reason = available_backends("cpu")[name]
     lists = arguments() | {"backend": name}
     if reason is None:
@@ -263,7 +263,7 @@ def test_available_backends() -> None:
 
 
 def test_no_gradient_is_recorded(backend: str) -> None:
-    """Parameters that require one are updated in place, and autograd knows that they have changed."""
+    """Parameters that require gradients are updated in place, and autograd notices the change."""
     lists = arguments(backend)
     lists["params"] = [p.requires_grad_() for p in lists["params"]]
     versions = [p._version for p in lists["params"]]
@@ -276,7 +276,7 @@ def test_no_gradient_is_recorded(backend: str) -> None:
 
 
 def attached(**values: Any) -> tuple[nn.Linear, torch.optim.AdamW, PATS]:
-    """A model in its third step."""
+    """A model before its third step."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     optimizer = torch.optim.AdamW(model.named_parameters())
@@ -303,7 +303,7 @@ def all_tensors(optimizer: torch.optim.Optimizer, pats: PATS) -> list[Tensor]:
 def step_refused(
     optimizer: torch.optim.Optimizer, pats: PATS, error: type[Exception], *parts: object
 ) -> None:
-    """The step raises and changes nothing; state that it has allocated is still all zeros."""
+    """The step raises and changes nothing. State that it has allocated is still all zeros."""
     tensors = all_tensors(optimizer, pats)
     before = [bits(t) for t in tensors]
     with pytest.raises(error) as raised:
@@ -325,7 +325,7 @@ def test_pats_hyperparameters(name: str, value: Any, limits: str) -> None:
 
 @pytest.mark.parametrize(("name", "value", "limits"), BAD_HYPERPARAMETERS)
 def test_pats_hyperparameters_of_a_group(name: str, value: Any, limits: str) -> None:
-    """Found where PATS is attached, and where a schedule or a new group brings it later."""
+    """Detected when PATS is attached, or later, when a schedule or a new group sets them."""
     early = torch.optim.SGD([{"params": [torch.zeros(2, requires_grad=True)], name: value}])
     with pytest.raises(ValueError, match=name) as error:
         PATS(early)
@@ -402,7 +402,7 @@ NEW = {
 
 @pytest.mark.parametrize("kind", NEW)
 def test_pats_new_parameters(kind: str) -> None:
-    """Of a kind it does not know, with no state yet: refused before the others are touched."""
+    """Parameters of an unsupported kind, without state yet, are refused before the others are changed."""
     model, optimizer, pats = attached()
     give_gradients(model)
     new = NEW[kind].detach().requires_grad_()
@@ -430,7 +430,7 @@ def test_pats_names_parameters_without_names() -> None:
 
 
 def test_pats_skips(backend: str) -> None:
-    """Empty tensors, no gradient, frozen: nothing raised, no state."""
+    """Empty tensors, no gradient, frozen: nothing raises, and they get no state."""
     empty, none, frozen = (
         torch.zeros(0, 3, requires_grad=True),
         torch.ones(2, requires_grad=True),

@@ -1,4 +1,4 @@
-"""A launch's tables on the device: what is uploaded when, and what a captured graph copies from."""
+"""A launch's tables on the device: what is uploaded when, and what a captured graph reads."""
 
 import gc
 import weakref
@@ -22,7 +22,7 @@ CHUNK = 4
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Switches: from now on everything happens as if a graph were being captured, or no longer."""
+    """A switch: from now on, or no longer, everything happens as if a graph were being captured."""
     monkeypatch.setattr(tables, "_captured", [])
     monkeypatch.setattr(tables, "_constants", [])
     capturing = {"now": False}
@@ -95,12 +95,12 @@ def test_a_graph_copies_from_memory_of_its_own(graph: Any) -> None:
     assert len(sources) == 2
     memory = [eager.table, eager.partials, *(t for c in captured for t in (c.table, c.partials)), *sources]
     assert len({t.data_ptr() for t in memory}) == len(memory)
-    for given in captured:  # what depends on the sizes alone is not uploaded again
+    for given in captured:  # what depends only on the sizes is not uploaded again
         assert given.chunks is eager.chunks
         assert given.starts is eager.starts
         assert given.layout is eager.layout
 
-    # Later steps, with other gradients, leave alone what the graphs copy from.
+    # Later steps, with other gradients, do not change what the graphs copy from.
     before = [source.clone() for source in sources]
     batch.grads = [grad.clone() for grad in batch.grads]
     planner.plan(batch)
@@ -111,7 +111,7 @@ def test_a_graph_copies_from_memory_of_its_own(graph: Any) -> None:
 
 
 def test_a_graph_outlives_the_plan_that_it_was_captured_with(graph: Any) -> None:
-    """A planner forgets plans, and a replay still reads what they have uploaded."""
+    """A planner forgets plans, but a replay still reads what they have uploaded."""
     launch, _, _ = launch_of()
     kept = DeviceTables(launch, CHUNK, pack)
     kept.current(launch)

@@ -1,4 +1,4 @@
-"""However a launch is tuned, its results are the same bits."""
+"""Every tuning of a launch gives the same bits."""
 
 from dataclasses import replace
 from functools import cache
@@ -66,7 +66,7 @@ def groups(normalization: Normalization, tuning: Tuning) -> list[tuple[int, ...]
 
 
 def test_groups_hold_what_is_asked_for() -> None:
-    """A tensor is never cut, and one that is too big is alone."""
+    """A tensor is never cut, and one that is too large is alone."""
     grouped = replace(SMALL, group_bytes=GROUPS)
     assert groups("exact", grouped) == [(0, 2, 0, 3), (2, 3, 3, 6), (3, 4, 6, 7), (4, 5, 7, 8)]
     grouped = replace(SMALL, group_bytes=GROUPS + 12 * 40)

@@ -5,18 +5,18 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-# How assemblers of either generation name an access's width: global_load_dwordx4, buffer_load_b128.
+# How assembly of either generation names the width of an access: global_load_dwordx4, buffer_load_b128.
 WIDTHS = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32}
 WIDTHS |= {f"dwordx{count}": 32 * count for count in (2, 3, 4)}
 
 
 @dataclass(frozen=True)
 class Amdgcn:
-    """A kernel's assembly; its resources are what the metadata at its end tell the driver.
+    """A kernel's assembly. Its resources are read from the metadata at its end.
 
     Attributes:
         text: the assembly.
-        code_bytes: the size of the linked code object; it is 0 where nothing was assembled.
+        code_bytes: the size of the linked code object; 0 if nothing was assembled.
     """
 
     text: str
@@ -34,22 +34,22 @@ class Amdgcn:
 
     @property
     def registers(self) -> int:
-        """Vector registers of a thread."""
+        """Vector registers per thread."""
         return self._resource("vgpr_count")
 
     @property
     def scalar_registers(self) -> int:
-        """Of a wave."""
+        """Scalar registers per wave."""
         return self._resource("sgpr_count")
 
     @property
     def stack_bytes(self) -> int:
-        """Scratch memory of a thread."""
+        """Scratch memory per thread."""
         return self._resource("private_segment_fixed_size")
 
     @property
     def spills(self) -> int:
-        """Registers of either kind that were spilled; a scalar one goes to a lane of a vector register."""
+        """Spilled registers of both kinds; a scalar one is spilled to a lane of a vector register."""
         return self._resource("vgpr_spill_count") + self._resource("sgpr_spill_count")
 
     def _widths(self, operation: str) -> dict[int, int]:
@@ -60,7 +60,7 @@ class Amdgcn:
 
     @property
     def loads(self) -> dict[int, int]:
-        """How many accesses of global memory there are of each width, in bits; scalar ones apart."""
+        """The number of loads from global memory by width in bits, without scalar loads."""
         return self._widths("load")
 
     @property
@@ -69,7 +69,7 @@ class Amdgcn:
 
 
 def _bits_of(name: str) -> int:
-    """Of "dwordx4", "b128", "u16", "d16_b16", "short_d16_hi", "ushort", ..."""
+    """The width of "dwordx4", "b128", "u16", "d16_b16", "short_d16_hi", "ushort", ..."""
     for part in name.split("_"):
         if part in WIDTHS:
             return WIDTHS[part]

@@ -29,13 +29,13 @@ from pats_kernels.plan import LaunchKey
 
 @dataclass(frozen=True)
 class Gpu:
-    """`arch`: what is compiled for it. `fp32`: float32 operations a clock and multiprocessor."""
+    """`arch`: the architecture to compile for. `fp32`: float32 operations per clock and multiprocessor."""
 
     name: str
     arch: str
     multiprocessors: int
     gigahertz: float
-    terabytes: float  # a second
+    terabytes: float  # per second
     fp32: int
 
 
@@ -47,10 +47,10 @@ GPUS = (
     Gpu("L4", "sm_89", 58, 2.04, 0.30, 128),
     Gpu("RTX 4090", "sm_89", 128, 2.52, 1.01, 128),
 )
-ISSUED = 128  # four schedulers, a warp of 32 each
+ISSUED = 128  # per clock: four schedulers, each for a warp of 32 threads
 RATES = {"ALU": 64, "IMAD": 64, "MUFU": 16, "LSU": 32, "uniform": 64, "other": 32}
 
-# Which pipe executes what, by the first word of its name in SASS.
+# Which pipe executes which instructions, by the first part of their names in SASS.
 PIPES = {
     "FMA": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 HFMA2",
     "IMAD": "IMAD",
@@ -67,11 +67,11 @@ PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()
 
 
 def executed(sass: Sass, blocks: int, elements: float) -> dict[str, float]:
-    """Instructions an element, by pipe; of two operations in one instruction (FFMA2) both are counted there,
-    one is issued: "issued" has what the schedulers see. `elements`: a thread's in all of its blocks.
+    """Instructions per element, by pipe. An instruction with two operations (FFMA2) counts twice for its
+    pipe, and once in "issued", which counts what the schedulers issue. `elements`: a thread's, in all blocks.
 
     Raises:
-        KeyError: an instruction whose pipe is not known here.
+        KeyError: an instruction that is not in `PIPES`.
     """
     start, end = sass.loop_span()
     counts: dict[str, float] = defaultdict(float)
@@ -85,8 +85,8 @@ def executed(sass: Sass, blocks: int, elements: float) -> dict[str, float]:
 
 
 def seconds_of_instructions(gpu: Gpu, counts: dict[str, float]) -> tuple[float, str]:
-    """The least for an element, and the pipe that takes it."""
-    # Integer multiplications go through one half of the pipes for float32.
+    """The least time for an element, and the pipe that needs it."""
+    # Integer multiplications use one half of the float32 pipes.
     demands = {
         "issue": counts["issued"] / ISSUED,
         "FMA": (counts.get("FMA", 0) + counts.get("IMAD", 0)) / gpu.fp32,
@@ -97,14 +97,14 @@ def seconds_of_instructions(gpu: Gpu, counts: dict[str, float]) -> tuple[float, 
 
 
 def ratio(gpu: Gpu, counts: dict[str, float], bytes_moved: int) -> tuple[float, str]:
-    """How many times as long memory takes as the instructions, and the pipe that takes longest. Below 1 it is
-    the share of the memory's speed that the instructions allow."""
+    """Memory's time divided by the instructions' time, and the slowest pipe. A ratio below 1 is the share of
+    memory's speed that the instructions allow."""
     of_instructions, pipe = seconds_of_instructions(gpu, counts)
     return bytes_moved / (gpu.terabytes * 1e12) / of_instructions, pipe
 
 
 def bytes_of(key: LaunchKey) -> int:
-    """Moved for an element in one pass."""
+    """Bytes moved per element in one pass."""
     averages, moments = (
         (2 if key.variant.form != "moments_adamw" else 0),
         (2 if key.variant.form != "pats" else 0),
@@ -130,7 +130,7 @@ def counted(key: LaunchKey, arch: str) -> dict[str, float]:
 
 
 def table() -> Table:
-    result = Table(title="How many times as long memory takes as the instructions; below 1 they hold it up")
+    result = Table(title="Memory's time / instructions' time; below 1 the instructions are the limit")
     result.add_column("one pass")
     result.add_column("bytes", justify="right")
     for gpu in GPUS:

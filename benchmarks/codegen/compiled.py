@@ -20,7 +20,8 @@ AMD_ARCHITECTURES = ("gfx942", "gfx1100")  # MI300, RX 7900
 PHASES = {"one pass": kernels.ONE_PASS, "averages": kernels.AVERAGES, "noise": kernels.NOISE}
 FORMS = get_args(Form)
 DEFAULT = Tuning()
-# Of parameter and state, beside float32. Each takes seconds, so AdamW's forms have the one that matters most.
+# Dtypes of parameter and state besides float32. Each takes seconds to compile, so AdamW's forms have only the
+# most important pair.
 OTHER_DTYPES = {
     "pats": (
         (torch.float32, torch.bfloat16),
@@ -50,7 +51,7 @@ def target_of(arch: str) -> GPUTarget:
 
 
 def compile_offline(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Any:
-    """Triton's own result for one specialization of a kernel, its `asm` a dict from stage to text or bytes.
+    """Triton's result for one specialization of a kernel. Its `asm` maps each stage to its text or bytes.
     `constants` may set a pointer to None."""
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
@@ -60,7 +61,7 @@ def compile_offline(kernel: Any, constants: dict[str, Any], arch: str, options: 
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Sass:
-    """The same as machine code, for one of NVIDIA's architectures."""
+    """The kernel's machine code for one of NVIDIA's architectures."""
     return disassemble(compile_offline(kernel, constants, arch, options).asm["cubin"])
 
 
@@ -81,8 +82,8 @@ def launch_key(
 
 
 def combinations() -> list[tuple[LaunchKey, str]]:
-    """What is reported: every form in float32 with all phases, and in one pass the other dtypes and the
-    uncertainties of PATS alone."""
+    """What the report covers: every form in float32 with all phases. In one pass also the other dtypes, and
+    for PATS alone the other uncertainties."""
     chosen = [
         (launch_key(form, normalization="delayed" if phase == "one pass" else "exact"), phase)
         for form in FORMS
@@ -94,7 +95,7 @@ def combinations() -> list[tuple[LaunchKey, str]]:
 
 
 def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> Report:
-    """Compiles the main kernel twice: as it runs, and with the path for full chunks alone."""
+    """Compiles the main kernel twice: as it runs, and with only the path for full chunks."""
     chunk, constants = backend.chunk_of(key, tuning), constants_of(key, phase, tuning)
     constants |= {"grad_scale": None, "found_inf": None}
     if arch in AMD_ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""Parses machine code as a disassembler prints it, and the report on a kernel."""
+"""Parses a disassembler's output, and defines the report on a kernel."""
 
 import re
 import subprocess
@@ -12,10 +12,12 @@ import triton
 
 @dataclass(frozen=True)
 class Report:
-    """One kernel's machine code. Registers, stack and spills are those of the kernel as it runs; widths, in
-    bits with their counts, and instructions an element are those of its path for full, aligned chunks, whose
-    own spills are beside them. For AMD's architectures: vector registers, scratch memory, and how many
-    registers, scalar ones too, are spilled."""
+    """One kernel's machine code.
+
+    Registers, stack and spills are those of the whole kernel. Access widths (in bits, with counts),
+    `full_path_spills` and instructions per element are those of the path for full, aligned chunks. For AMD's
+    architectures, registers are vector registers, the stack is scratch memory, and spills count registers of
+    both kinds."""
 
     kernel: str
     form: str
@@ -47,7 +49,7 @@ class Sass:
         )
 
     def widths(self, operation: str) -> dict[int, int]:
-        """How many global accesses there are of each width, in bits."""
+        """The number of global accesses by width in bits."""
         found = (re.search(rf"\b{operation}\.E\S*", text) for _, text in self.instructions)
         names = [match.group() for match in found if match]
         widths = (
@@ -66,16 +68,16 @@ class Sass:
 
     @property
     def spills(self) -> int:
-        """Accesses of the stack."""
+        """The number of instructions that access the stack."""
         return self.count("LDL", "STL")
 
     def loop(self) -> int:
-        """How many instructions the longest loop has: from a backward branch's target to the branch."""
+        """The number of instructions in the longest loop: from a backward branch's target to the branch."""
         start, end = self.loop_span()
         return sum(start <= address <= end for address, _ in self.instructions)
 
     def loop_span(self) -> tuple[int, int]:
-        """The addresses of its first and last instruction; where there is no loop, none lies between them."""
+        """The addresses of the loop's first and last instruction; without a loop, an empty range."""
         longest = (1, 0)
         for address, text in self.instructions:
             branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)\s*$", text)
@@ -96,7 +98,7 @@ def disassemble(cubin: bytes) -> Sass:
 
 
 def instructions_of(code: str) -> list[tuple[int, str]]:
-    """Out of what cuobjdump prints, without those that only fill up."""
+    """The instructions in cuobjdump's output, without padding (NOP)."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)
     return [(int(address, 16), text.strip()) for address, text in found if not text.startswith("NOP")]
 

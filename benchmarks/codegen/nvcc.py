@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels (csrc/cuda_kernel.cu) with nvcc and reads their code like that of Triton's."""
+"""Compiles the CUDA kernels (csrc/cuda_kernel.cu) with nvcc and reads their machine code."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ DTYPES = {"float": "float32", "pats::Bfloat16": "bfloat16", "pats::Float16": "fl
 
 
 class Kernel(NamedTuple):
-    """One instantiation. `common`: for what nearly everyone uses, with a path for full chunks of its own."""
+    """One instantiation. `common`: for the usual settings, with a separate path for full chunks."""
 
     name: str
     param: str = ""
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
 
 
 def compiled(param: str, arch: str, only_full: bool = False) -> dict[Kernel, Sass]:
-    """The kernels for one dtype of the parameters; `only_full` leaves the common ones that path alone."""
+    """The kernels for one dtype of the parameters; `only_full` compiles only that path of the common ones."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/kernels.cubin"
         names = [
@@ -57,7 +57,7 @@ def compiled(param: str, arch: str, only_full: bool = False) -> dict[Kernel, Sas
 
 
 def ptx(param: str, arch: str) -> dict[Kernel, str]:
-    """The same kernels' PTX, as it is before ptxas."""
+    """The same kernels' PTX, before ptxas compiles it."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.ptx"
         names = [f"-DPATS_PARAM={PARAMETERS[param]}", "-DPATS_LAUNCH=launch_it"]
@@ -80,10 +80,10 @@ def kernel_of(symbol: str) -> Kernel:
 
 
 def reports(arch: str, params: tuple[str, ...] = ("float32", "bfloat16")) -> Iterator[Report]:
-    """Of the kernels that nearly everyone uses, float32's and bfloat16's.
+    """Reports on the common kernels.
 
-    Instructions an element are an upper bound: what only a block's first thread does (a chunk's constants)
-    is counted for all of its warps.
+    Instructions per element are an upper bound: what only a block's first thread does (a chunk's constants)
+    is counted for all warps of the block.
     """
     jobs = [(param, arch, only_full) for param in params for only_full in (False, True)]
     with ThreadPoolExecutor(2) as pool:

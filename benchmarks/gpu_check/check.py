@@ -33,30 +33,30 @@ RESULT = "gpu_check.json"
 SECONDS = 570.0  # for all parts together
 KEPT_OUTPUT = 4000  # characters of a failed part's output
 TEST_PROCESSES = 12  # each compiles kernels; more would take too much of the GPU's memory
-FEW_KERNELS = "foreach,fused,attached,moments"  # 80,000 of eager's take the time of all others
-TOOLS = {  # where else to look, beside the PATH
+FEW_KERNELS = "foreach,fused,attached,moments"  # eager starts 80,000: as slow as all others together
+TOOLS = {  # where to look, besides the PATH
     "compute-sanitizer": ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"),
     "ncu": ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*"),
 }
 REHEARSAL = {"TRITON_INTERPRET": "1", "PATS_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
-COMPILED = REHEARSAL | {"TRITON_INTERPRET": ""}  # tests/gpu: what the kernels compile to (tests/ptx)
+COMPILED = REHEARSAL | {"TRITON_INTERPRET": ""}  # for tests/gpu: compiled kernels, run by tests/ptx
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A command, and how to read what it leaves.
+    """A command, and how to read its result.
 
     Attributes:
-        name: of the part.
-        command: is given a path as its last argument.
-        read: makes the result of the file at that path and of what the command printed; OSError, ValueError
-            or KeyError: there is none.
-        seconds: it may take.
-        reserved: seconds that the parts before leave it in any case.
-        tool: what the command's first word stands for, if it may not be installed.
-        environment: beside this process's own.
+        name: the part's name.
+        command: the command; it gets the path of its result file as an additional last argument.
+        read: makes the result from the file at that path and the command's output. Raises OSError, ValueError
+            or KeyError if there is no result.
+        seconds: its time limit.
+        reserved: seconds that the parts before must leave it.
+        tool: the program, the command's first word, if it may not be installed.
+        environment: added to this process's own.
     """
 
     name: str
@@ -89,9 +89,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(device: str, path: Path, only: str = "", seconds: float = SECONDS) -> Result:
-    """The whole result; where there is no GPU, the reason instead of the parts.
+    """Runs all parts and returns the whole result; without a GPU, an error instead of the parts.
 
-    It is written to `path` after every part, so that whoever is cut short keeps what there is.
+    The result is written to `path` after every part, so that an interrupted run keeps what it has.
     """
     start = time.monotonic()
     missing = device == "cuda" and not torch.cuda.is_available()
@@ -128,12 +128,12 @@ def save(result: Result, path: Path) -> None:
 
 
 def runs(result: Result) -> list[Result]:
-    """The suite's runs, those too that did not come to their end."""
+    """The suite's runs, including those that were cut short."""
     return [part["result"] for part in result["parts"] if part["result"] and "copy_gbps" in part["result"]]
 
 
 def driver() -> str | None:
-    """The GPU and its driver as nvidia-smi names them; None where there is none."""
+    """The GPU and its driver as nvidia-smi names them; None without nvidia-smi."""
     return said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
 
 
@@ -153,11 +153,11 @@ def said(*command: str) -> str | None:
 
 
 def parts(device: str) -> list[Part]:
-    """What is to be run, by its worth: what is right, what the targets ask for, then the rest."""
+    """All parts, the most important first: correctness, then what the targets need, then the rest."""
     if device == "cpu":
         return rehearsal()
     own = (sys.executable, "-m", "benchmarks.gpu_check.parts")
-    sanitized = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access beyond a tensor is within a block
+    sanitized = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # cached blocks would hide accesses beyond a tensor
     sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool")
     metrics = ",".join(gpu_parts.METRICS)
     ncu = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw")
@@ -184,7 +184,7 @@ def parts(device: str) -> list[Part]:
 
 
 def rehearsal() -> list[Part]:
-    """The same on a machine without a GPU: as much of each part as can run there."""
+    """The parts for a machine without a GPU: as much of each as can run there."""
     own = (sys.executable, "-m", "benchmarks.gpu_check.parts", "--device", "cpu", "--model", "tiny")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "86", "--tool", "memcheck")
     return [
@@ -200,7 +200,7 @@ def rehearsal() -> list[Part]:
 
 
 def tests(processes: int, environment: dict[str, str], seconds: float) -> Part:
-    """tests/gpu, in several processes where pytest can: most of the time is the compiler's."""
+    """tests/gpu, in several processes if pytest-xdist is installed: most of the time is spent compiling."""
     several = ("-n", str(processes)) if processes > 1 and find_spec("xdist") else ()
     flags = ("-q", "-p", "benchmarks.gpu_check.outcomes", "-p", "no:cacheprovider", *several)
     command = (sys.executable, "-m", "pytest", *flags, "tests/gpu", "--outcomes")
@@ -225,10 +225,10 @@ def read_outcomes(path: Path, output: str) -> Result:
 
 
 def read_sanitizer(path: Path, output: str) -> Result:
-    """compute-sanitizer's last word, which it says only about a program that came to its end."""
+    """compute-sanitizer's summary, which it prints only for a program that ran to its end."""
     ends = [line.strip("= ") for line in output.splitlines() if "SUMMARY:" in line]
     if not ends:
-        raise ValueError("no summary of compute-sanitizer's")
+        raise ValueError("compute-sanitizer printed no summary")
     return {"summary": ends[-1], **read_json(path, output)}
 
 
@@ -236,11 +236,11 @@ def read_ncu(path: Path, output: str) -> Result:
     return {"kernels": gpu_parts.read_profile(read_json(path, output)["labels"], output)}
 
 
-# ---- to run them
+# ---- running them
 
 
 def run_part(part: Part, seconds: float) -> Result:
-    """The part's result, or the end of what it said when it failed, or why it was left out."""
+    """The part's result; if it failed, the end of its output; if it was left out, the reason."""
     outcome: Result = {"name": part.name, "command": " ".join(part.command), "ok": None, "seconds": 0.0}
     command = part.command
     if part.tool is not None:
@@ -275,7 +275,7 @@ def find_tool(name: str) -> str | None:
 
 
 def _folders(place: str) -> list[Path]:
-    """A folder, or all that a star at its end stands for, the newest first."""
+    """A folder, or all that match the star at its end, the newest first."""
     path = Path(place)
     return sorted(path.parent.glob(path.name), reverse=True)
 
@@ -283,7 +283,7 @@ def _folders(place: str) -> list[Path]:
 def run_limited(
     command: list[str], seconds: float, environment: dict[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Exit status (None: it ran out of time and was killed with its children) and output."""
+    """Exit status and output. The status is None if it ran out of time and was killed with its children."""
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
@@ -303,11 +303,11 @@ def run_limited(
         return code, output.read()
 
 
-# ---- what is shown
+# ---- the summary
 
 
 def summary(result: Result) -> str:
-    """Each part's outcome, then the targets; last of all, as the end of a log is what is seen."""
+    """Each part's outcome, then the targets: last, because readers see the end of a log."""
     if result["error"]:
         return f"gpu_check: {result['error']}"
     rows = [(part["name"], f"{part['seconds']:.0f} s", outcome_of(part)) for part in result["parts"]]
@@ -325,7 +325,7 @@ def outcome_of(part: Result) -> str:
 
 
 def described(result: Result) -> str:
-    """A part's result in a line."""
+    """A part's result in one line."""
     if "results" in result:
         times = [
             f"{' '.join(filter(None, (row['variant'], *differing(row), row['backend'])))} "
@@ -344,7 +344,7 @@ def described(result: Result) -> str:
 
 
 def differing(row: Result) -> list[str]:
-    """What sets a row apart from the usual."""
+    """The values of a row that differ from the defaults."""
     usual = {"optimizer": "none", "normalization": "delayed"}
     return [row[name] for name in usual if row[name] != usual[name]]
 
@@ -369,7 +369,7 @@ def target_rows(result: Result) -> list[tuple[str, ...]]:
     rows = [("what", "target", "measured", "met")]
     for verdict in result["targets"]:
         measured, met = verdict["measured"], verdict["met"]
-        answer = "owed" if met is None else "yes" if met else "NO"
+        answer = "not measured" if met is None else "yes" if met else "NO"
         rows.append(
             (verdict["what"], verdict["target"], "" if measured is None else f"{measured:.3f}", answer)
         )
@@ -377,6 +377,6 @@ def target_rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest entry; the last is left as it is."""
+    """Lines with columns as wide as their widest entry; the last column is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] if rows else []
     return ["  ".join([*(f"{x:<{w}}" for x, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]

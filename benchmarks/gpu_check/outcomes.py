@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # whoever only reads the file needs no pytest
+if TYPE_CHECKING:  # reading the file needs no pytest
     import pytest
 
-KEPT_ERROR = 3000  # characters of what a failed test said
+KEPT_ERROR = 3000  # characters of a failed test's report
 
 
 def pytest_addoption(parser: "pytest.Parser") -> None:
@@ -21,7 +21,7 @@ def pytest_addoption(parser: "pytest.Parser") -> None:
 
 def pytest_configure(config: "pytest.Config") -> None:
     file = config.getoption("--outcomes")
-    if file is not None and "PYTEST_XDIST_WORKER" not in os.environ:  # whose reports reach the controller
+    if file is not None and "PYTEST_XDIST_WORKER" not in os.environ:  # workers report to it
         config.pluginmanager.register(_Writer(file))
 
 
@@ -39,10 +39,10 @@ class _Writer:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, which failed, and the end of what each of these said.
+    """How many tests passed, failed and were skipped, which failed, and the end of each failure's report.
 
     Raises:
-        ValueError: none ran.
+        ValueError: no test ran.
     """
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if not lines:

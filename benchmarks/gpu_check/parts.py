@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT_SIZES = [5000, 3, 4096, 1]
 STEPS = 3
 NOISE_SCALE = 1e-2
-MARKER = "spin_kernel"  # torch.cuda._sleep's
+MARKER = "spin_kernel"  # the kernel of torch.cuda._sleep
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build(device: torch.device, model: str) -> dict[str, Any]:
-    """What can run afterwards, as another process finds it: this one may have imported an older extension."""
+    """Builds the extension. A new process says what can run: this one may have imported an older build."""
     done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False)
     ask = "import json, pats_kernels as p; print(json.dumps([p.available_backends(d) for d in %r]))"
     command = [sys.executable, "-c", ask % (["cpu", device.type],)]
@@ -71,7 +71,7 @@ def build(device: torch.device, model: str) -> dict[str, Any]:
 
 
 def short(device: torch.device, model: str) -> dict[str, Any]:
-    """Steps of PATS and of PATSAdamW; the first of each backend's are held against the reference."""
+    """Steps of PATS and of PATSAdamW on each backend; those of PATS are compared with the reference."""
     compared = 0
     for backend in _backends(device):
         for dtype in (torch.float32, torch.bfloat16):
@@ -84,13 +84,13 @@ def short(device: torch.device, model: str) -> dict[str, Any]:
 
 
 def _backends(device: torch.device) -> list[str]:
-    """Under the interpreter Triton's on the CPU too."""
+    """The fused backends; Triton on a CPU too, if it is interpreted."""
     found = fused_backends(None, device)
     return ["triton"] if available_backends(device)["triton"] is None and device.type == "cpu" else found
 
 
 def _tensors(dtype: torch.dtype) -> list[Tensor]:
-    """On the CPU; the last is transposed."""
+    """Random tensors on the CPU; the last one is transposed."""
     generator = torch.Generator().manual_seed(0)
     flat = [torch.randn(size, generator=generator).to(dtype) for size in SHORT_SIZES]
     return [*flat, torch.randn(33, 20, generator=generator).to(dtype).t()]
@@ -118,7 +118,8 @@ def _short_pats(device: torch.device, backend: str, dtype: torch.dtype, normaliz
     got = [[x.to(device) for x in column] for column in state()]
     take(reference.pats_step_, expected)
     take(pats_step_, got, backend=backend)
-    # Three steps' noise: 2e-3 of z and 2^-11 of the gate, of 6.7 at most; bfloat16's last bit of a |w| < 8.
+    # Errors of three steps' noise: z by 2e-3, the gate by 2^-11 of itself, times |z| of at most 6.7. For
+    # bfloat16 also the last bit of a |w| < 8.
     tolerance = STEPS * NOISE_SCALE * 6e-3 + (STEPS * 2**-5 if dtype == torch.bfloat16 else 1e-6)
     for a, b in zip(got[0], expected[0], strict=True):
         torch.testing.assert_close(a.cpu().float(), b.float(), rtol=0, atol=tolerance)
@@ -141,7 +142,7 @@ def _short_adamw(
 
 
 def profile(device: torch.device, model: str) -> dict[str, Any]:
-    """Takes each step once for practice and once under the profiler; returns what was taken, in order."""
+    """Takes each step once to warm up and once under the profiler; returns the steps' labels in order."""
     labels: list[str] = []
     for dtype in (torch.float32, torch.bfloat16):
         task = Task(
@@ -169,15 +170,15 @@ def profile(device: torch.device, model: str) -> dict[str, Any]:
 
 
 def read_profile(labels: Sequence[str], output: str) -> list[dict[str, Any]]:
-    """Each kernel's figures, under the label of the step that started it.
+    """Each kernel's figures, with the label of the step that started it.
 
     Args:
-        labels: of the steps, in order; before each there was a kernel called `MARKER`.
-        output: what ncu printed with --csv --page raw: its lines of CSV are those in quotes; the second holds
-            the units.
+        labels: of the steps, in order. Before each step a kernel called `MARKER` ran.
+        output: what ncu printed with --csv --page raw. Its CSV lines are those that begin with a quote; the
+            second one has the units.
 
     Raises:
-        ValueError: there is no such table, or it has not as many steps.
+        ValueError: there is no such table, or its number of steps is another.
     """
     lines = [line for line in output.splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(lines))
@@ -189,7 +190,7 @@ def read_profile(labels: Sequence[str], output: str) -> list[dict[str, Any]]:
             step += 1
             continue
         if not 0 <= step < len(labels):
-            raise ValueError(f"ncu saw a kernel of step {step}, of {len(labels)}")
+            raise ValueError(f"ncu saw a kernel of step {step}, but there are {len(labels)} steps")
         figures: dict[str, Any] = {"step": labels[step], "kernel": row["Kernel Name"]}
         for metric, name in METRICS.items():
             text = (row.get(metric) or "").replace(",", "")
@@ -201,7 +202,7 @@ def read_profile(labels: Sequence[str], output: str) -> list[dict[str, Any]]:
                 figures[f"{name}_unit"] = units[metric]
         found.append(figures)
     if step + 1 != len(labels):
-        raise ValueError(f"ncu saw {step + 1} steps, of {len(labels)}")
+        raise ValueError(f"ncu saw {step + 1} steps, not {len(labels)}")
     return found
 
 

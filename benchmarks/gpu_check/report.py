@@ -22,7 +22,7 @@ LABELS = {
     ("fused", "adamw", "delayed"): "**`PATSAdamW`**",
     ("moments", "adamw", "delayed"): '`PATSAdamW(sensitivity="moments")`',
 }
-MEMORY_BOUND = 10_000  # elements a tensor, from which on memory is what a step waits for
+MEMORY_BOUND = 10_000  # elements per tensor; above, memory limits a step
 SHARE_COLORS = {"float32": "#0b6e4f", "bfloat16": "#7fb69f"}
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = json.loads(options.file.read_text(encoding="utf-8"))
     runs = gpu_check.runs(result)
     if not runs:
-        parser.error(f"{options.file} holds no run of the suite: {result['error'] or 'none came to its end'}")
+        parser.error(f"{options.file} holds no run of the suite: {result['error'] or 'none finished'}")
     print(markdown(result, runs))
     if options.plot:
         plot(result, runs, options.plot)
@@ -54,7 +54,7 @@ def markdown(result: dict[str, Any], runs: Sequence[targets.Run]) -> str:
 
 
 def driver_version(result: dict[str, Any]) -> str:
-    """The second of the fields that nvidia-smi is asked for."""
+    """The driver's version: the second field of nvidia-smi's answer."""
     fields = (result["driver"] or "").split(", ")
     return fields[1] if len(fields) > 1 else "unknown"
 
@@ -91,7 +91,7 @@ def figures(row: dict[str, Any], adamw: float) -> tuple[str, ...]:
 
 
 def ms(value: float | None) -> str:
-    """Three significant digits; nothing where nothing was measured."""
+    """Three significant digits; empty if not measured."""
     return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -101,8 +101,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(result: dict[str, Any], runs: Sequence[targets.Run], path: Path) -> None:
-    """Left: the share of a copy's bandwidth that PATS reaches, by model; right: everyone on the first one."""
-    import matplotlib  # the table is there without it
+    """Left: the share of a copy's bandwidth that PATS reaches, by model. Right: everyone on the first one."""
+    import matplotlib  # only the plot needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -111,7 +111,7 @@ def plot(result: dict[str, Any], runs: Sequence[targets.Run], path: Path) -> Non
     figure.suptitle(f"PATS on {result['device']}", fontweight="bold")
     firsts = {(run["model"], targets.dtype_of(run)): run for run in reversed(runs)}
     found = [(run, row) for run in runs if run in firsts.values() and (row := targets.best(run, "fused"))]
-    # Tensors so small that memory's speed is no limit have no share of it.
+    # If tensors are so small that memory is not the limit, its share says nothing.
     rows = [(run, row) for run, row in found if run["params"] > run["tensors"] * MEMORY_BOUND] or found
     names = [f"{run['model']}, {row['dtype']}" for run, row in rows]
     colors = [SHARE_COLORS.get(row["dtype"], "gray") for _, row in rows]

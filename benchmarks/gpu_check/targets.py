@@ -10,7 +10,7 @@ Run = dict[str, Any]  # a suite's result
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A ratio, of runs with this model and dtype, that is to be at least or at most a limit."""
+    """A ratio that should be at least or at most a limit, in runs with this model and dtype."""
 
     what: str
     model: str
@@ -24,7 +24,7 @@ class Target:
         return f"{'>=' if self.at_least else '<='} {self.limit:.2f}"
 
     def verdict(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """What the first run that has both sides gives; None where none has."""
+        """The ratio in the first run that has both of its sides; None if no run has."""
         own = [run for run in runs if run["model"] == self.model and dtype_of(run) == self.dtype]
         found = next((value for value in map(self.measure, own) if value is not None), None)
         met = None
@@ -44,7 +44,7 @@ def dtype_of(run: Run) -> str | None:
 def best(
     run: Run, variant: str, optimizer: str = "none", normalization: str = "delayed"
 ) -> dict[str, Any] | None:
-    """The contestant's row; of this package's, the one of the faster backend."""
+    """The contestant's row; for this package, that of its fastest backend."""
     key = (variant, optimizer, normalization)
     rows = [row for row in run["results"] if key == tuple(row[name] for name in _KEY)]
     return min(rows, key=lambda row: row["median_ms"], default=None)

@@ -27,12 +27,12 @@ from benchmarks.scaling.host import Host, measure, models_of
 from benchmarks.step import report
 
 EXPERTS = (1000, 10_000, 100_000)
-REAL = (100, 1000, 10_000)  # tensors of the real steps
+REAL = (100, 1000, 10_000)  # numbers of tensors in the real steps
 EMA = "ema, float32"
 
 
 class Report(TypedDict):
-    """One run. `rows` are counted and, from `fits` on, modelled; `host` is measured."""
+    """One run. In `rows` the fields from `fits` on are modelled, the others counted. `host` is measured."""
 
     machine: machine.Machine
     assumptions: Assumptions
@@ -102,7 +102,7 @@ def planned(host: Host, about: machine.Machine) -> Table:
     table = _table(
         f"measured here: rank {host['rank']} of {host['world_size']}, tensors without memory"
         f"{machine.isa_title(about)}",
-        f"ms for all tensors; a step's are the least of {host['tries']} tries",
+        f"ms for all tensors; those of a step are the least of {host['tries']} tries",
     )
     table.add_column("tensors of", no_wrap=True)
     once, step = ("state", "layout", "plan"), ("gather", "layout", "plan", "tables")
@@ -126,7 +126,7 @@ def stepped(host: Host, about: machine.Machine) -> Table:
     table = _table(
         f"measured here: real steps on the CPU, one thread{machine.isa_title(about)}",
         f"microseconds a tensor of 64 elements, the least of {host['tries']} steps or more, taken in turn; "
-        "new: on other gradients than the step before",
+        "new: with other gradient tensors than in the step before",
     )
     table.add_column("optimizer", no_wrap=True)
     for name in ("tensors", "plain", "new", "DTensor", "new"):
@@ -142,7 +142,7 @@ def _table(title: str, caption: str) -> Table:
 
 
 def plot(result: Report, path: Path) -> None:
-    """A step's parts on each GPU over the number of GPUs: what shrinks, and what does not."""
+    """Plots the parts of a step on one GPU over the number of GPUs: what shrinks, and what does not."""
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     shades = ("#b7d8c6", "#7fb69f", "#3d9173", "#0b4f3a")
     for model, shade in zip(MODELS, shades, strict=False):
@@ -174,7 +174,7 @@ def plot(result: Report, path: Path) -> None:
 def show(result: Report, console: Console) -> None:
     console.print(counted(result["rows"]))
     console.print(
-        "slow: elements, on all ranks, whose numbers do not follow one another in whole groups of four."
+        "slow: elements, on all ranks, whose indices in the tensor are not consecutive in groups of four."
     )
     console.print(modelled(result["rows"]))
     on = result["assumptions"]
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results into this PNG")
     parser.add_argument("--experts", default=",".join(map(str, EXPERTS)), metavar="N,...")
-    parser.add_argument("--no-host", action="store_true", help="measure nothing; only counts and model")
+    parser.add_argument("--no-host", action="store_true", help="only counts and model, no measurements")
     options = parser.parse_args(arguments)
     counts = tuple(int(count) for count in options.experts.split(",") if count)
     console = Console(width=None if sys.stdout.isatty() else report.WIDTH + 40)

@@ -31,9 +31,9 @@ from pats_kernels.plan import (
 )
 
 GPUS = (8, 64, 512, 4096)
-NODE = 8  # GPUs that NVLink connects; tensor parallelism stays within
-STATISTICS_BYTES = 8  # of a message, for a tensor: mean(S) and mean(U) in float32
-SMALL_STATE_BYTES = 4 + 8 + 8  # step, sens_stats and the count of what is not finite: every rank has them
+NODE = 8  # GPUs connected by NVLink; tensor parallelism stays within a node
+STATISTICS_BYTES = 8  # per tensor in a message: mean(S) and mean(U) in float32
+SMALL_STATE_BYTES = 4 + 8 + 8  # step, sens_stats, the count of non-finite elements; on every rank
 OWN_ACCESSES = 3  # w and g are read and w is written, in float32; the rest is state
 STATES = {"ema": 4, "moments": 2}  # tensors of the parameter's shape
 FORMS = {"ema": "pats_adamw", "moments": "moments_adamw"}  # keys of `ACCESSES`
@@ -45,7 +45,7 @@ KERNELS = {"delayed": 2, "exact": 3}  # the update (in two halves where exact) a
 
 
 class Weight(NamedTuple):
-    """A parameter. `tp`: the dimension that tensor parallelism cuts; None: it leaves it alone."""
+    """A parameter. `tp`: the dimension that tensor parallelism shards; None: not sharded by it."""
 
     shape: tuple[int, ...]
     tp: int | None = None
@@ -58,14 +58,14 @@ class Llama:
     hidden: int
     ffn: int
     layers: int
-    key_values: int  # rows of k and v: heads times their size
+    key_values: int  # rows of k and v: heads times head size
     vocabulary: int
     tied: bool = False
     bias: bool = False
 
     def weights(self) -> list[Weight]:
-        """In the order of transformers; cut as torch's own recipe for Llama cuts them (columns of what
-        enters a block, rows of what leaves it)."""
+        """All parameters, in the order of transformers. Tensor parallelism shards them as in torch's recipe
+        for Llama: column-wise where a block begins, row-wise where it ends."""
         h, kv = self.hidden, self.key_values
         attention: list[Weight] = []
         for rows in (h, kv, kv):
@@ -91,7 +91,7 @@ MODELS = (
 
 
 class Piece(NamedTuple):
-    """How one parameter lies: on which mesh, and this mesh's placements."""
+    """How a parameter is laid out: its mesh, and the placements on it."""
 
     mesh: tuple[int, ...]
     placements: tuple[Placement, ...]
@@ -101,7 +101,7 @@ LAYOUTS = ("fsdp", "hsdp", "fsdp x tp")
 
 
 def piece(weight: Weight, layout: str, gpus: int, shard: int) -> Piece:
-    """As `fully_shard`, over one or two mesh dimensions or over `parallelize_module`, lays it out."""
+    """The layout that `fully_shard` makes, on one or two mesh dimensions or after `parallelize_module`."""
     if layout == "fsdp":
         return Piece((gpus,), (Shard(0),))
     if layout == "hsdp":
@@ -113,7 +113,7 @@ def piece(weight: Weight, layout: str, gpus: int, shard: int) -> Piece:
 
 
 def coordinate(rank: int, mesh: tuple[int, ...], gpus: int) -> tuple[int, ...]:
-    """A rank's place in a mesh of all GPUs, or in the one of its equals of each node."""
+    """A rank's coordinate in a mesh of all GPUs, or in the mesh of the GPUs with its place in each node."""
     if math.prod(mesh) < gpus:
         rank //= NODE
     place: list[int] = []
@@ -132,7 +132,7 @@ def sizes(layout: Layout) -> tuple[int, ...]:
 
 
 def launches(weights: list[Weight], layout: str, gpus: int, shard: int, rank: int = 0) -> list[Launch]:
-    """The plan of one rank, really made, with tensors that have no memory."""
+    """The launches that the planner makes on one rank, from tensors without memory."""
     found = [laid_out(w, piece(w, layout, gpus, shard), rank, gpus) for w in weights]
     columns = [[torch.empty(sizes(at), device="meta") for at in found] for _ in range(6)]
     params, grads, *averages = columns
@@ -152,7 +152,7 @@ def launches(weights: list[Weight], layout: str, gpus: int, shard: int, rank: in
 
 
 def table_bytes(launch: Launch) -> int:
-    """What `DeviceTables` holds for a launch on the GPU, in one stream: see `Tables`."""
+    """Bytes that `DeviceTables` holds on the GPU for a launch in one stream: see `Tables`."""
     chunks, tensors = chunks_of(launch), len(launch.table)
     held = {"table": launch.table.nbytes, "layout": launch.layout.nbytes, "chunks": 8 * chunks}
     held |= {"starts": 8 * (tensors + 1), "partials": 24 * chunks}
@@ -166,8 +166,8 @@ def chunks_of(launch: Launch) -> int:
 
 @cache
 def slow_elements(weight: Weight, layout: str, gpus: int, shard: int) -> int:
-    """Elements, of all ranks with replicas, that have to be walked by their strides: their numbers do
-    not start at a multiple of four, or do not follow one another."""
+    """The elements on all ranks, replicas included, that a kernel must address by strides: their indices in
+    the whole tensor do not start at a multiple of four, or are not consecutive."""
     at, whole = piece(weight, layout, gpus, shard), whole_shard(weight.shape)
     if whole.strides[0] % 4 == 0 and weight.tp != 1 and whole.numel <= GROUPS_WITHOUT_CARRY:
         return 0  # whole rows of whole groups
@@ -175,7 +175,7 @@ def slow_elements(weight: Weight, layout: str, gpus: int, shard: int) -> int:
 
 
 def is_slow(found: Layout) -> int:
-    """A shard's elements where they have to be walked, as the plan decides it, else 0."""
+    """The number of a shard's elements if the plan addresses them by strides, else 0."""
     shape, numel = sizes(found), math.prod(sizes(found))
     if found.shard is None:
         return 0
@@ -184,7 +184,7 @@ def is_slow(found: Layout) -> int:
 
 
 class Assumptions(TypedDict):
-    """What the model of the time takes for granted. None of it was measured."""
+    """The assumptions of the model of the time. None of them was measured."""
 
     hbm_bytes_per_s: float
     gpu_bytes: float
@@ -232,20 +232,20 @@ def allreduce_s(ranks: int, per_node: int, nbytes: int, on: Assumptions) -> floa
 
 
 def training_step_s(params: int, on: Assumptions) -> float:
-    """Forward and backward, 6 operations a parameter and token."""
+    """Time of forward and backward: 6 operations per parameter and token."""
     return 6 * params * on["tokens_per_gpu"] / (on["mfu"] * on["peak_flops"])
 
 
 def moved_bytes(form: str, state: str, normalization: str = "delayed") -> int:
-    """What must be read and written of a float32 parameter with AdamW's step."""
+    """Bytes that a step with AdamW must read and write per element of a float32 parameter."""
     accesses = ADAMW if form == "adamw" else ACCESSES[FORMS[form]][normalization]
     return OWN_ACCESSES * 4 + (accesses - OWN_ACCESSES) * DTYPES[state]
 
 
 class Row(TypedDict):
-    """One model in one layout, delayed normalization; dictionaries are by form and the state's dtype.
+    """One model in one layout, with delayed normalization. Dictionaries are by form and the state's dtype.
 
-    Counted: all but the last group. `numel` and what follows from it is rank 0's, which has the most.
+    All but the last group is counted. `numel`, and what follows from it, is rank 0's, which has the most.
     """
 
     model: str
@@ -255,10 +255,10 @@ class Row(TypedDict):
     mesh: list[int]
     gpus: int
     numel: int
-    balance: float  # numel over the mean
+    balance: float  # numel divided by the mean of all ranks
     empty_tensors: int
     chunks: int
-    largest_sum: int  # iterations of the program that adds up the largest tensor's chunks
+    largest_sum: int  # iterations of the program that sums the largest tensor's chunks
     launches: int
     kernels: dict[str, int]
     messages: int
@@ -284,7 +284,7 @@ def row(model: Model, layout: str, gpus: int, on: Assumptions = H200) -> Row:
     local = [int(n) for launch in plan for n in launch.table[:, Column.NUMEL]]
     pieces = [piece(w, layout, gpus, model.shard) for w in weights]
     replicas = gpus // model.shard if layout == "hsdp" else 1
-    # What tensor parallelism leaves alone lies on all GPUs of a node.
+    # What tensor parallelism does not shard is on all GPUs of a node.
     held = sum(
         math.prod(w.shape) * (NODE if math.prod(at.mesh) < gpus else replicas)
         for w, at in zip(weights, pieces, strict=True)

@@ -28,14 +28,14 @@ from pats_kernels.plan import Planner
 
 WORLD, RANK = 4096, 1234
 TRIES = 7
-FEW = 10_000  # tensors, of which one try of a step says little
+FEW = 10_000  # with fewer tensors, steps are tried more often
 SMALL = (8, 8)  # the shape of a real tensor
 Shapes = list[tuple[int, ...]]
 
 
 class Planned(TypedDict):
-    """A model's tensors on one rank: seconds, of all tensors together, the least of several tries but for
-    what happens once. `kept_bytes`: by which the process grew for the plan and what it keeps."""
+    """Times for a model's tensors on one rank: seconds for all tensors together, the least of several tries
+    except for what happens once. `kept_bytes`: by how much planning made the process grow."""
 
     model: str
     params: int
@@ -55,8 +55,8 @@ class Planned(TypedDict):
 
 
 class Stepped(TypedDict):
-    """Real steps on the CPU, in microseconds a tensor: on the gradients of the step before, written anew, and
-    on new ones, as after `zero_grad`."""
+    """Real steps on the CPU, in microseconds per tensor: with the gradient tensors of the step before, and
+    with new ones, as after `zero_grad`."""
 
     optimizer: str
     tensors: int
@@ -67,7 +67,7 @@ class Stepped(TypedDict):
 
 
 class Strided(TypedDict):
-    """Real steps over one big shard on one thread, in nanoseconds an element."""
+    """Real steps on one big shard with one thread, in nanoseconds per element."""
 
     shape: list[int]
     rows_ns: float
@@ -75,7 +75,7 @@ class Strided(TypedDict):
 
 
 def deepseek_v3() -> Shapes:
-    """671 B parameters, its 256 experts in 58 of 61 layers unstacked: three matrices each."""
+    """671 B parameters; the 256 experts in 58 of 61 layers are unstacked: three matrices each."""
     hidden, expert, ffn, heads, vocabulary = 7168, 2048, 18432, 128, 129280
     mlp = lambda width: [(width, hidden), (width, hidden), (hidden, width)]  # noqa: E731
     attention = [(1536, hidden), (1536,), (heads * 192, 1536), (576, hidden), (512,), (heads * 256, 512)]
@@ -95,7 +95,7 @@ def join_nobody() -> DeviceMesh:
 
 
 def sharded(shape: tuple[int, ...], mesh: DeviceMesh, device: str) -> DTensor:
-    """As `fully_shard` lays a parameter out."""
+    """A DTensor as `fully_shard` makes it."""
     layout = _layout(shape, tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), (Shard(0),))
     stride = torch.empty(shape, device="meta").stride()
     local = torch.zeros(sizes(layout), device=device)
@@ -115,7 +115,7 @@ def once(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def planned(name: str, shapes: Shapes, mesh: DeviceMesh) -> Planned:
-    """All that happens before a kernel starts, on a GPU that is not there."""
+    """Times all that the host does before a kernel starts on a GPU, without a GPU."""
     params = [nn.Parameter(sharded(shape, mesh, "meta")) for shape in shapes]
     for param, shape in zip(params, shapes, strict=True):
         param.grad = sharded(shape, mesh, "meta")
@@ -159,7 +159,7 @@ def planned(name: str, shapes: Shapes, mesh: DeviceMesh) -> Planned:
 
 
 def resident() -> int:
-    """Bytes of memory this process has; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
@@ -183,9 +183,9 @@ def _attached(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def stepped(mesh: DeviceMesh, count: int, tries: int = TRIES) -> Iterator[Stepped]:
-    """Whole steps, kernels included, over tensors so small that the host's part is what counts.
+    """Whole steps, kernels included, on tensors so small that the host's part dominates.
 
-    All take turns on the same parameters, so that each finds its own state where the others have left it.
+    All optimizers take turns on the same parameters, so each finds its state as the others left the caches.
     """
     plain, shards = (times_of(mesh, count, split, tries) for split in (False, True))
     for name in MAKERS:
@@ -201,8 +201,8 @@ def stepped(mesh: DeviceMesh, count: int, tries: int = TRIES) -> Iterator[Steppe
 
 
 def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str, tuple[float, float]]:
-    """The least of each optimizer's steps, in microseconds a tensor: on kept gradients, and on new ones."""
-    # As many elements either way, so that the kernels' part is the same.
+    """Each optimizer's least time of a step, in microseconds per tensor: with kept and with new gradients."""
+    # The same number of local elements either way, so that the kernels' part is the same.
     shape = SMALL if not split else (SMALL[0] * WORLD, *SMALL[1:])
     tensors = [
         [sharded(shape, mesh, "cpu") if split else torch.zeros(shape) for _ in range(count)] for _ in range(3)
@@ -212,7 +212,7 @@ def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str,
     least_of: dict[str, list[float]] = {name: [math.inf, math.inf] for name in MAKERS}
     gc.collect()
     for turn in range(2 + 2 * tries):
-        moves = turn % 2  # each second turn finds the gradients of the one before
+        moves = turn % 2  # odd turns use the gradients of the turn before
         for param, grad in zip(params, gradients[turn // 2 % 2], strict=True):
             param.grad = grad
         for name, optimizer in optimizers.items():
@@ -223,8 +223,8 @@ def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str,
 
 
 def strided(mesh: DeviceMesh, rows: int = 2048, columns: int = 2048) -> Strided:
-    """A shard of columns, which tensor parallelism leaves, beside one of rows: the numbers of its elements do
-    not all follow one another."""
+    """A shard of columns, as in tensor parallelism, compared with one of rows. The indices of its elements in
+    the whole tensor are not all consecutive."""
     times: list[float] = []
     for dim in (0, 1):
         whole = [rows, columns]
@@ -260,7 +260,7 @@ class Host(TypedDict):
 
 
 def models_of(counts: tuple[int, ...]) -> dict[str, Shapes]:
-    """What is planned: the largest model, one of many experts, and as many made-up ones as are asked for."""
+    """The models to plan: the largest model, one with many experts, and one of equal matrices per count."""
     largest = MODELS[-1]
     models = {largest.name: [weight.shape for weight in largest.sizes.weights()]}
     models["DeepSeek-V3, experts unstacked"] = deepseek_v3()
@@ -270,7 +270,7 @@ def models_of(counts: tuple[int, ...]) -> dict[str, Shapes]:
 def measure(
     models: dict[str, Shapes], real: Sequence[int], tell: Callable[[str], None] = lambda doing: None
 ) -> Host:
-    """Everything, in a process group that is gone afterwards; `real`: how many tensors real steps have."""
+    """All measurements, in a process group destroyed afterwards. `real`: numbers of tensors in real steps."""
     threads = torch.get_num_threads()
     mesh = join_nobody()
     try:

@@ -26,17 +26,17 @@ from pats_kernels import available_backends
 
 SEED = 20261126
 SAMPLES, CHUNK = 10**8, 2**22
-SLOW = 2**20  # samples of Triton's interpreter
-RUNS = {  # of each battery: streams, orders of the words' bits
+SLOW = 2**20  # samples from Triton's interpreter
+RUNS = {  # for each battery: streams, and orders of the words' bits
     "SmallCrush": (batteries.STREAMS, ("plain", "reversed")),
     "Crush": (("training",), ("plain",)),
     "dieharder": (("training",), ("plain",)),
 }
-LEVEL = 1e-3  # of the whole family of p-values, shared among them (Bonferroni)
+LEVEL = 1e-3  # for the whole family of p-values, corrected for their number (Bonferroni)
 
 
 class Report(machine.Machine):
-    """One run. `family`: how many p-values there are, of which the least, times their number, is `p`."""
+    """One run. `family`: the number of p-values. `p`: the least of them times their number."""
 
     seed: int
     batteries: list[batteries.Battery]
@@ -53,7 +53,7 @@ class Values(TypedDict):
 
 
 def family(report: Report) -> Iterator[Values]:
-    """All p-values that were computed; a battery's and the avalanche's are corrected for their own number."""
+    """All p-values. Those of a battery and of the avalanche are corrected for their own number of tests."""
     for battery in report["batteries"]:
         name = " ".join((battery["battery"], battery["stream"], battery["order"]))
         yield {"name": name, "p": battery["p"]}
@@ -67,7 +67,7 @@ def family(report: Report) -> Iterator[Values]:
 
 
 def measured_normals(samples: int, console: Console) -> Iterator[normals.Normals]:
-    """Of each backend that runs here: all samples in steps of `CHUNK`, at least two."""
+    """Each backend that runs here: all samples in at least two steps, each of at most `CHUNK`."""
     for backend, reason in available_backends("cpu").items():
         if backend == "auto" or reason is not None:
             continue
@@ -115,7 +115,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where all p-values are above `LEVEL` together, else 1."""
+    """Returns 1 if the least corrected p-value is below `LEVEL`, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.statistics")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--trials", type=int, default=2**16, help="number of trials of the avalanche test")
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = [name for name in options.batteries.split(",") if name]
     if unknown := set(names) - RUNS.keys():
-        parser.error(f"Unknown batteries: {sorted(unknown)} (must be of {', '.join(RUNS)})")
+        parser.error(f"Unknown batteries: {sorted(unknown)} (known: {', '.join(RUNS)})")
 
     console = Console(width=int(os.environ.get("COLUMNS", "140")))
     described = machine.prepare(torch.device("cpu"))

@@ -9,13 +9,14 @@ from scipy import stats
 
 from pats_kernels.philox import philox4x32
 
-# Of the counter's four words, and the key's two. Elements share a word of the counter with what rounds.
+# The counter's four words and the key's two. The second word also has the bit that asks for rounding bits.
 WORDS = ("element, low", "element, high and rounding", "tensor", "step", "seed, low", "seed, high")
 
 
 class Avalanche(TypedDict):
-    """`cells`: pairs of an input bit and one of the 128 output bits. `p`: of the worst cell's deviation,
-    times their number; `p_of_each_word`: of the share of bits that change where one of the word's does."""
+    """`cells`: the number of pairs of an input bit and one of the 128 output bits. `p`: p-value of the worst
+    cell's deviation, times `cells`. `p_of_each_word`: p-value of the share of output bits that change when
+    a bit of this word changes."""
 
     trials: int
     cells: int
@@ -27,7 +28,7 @@ class Avalanche(TypedDict):
 
 
 def measure(trials: int, seed: int) -> Avalanche:
-    """Random counters and keys; each of their 192 bits in turn."""
+    """Flips each of the 192 bits of random counters and keys in turn."""
     random = np.random.default_rng(seed)
     inputs = [torch.from_numpy(random.integers(0, 2**32, trials, dtype=np.int64)) for _ in WORDS]
     before = _words(inputs)
@@ -58,6 +59,6 @@ def measure(trials: int, seed: int) -> Avalanche:
 
 
 def _words(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """[4, trials]. A key of tensors: the rounds' constants are added to it as to numbers."""
+    """The words, [4, trials]. The key's words are tensors here, which philox4x32 handles like numbers."""
     c0, c1, c2, c3, k0, k1 = inputs
     return torch.stack(philox4x32((c0, c1, c2, c3), (k0, k1)))  # type: ignore[arg-type]

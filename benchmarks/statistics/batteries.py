@@ -19,8 +19,8 @@ DIEHARDER = re.compile(r"^\s*(\S+)\|\s*(\d+)\|\s*(\d+)\|\s*(\d+)\|\s*([\d.]+)\|\
 
 
 class Battery(TypedDict):
-    """One battery over one stream. `least` and `greatest` are p-values; `p` is that of the more extreme
-    of both, two-sided and times their number; `uniformity` Kolmogorov-Smirnov's of all of them."""
+    """One battery on one stream. `least` and `greatest`: p-values. `p`: that of the more extreme of the two,
+    two-sided and times the number of tests. `uniformity`: Kolmogorov-Smirnov's p-value for all of them."""
 
     battery: str
     stream: str
@@ -36,7 +36,7 @@ class Battery(TypedDict):
 
 
 def compile_(folder: Path, flags: list[str]) -> dict[str, Path]:
-    """The programs that could be built: `words`, and `testu01` where its library is."""
+    """The programs that could be built: `words`, and `testu01` if its library is installed."""
     built = {}
     for name, libraries in (("words", []), ("testu01", TESTU01)):
         command = ["g++", "-O3", "-march=native", "-std=c++17", *flags, str(HERE / f"{name}.cpp")]
@@ -53,7 +53,7 @@ def compile_(folder: Path, flags: list[str]) -> dict[str, Path]:
 def run(
     battery: str, stream: str, order: str, programs: dict[str, Path], folder: Path, seed: int
 ) -> Path | None:
-    """Writes the battery's report to a file; None where it is not installed."""
+    """Writes the battery's report to a file; returns None if it is not installed."""
     if battery == "dieharder":
         if shutil.which("dieharder") is None:
             return None
@@ -72,13 +72,13 @@ def run(
 
 
 def read(file: Path) -> Battery:
-    """A battery's report; its file's name says which, of what and in which order."""
+    """Reads a battery's report. The file's name has the battery, the stream and the order of bits."""
     battery, stream, order = file.stem.split("-")
     text = file.read_text(encoding="utf-8")
     verdicts: dict[str, int] = {}
     if battery == "dieharder":
         rows = [(f"{name} {n}", float(p), verdict) for name, n, _, _, p, verdict in DIEHARDER.findall(text)]
-        complete = "dab_monobit2" in text  # the last of all
+        complete = "dab_monobit2" in text  # its last test
     else:
         found = re.findall(r"^P \d+ (\S+) (.*)$", text, re.MULTILINE)
         rows = [(name, float(p), "PASSED" if 1e-3 < float(p) < 1 - 1e-3 else "WEAK") for p, name in found]

@@ -18,15 +18,15 @@ from pats_kernels import pats_step_
 
 Array = NDArray[np.float64]
 
-LARGEST = math.sqrt(2 * 33 * math.log(2))  # of |z|: the least uniform number is 2^-33
-PIECE = 2**22  # elements that are worked on in float64 at once
+LARGEST = math.sqrt(2 * 33 * math.log(2))  # largest |z|: the least uniform number is 2^-33
+PIECE = 2**22  # elements computed in float64 at once
 TAILS = (3.0, 4.0, 5.0, 5.5)
 LAGS = (1, 2, 3, 4, 5, 8, 16, 64, 256, 4096, 16384)
 MOMENTS = range(1, 9)
 
 
 class Finding(TypedDict):
-    """One test: what was seen, what a perfect source gives on average, and the two-sided p-value."""
+    """One test: the value seen, a perfect source's value on average, and the two-sided p-value."""
 
     test: str
     seen: float
@@ -63,7 +63,7 @@ def draw(backend: str, numel: int, *, seed: int, step: int, tensor_ids: Sequence
 
 
 def anderson_darling(z: NDArray[np.floating]) -> tuple[float, float]:
-    """A^2 against N(0, 1), all of it known, and its p-value. Sorts `z` where it is."""
+    """A^2 against N(0, 1), with no estimated parameters, and its p-value. Sorts `z` in place."""
     z.sort()
     n, total = len(z), 0.0
     for start in range(0, n, PIECE):
@@ -76,7 +76,7 @@ def anderson_darling(z: NDArray[np.floating]) -> tuple[float, float]:
 
 
 def anderson_darling_cdf(x: float) -> float:
-    """The distribution of A^2 for many samples: the series of Anderson and Darling (1954)."""
+    """The asymptotic distribution of A^2: the series of Anderson and Darling (1954)."""
     total = 0.0
     for j in range(20):
         t = (4 * j + 1) ** 2 * math.pi**2 / (8 * x)
@@ -90,7 +90,7 @@ def _integrand(w: float, x: float, t: float) -> float:
 
 
 def by_score(test: str, seen: float, expected: float, deviation: float) -> Finding:
-    """Of what is normally distributed about `expected`."""
+    """The finding for a value that is normally distributed about `expected`."""
     return {
         "test": test,
         "seen": seen,
@@ -100,14 +100,14 @@ def by_score(test: str, seen: float, expected: float, deviation: float) -> Findi
 
 
 def by_count(test: str, seen: int, expected: float) -> Finding:
-    """Of a Poisson count: twice the smaller tail, at most 1."""
+    """The finding for a Poisson count; p is twice the smaller tail, at most 1."""
     tails = (stats.poisson.cdf(seen, expected), stats.poisson.sf(seen - 1, expected))
     return {"test": test, "seen": float(seen), "expected": expected, "p": float(min(1.0, 2 * min(tails)))}
 
 
 @dataclass
 class _Products:
-    """Correlations of z and of z^2 with what is elsewhere, from sums."""
+    """Correlations of z, and of z^2, between places, from sums of products."""
 
     sums: dict[str, list[float]] = field(default_factory=dict)
 
@@ -118,7 +118,7 @@ class _Products:
             entry[1] += len(x)
 
     def findings(self) -> Iterator[Finding]:
-        """Of mean 0 and variance 1: each product has mean 0 and variance 1 too."""
+        """The factors have mean 0 and variance 1, so each product has too if they are independent."""
         for name, (total, count) in self.sums.items():
             yield by_score(f"correlation of {name}", total / count, 0.0, count**-0.5)
 

@@ -13,16 +13,19 @@ from pats_kernels.philox import random_words
 from pats_kernels.reference import round_stochastically
 
 SENS_BETAS, BETAS, EPS, GAMMA = (0.85, 0.95), (0.9, 0.999), 1e-8, 1.0
-SETTLING = 200  # steps that are not counted
+SETTLING = 200  # first steps, which are not counted
 
 
 class Cost(TypedDict):
-    """Against float32, over all elements and counted steps. `..._error_correlation`: between the errors that
-    the two averages have accumulated, relative to their values. `gate_bias` and `gate_deviation`: mean and
-    standard deviation of the gate's error, of at most 1; `noise_variance_bias`: of the mean of its square,
-    relative. `update_bias`: of the update m^ / (sqrt(v^) + eps) along float32's, relative;
-    `update_deviation`: of its error, relative to the root mean square of the update. The standard errors of
-    the means are over steps in blocks of 100."""
+    """Errors against float32, over all elements and counted steps.
+
+    `..._error_correlation`: the correlation between the accumulated relative errors of the two averages.
+    `gate_bias`, `gate_deviation`: mean and root mean square of the gate's error; a gate is at most 1.
+    `noise_variance_bias`: relative error of the mean square of the gate.
+    `update_bias`: relative error of the update m^ / (sqrt(v^) + eps) along float32's update.
+    `update_deviation`: root mean square of the update's error, relative to that of the update.
+    `..._bias_error`: standard errors of the means, over blocks of 100 steps.
+    """
 
     bits: str
     sens_unc_error_correlation: float
@@ -46,8 +49,8 @@ class Averages:
         self.means = torch.zeros(2)
 
     def step(self, w: Tensor, g: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate, out of averages that are rounded and delayed means, and AdamW's update without its bias
-        corrections, out of moments that are not rounded yet: as the kernels have them."""
+        """The gate, from rounded averages and delayed means, and AdamW's update without bias corrections,
+        from moments before rounding: as in the kernels."""
         s = (w * g).abs()
         self.S = self._stored(self.S + (1 - SENS_BETAS[0]) * (s - self.S), words >> 16)
         second = words >> 16 if self.bits == "shared" else words & 0xFFFF
@@ -65,8 +68,9 @@ class Averages:
 
 
 def measure(numel: int, steps: int, seed: int) -> list[Cost]:
-    """Weights of deviation 0.04; gradients whose size is log-normal from element to element, whose noise is
-    Student's t with five degrees of freedom, whose mean is a tenth to once their deviation."""
+    """Runs all on the same data. Weights have standard deviation 0.04. The gradients' scale is log-normal
+    over the elements. Their noise is Student's t with five degrees of freedom, and the size of their mean is
+    0.1 to 1 times their scale."""
     random = torch.Generator().manual_seed(seed)
     w = 0.04 * torch.randn(numel, generator=random)
     size = 1e-3 * torch.exp(1.5 * torch.randn(numel, generator=random))
@@ -105,7 +109,7 @@ class _Sums:
             (getattr(run, name).double() - getattr(exact, name)) / getattr(exact, name).double().abs()
             for name in ("S", "U", "m", "v")
         ]
-        # m's error by its magnitude, as it is rounded; where m crosses zero it says nothing.
+        # The error of m's magnitude, which is what is rounded. Near m = 0 the relative error says nothing.
         errors[2] = (errors[2] * exact.m.sign()).where(exact.m.abs() > exact.v.sqrt() * 0.05, 0.0)
         self.rows.append(
             [

@@ -6,7 +6,7 @@ not depend on the order of the draws. `h.uncertainty` is "product", the default,
 """
 
 # pyright: reportPrivateImportUsage=false
-# torch's foreach functions are its optimizers' own, and private.
+# torch's foreach functions, which its own optimizers use, are private.
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def update_(
     h: AdamWHyperparameters,
     corrections: Tensor | None = None,
 ) -> None:
-    """One tensor's step, line by line. `float()` is the tensor itself where it is float32 already, else a
-    copy to store.
+    """One tensor's step, line by line. For float32, `float()` returns the tensor itself, updated in place;
+    for other dtypes a copy, which is stored at the end.
 
     Args:
         state: S, U; with AdamW also m, v.
@@ -70,16 +70,16 @@ def adamw_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, corrections: Tensor, h: A
 def bias_corrections(step: Tensor, h: AdamWHyperparameters) -> Tensor:
     """lr / (1 - b_1^t) and sqrt(1 - b_2^t), float32 [2], for the count of steps `step`, 0-d float64.
 
-    Once a step, and not in the graph: a compiler may work out a power of t anew for every element.
+    Computed once per step, outside the graph: a compiler may compute a power of t for every element.
     """
     b_1, b_2 = h.betas
     return torch.stack((h.lr / (1 - b_1**step), (1 - b_2**step).sqrt())).float()
 
 
 def store_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Writes one tensor's w and its state to bfloat16, rounding stochastically: 31 random bits an element.
+    """Writes a tensor's w and state to bfloat16, rounded stochastically, with 31 random bits per element.
 
-    The low half is for w, the high half for the state, as in the package; that they share a bit is harmless.
+    The low half is for w, the high half for the state, as in the package. They share a bit: harmless.
     """
     bits = torch.randint(0, 2**31 - 1, targets[0].shape, dtype=torch.int32, device=targets[0].device)
     for i, (target, value) in enumerate(zip(targets, values, strict=True)):
@@ -87,7 +87,7 @@ def store_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """A float32 that bfloat16 can hold: a random 16-bit integer added to its bits, the low half cut off."""
+    """A float32 that bfloat16 can hold: adds a random 16-bit integer, then cuts off the low half."""
     return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32)
 
 
@@ -100,7 +100,7 @@ def foreach_update_(
     h: AdamWHyperparameters,
     corrections: Tensor | None = None,
 ) -> None:
-    """`update_` of all tensors with normals `noise`, in few calls; `state` is one list each of S, U, m, v."""
+    """`update_` for all tensors in few calls, with normals `noise`; `state`: a list each of S, U, m, v."""
     targets = [params, *state]
     values = [[tensor.float() for tensor in column] for column in targets]
     w, g, (S, U, *moments) = values[0], [grad.float() for grad in grads], values[1:]
@@ -122,7 +122,7 @@ def foreach_perturb_(
     noise: list[Tensor],
     h: Hyperparameters,
 ) -> None:
-    """`perturb_` of all tensors, in place wherever that spares a temporary."""
+    """`perturb_` for all tensors, in place wherever that saves a temporary."""
     b_s, b_u = h.sens_betas
     s = torch._foreach_mul(w, g)
     torch._foreach_abs_(s)
@@ -135,7 +135,7 @@ def foreach_perturb_(
     means = torch.stack(updated if h.normalization == "exact" else stats)
     mean_products = list(means.prod(dim=1).unbind())
     gate = torch._foreach_mul(S, U)
-    torch._foreach_add_(gate, SMALLEST)  # so that 0 / 0, no statistics yet, gives a closed gate
+    torch._foreach_add_(gate, SMALLEST)  # without statistics, 0 / this closes the gate, instead of 0 / 0
     gate = torch._foreach_div(mean_products, gate)  # 1 / q
     torch._foreach_sub_(gate, h.gamma)
     torch._foreach_clamp_min_(gate, 0)
@@ -153,7 +153,7 @@ def foreach_adamw_(
     corrections: Tensor,
     h: AdamWHyperparameters,
 ) -> None:
-    """`adamw_` of all tensors."""
+    """`adamw_` for all tensors."""
     b_1, b_2 = h.betas
     step_size, root = corrections.unbind()
     torch._foreach_lerp_(m, g, 1 - b_1)

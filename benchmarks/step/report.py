@@ -19,12 +19,12 @@ from benchmarks.step import variants
 FUSED, OURS, COMPETITOR, YARDSTICK = "#0b6e4f", "#7fb69f", "#9db4c0", "#d8d8d8"
 ADAMW = "AdamW (fused)"
 BAR = 0.62  # a bar's height, where 1 leaves no gap
-QUIET = 1.0  # the run itself, started before, counts too
-WIDTH = 120  # columns, where there is no terminal to ask
+QUIET = 1.0  # the load includes this process
+WIDTH = 120  # columns, if there is no terminal
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the table, the yardsticks it is read by, and what could not run."""
+    """Prints the table, the figures to compare it with, and what could not run."""
     console.print(_table(report))
     gbps = _adamw_gbps(report)
     console.print(
@@ -34,25 +34,25 @@ def show(report: Report, console: Console) -> None:
     )
     if report["device"] == "cpu":
         console.print(
-            "A CPU's copy also fetches what it overwrites; a step in place does not, and may pass 100%."
+            "On a CPU a copy also reads what it overwrites; a step in place does not, so it may pass 100%."
         )
     if report["rechecked"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report["rechecked"].items())
         console.print(
-            f"One more step after all rounds was eager's, within roundings ({shares} of their limit)."
+            f"One more step after all rounds agrees with eager, within rounding ({shares} of the limit)."
         )
     if report["host_us_per_tensor"] is not None:
-        console.print(f"Host time of the fused step: {report['host_us_per_tensor']:.2f} us a tensor.")
+        console.print(f"Host time of the fused step: {report['host_us_per_tensor']:.2f} us per tensor.")
     for row in report["results"]:
         if row["configuration"] is not None:
             console.print(f"{row['variant']}: the fastest here was {row['configuration']!r}.")
         if row["optimizer"] == "adamw" and row["variant"] in variants.MEANINGS:
             console.print(f"{row['variant']}: {variants.MEANINGS[row['variant']]}.", markup=False)
     if report["kept_freed_memory"] and report["device"] == "cpu":
-        console.print("malloc keeps freed memory, for all alike: eager torch is much slower without.")
+        console.print("malloc keeps freed memory for all contestants; else eager torch is much slower.")
     if report["load_before"] > QUIET:
         busy = f"The machine was busy before the first step (load {report['load_before']:.1f})"
-        console.print(f"{busy}: a shared core makes threads wait for each other, and times meaningless.")
+        console.print(f"{busy}: on shared cores threads wait for each other, and the times mean little.")
     for variant, error in report["errors"].items():
         console.print(f"{variant} could not run: {error}", style="red", markup=False)
 
@@ -86,7 +86,7 @@ def _table(report: Report) -> Table:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Writes the charts: how long a step takes, and how much of the memory's bandwidth it uses."""
+    """Writes the charts: the time of a step, and its share of the memory bandwidth."""
     names = [_label(row) for row in report["results"]] + [ADAMW]
     colors = [_color(row) for row in report["results"]] + [YARDSTICK]
     size = (11, 1.7 + 0.5 * len(names))
@@ -94,7 +94,7 @@ def plot(report: Report, path: Path) -> None:
     figure.suptitle(_title(report), fontweight="bold")
     _plot_times(times, report, names, colors)
     _plot_shares(shares, report, names, colors)
-    times.invert_yaxis()  # the first contestant on top, in both
+    times.invert_yaxis()  # the first contestant on top, in both charts
     figure.supxlabel(_caption(report), fontsize=8, color="gray")
     figure.savefig(path, format="png", dpi=150)
     plt.close(figure)
@@ -127,7 +127,7 @@ def _plot_shares(axes: Axes, report: Report, names: list[str], colors: list[str]
 
 
 def _annotate(axes: Axes, position: int, end: float, text: str) -> None:
-    """Writes a bar's figure a little behind its end."""
+    """Writes a bar's figure just after its end."""
     place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
     axes.annotate(text, (end, position), **place)
 
@@ -166,7 +166,7 @@ def _color(row: Row) -> str:
 
 
 def _median_of(report: Report, variant: str) -> float | None:
-    """A contestant's time, if it took part."""
+    """A contestant's median time; None if it did not take part."""
     return next((row["median_ms"] for row in report["results"] if row["variant"] == variant), None)
 
 
@@ -176,5 +176,5 @@ def _adamw_gbps(report: Report) -> float:
 
 
 def _ms(value: float) -> str:
-    """Three significant digits, and no exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

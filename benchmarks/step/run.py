@@ -12,7 +12,7 @@ from benchmarks.step.recheck import recheck
 from benchmarks.step.variants import Contestant, Task, Tensors
 from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization
 
-LEARNING_RATE = 1e-6  # small: the parameters shall stay those of the model through hundreds of steps
+LEARNING_RATE = 1e-6  # small, so that hundreds of steps hardly change the model
 COPY, ADAMW = "a copy", "fused AdamW"
 
 Progress = Callable[[str], None]
@@ -29,16 +29,16 @@ class Settings:
     backend: str
     repeats: int
     text: str
-    cold: bool = True  # caches, before each step
+    cold: bool = True  # empty the caches before each step
 
 
 def run(settings: Settings, tell: Progress) -> Report:
-    """Runs the contest; `tell` hears what is being done.
+    """Runs the contest; `tell` is called with each stage.
 
     Raises:
         ValueError: an unknown model.
         RuntimeError: the fused step cannot run with this backend here.
-        Wrong: one of this package's steps is, after all rounds, not eager's.
+        Wrong: after all rounds, a step of this package differs from eager's.
     """
     described = machine.prepare(settings.device)
     h = AdamWHyperparameters(normalization=settings.normalization, lr=LEARNING_RATE)
@@ -56,7 +56,7 @@ def run(settings: Settings, tell: Progress) -> Report:
         lambda turn, name: tell(f"round {turn + 1} of {settings.repeats}: {name}"),
         settings.cold,
     )
-    tell("one more step, beside eager's")
+    tell("one more step, compared with eager's")
     rechecked = {c.name: recheck(c, task) for c in contestants if c.name in variants.OURS}
     tell("memory and host time")
     peaks = {name: timing.memory(step, settings.device).peak for name, step in steps.items()}
@@ -95,16 +95,16 @@ def run(settings: Settings, tell: Progress) -> Report:
 
 
 def _host_us(names: tuple[str, ...], task: Task) -> float | None:
-    """The fused step's, where it takes part."""
+    """The fused step's host time, if it takes part."""
     return variants.host_us_per_tensor(len(task.tensors.params), task) if "fused" in names else None
 
 
 def _contestants(
     names: tuple[str, ...], task: Task, tell: Progress
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Those that can run, and why the others cannot: a compiler may be missing, the memory too small.
+    """The contestants that can run, and why others cannot: no compiler, say, or too little memory.
 
-    Only this package's failures are raised: the benchmark is about it.
+    A failure of this package's own step is raised, because the benchmark is about it.
     """
     ready: list[Contestant] = []
     errors: dict[str, str] = {}

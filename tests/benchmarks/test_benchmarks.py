@@ -116,7 +116,7 @@ def test_the_screen_and_the_picture_show_every_contestant(
     assert (result["isa"], result["cold_caches"]) == ("baseline", False)
     assert result["rechecked"].keys() == {"attached", "fused", "moments"}
     assert all(0 <= share <= 1 for share in result["rechecked"].values())
-    assert "One more step after all rounds was eager's" in screen
+    assert "One more step after all rounds agrees with eager" in screen
     (fused, attached), (shown,) = (
         [row["median_ms"] for row in result["results"] if row["variant"] in ("fused", "attached")][::-1],
         [line.split() for line in screen.splitlines() if line.strip().startswith("fused (")],
