@@ -100,9 +100,6 @@ def report(key: LaunchKey, phase: str, arch: str, tuning: Tuning = DEFAULT) -> R
     constants |= {"grad_scale": None, "found_inf": None}
     if arch in AMD_ARCHITECTURES:
         constants |= {"APPROX": False}
-        compiled = compile_for_amd
-    else:
-        compiled = compile_kernel
     options = backend.compiler_options(key, tuning, arch)
     whole, full = (
         compiled(kernels.pats_kernel, constants | {"ONLY_FULL": only}, arch, options)
@@ -143,11 +140,7 @@ def constants_of(key: LaunchKey, phase: str, tuning: Tuning = DEFAULT) -> dict[s
 
 def statistics_report(arch: str) -> Report:
     constants = {"found_inf": None, "first": None, "BLOCK": backend.STATISTICS_BLOCK}
-    found: Any = None
-    if arch in AMD_ARCHITECTURES:
-        found = compile_for_amd(kernels.statistics_kernel, constants, arch, backend.UNFUSED)
-    else:
-        found = compile_kernel(kernels.statistics_kernel, constants, arch, backend.UNFUSED)
+    found = compiled(kernels.statistics_kernel, constants, arch, backend.UNFUSED)
     return Report(
         kernel="statistics_kernel",
         form="any",
@@ -164,6 +157,12 @@ def statistics_report(arch: str) -> Report:
         instructions_per_element=None,  # it reads partial sums, not elements
         scalar_registers=getattr(found, "scalar_registers", None),
     )
+
+
+def compiled(kernel: Any, constants: dict[str, Any], arch: str, options: dict[str, int]) -> Any:
+    """The kernel's machine code for such a GPU, of NVIDIA's or AMD's."""
+    compile_ = compile_for_amd if arch in AMD_ARCHITECTURES else compile_kernel
+    return compile_(kernel, constants, arch, options)
 
 
 def _name(dtype: torch.dtype) -> str:
