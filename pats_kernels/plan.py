@@ -490,7 +490,7 @@ def _check_stats(name: str, param: Tensor, stats: Tensor) -> None:
     if stats.shape != (2,) or stats.dtype != torch.float32 or not stats.is_contiguous():
         raise ValueError(
             f"{name}: sens_stats must be contiguous float32 of shape (2,), "
-            f"but is {stats.dtype} of shape {tuple(stats.shape)}"
+            f"but is {stats.dtype} of shape {tuple(stats.shape)} and stride {stats.stride()}"
         )
     _require_same(name, "device", param.device, "sens_stats", stats.device)
 

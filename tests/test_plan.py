@@ -378,7 +378,13 @@ def test_a_kept_plan_does_not_hide_a_sparse_gradient(layout: str) -> None:
 def test_a_kept_plan_does_not_hide_a_wrong_shape_of_the_statistics() -> None:
     planner, work = Planner(), work_of(Case([(8,)]))
     planner.plan(batch(work))
-    work.stats[0] = work.stats[0][:1]
+    own = work.stats[0]
+    work.stats[0] = torch.zeros(4)[::2]
+    with pytest.raises(
+        ValueError, match=r"must be contiguous .* but is .* of shape \(2,\) and stride \(2,\)"
+    ):
+        planner.plan(batch(work))
+    work.stats[0] = own[:1]
     with pytest.raises(ValueError, match="sens_stats"):
         planner.plan(batch(work))
 
