@@ -314,6 +314,23 @@ def test_a_run_that_diverged_has_a_score_and_no_concentration() -> None:
     assert "4 of 4" in report.score_table([cell], [], [])
 
 
+def test_a_method_looks_the_same_in_every_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a study with three methods and one with two of them, the points' colours are the labels'."""
+    found = lines(SCORES)
+    few = replace(STUDY, methods={label: STUDY.methods[label] for label in ("adamw", "pats")})
+    drawn: list[Any] = []
+    own = report._panels
+    monkeypatch.setattr(report, "_panels", lambda *args: drawn.append(own(*args)) or drawn[-1])
+    report.draw_concentration([report.cells(study, found) for study in (STUDY, few)], tmp_path / "a.png")
+    panels = [
+        {points.get_label(): tuple(points.get_facecolor()[0][:3]) for points in axes.collections}
+        for axes in drawn[0][1]
+    ]
+    assert list(panels[0]) == ["adamw", "isotropic", "pats"]
+    assert panels[1] == {label: panels[0][label] for label in ("adamw", "pats")}
+    assert len(set(report.appearances(map(str, range(10))).values())) == 10  # as many as there are methods
+
+
 def test_figures_are_drawn(tmp_path: Path) -> None:
     found = lines(SCORES)
     of_studies = [report.cells(STUDY, found)]

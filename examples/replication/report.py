@@ -6,7 +6,7 @@ What a study has not made yet is in the tables as missing; nothing that it made 
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 ALL, MEANS, WITHIN = "all runs", "means of methods", "runs less their method's mean"
 SHORT = ("isotropic", "pats product", "pats relative")  # labels of the summary
 AGAINST = ("adamw", "isotropic")  # labels that methods are compared with; the second only PATS
-COLOURS = ("#333333", "#999999", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#882255")
+COLOURS = ("#333333", "#999999", "#D55E00", "#E69F00", "#CC79A7")
+COLOURS += ("#56B4E9", "#0072B2", "#009E73", "#882255", "#999933")
+MARKERS = "os^Dv<>PX*"
 INK, QUIET = "#333333", "#999999"
 
 
@@ -379,12 +381,18 @@ def tables(studies: Sequence[Study], found: Mapping[str, Line]) -> str:
 # Figures
 
 
+def appearances(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each label: the same in all of a figure's panels."""
+    names = list(dict.fromkeys(labels))
+    return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+
+
 def draw_differences(of_studies: Sequence[Sequence[Cell]], path: Path) -> None:
     """Each method less AdamW, with its 95% interval; a panel a study."""
     shown = [of_study for of_study in of_studies if any(c.label == AGAINST[0] and c.runs for c in of_study)]
     if not shown:
         return
-    names = list(dict.fromkeys(cell.label for of_study in shown for cell in of_study))
+    looks = appearances(cell.label for of_study in shown for cell in of_study)
     figure, panels = _panels(len(shown), 3.1, 1.0 + 0.2 * max(len(of_study) for of_study in shown))
     for axes, of_study in zip(panels, shown, strict=True):
         base = next(cell for cell in of_study if cell.label == AGAINST[0]).scores()
@@ -394,7 +402,7 @@ def draw_differences(of_studies: Sequence[Sequence[Cell]], path: Path) -> None:
                 of = difference(cell.scores(), base).spread
                 axes.errorbar(
                     of.mean, row, xerr=[[of.mean - of.low], [of.high - of.mean]], marker="o", markersize=4,
-                    color=COLOURS[names.index(cell.label) % len(COLOURS)], capsize=2, linewidth=1.4,
+                    color=looks[cell.label][0], capsize=2, linewidth=1.4,
                 )  # fmt: skip
         axes.axvline(0, color=QUIET, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(others)), [cell.label for cell in others])
@@ -416,13 +424,15 @@ def draw_concentration(of_studies: Sequence[Sequence[Cell]], path: Path) -> None
     ]
     if not shown:
         return
+    looks = appearances(cell.label for of_study in shown for cell in of_study)
     figure, panels = _panels(len(shown), 3.4, 3.3)
     for axes, of_study in zip(panels, shown, strict=True):
-        for place, cell in enumerate(of_study):
+        for cell in of_study:
             gini, scores = cell.concentration(), cell.scores()
+            colour, marker = looks[cell.label]
             axes.scatter(
                 list(gini.values()), [scores[seed] for seed in gini], s=14, alpha=0.75, linewidths=0,
-                color=COLOURS[place % len(COLOURS)], marker="os^Dv<>PX"[place % 9], label=cell.label,
+                color=colour, marker=marker, label=cell.label,
             )  # fmt: skip
         setting = of_study[0].study.setting
         _dress(axes, setting.name, "Gini coefficient of |w g|, word embeddings left out")
@@ -441,10 +451,11 @@ def draw_noise(studies: Sequence[Study], found: Mapping[str, Line], path: Path) 
     ]
     if not shown:
         return
+    looks = appearances(label for study in shown for label in study.methods)
     figure, panels = _panels(len(shown), 3.4, 3.0)
     for axes, study in zip(panels, shown, strict=True):
         metric = quoted(study.setting.task)
-        for place, (label, trials) in enumerate(study.methods.items()):
+        for label, trials in study.methods.items():
             points = []
             for trial in trials:
                 seeds = (*study.trial_seeds, *(study.seeds if len(trials) == 1 else ()))
@@ -455,7 +466,7 @@ def draw_noise(studies: Sequence[Study], found: Mapping[str, Line], path: Path) 
             if len(points) > 1:
                 x, mean, sd = zip(*points, strict=True)
                 axes.errorbar(
-                    x, mean, sd, color=COLOURS[place % len(COLOURS)], marker="o", markersize=3, capsize=2,
+                    x, mean, sd, color=looks[label][0], marker="o", markersize=3, capsize=2,
                     linewidth=1.2, label=label,
                 )  # fmt: skip
         axes.set_xscale("log")
