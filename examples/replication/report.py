@@ -119,7 +119,11 @@ def hyperparameters(cell: Cell) -> str:
     """What the trials chose, or what was given, beside the setting's."""
     if cell.trial is None:
         return "not chosen yet"
-    return _named({name: value for name, value in cell.trial.items() if name != "method"})
+    return _described(cell.trial)
+
+
+def _described(trial: Trial) -> str:
+    return _named({name: value for name, value in trial.items() if name != "method"})
 
 
 def _named(values: Mapping[str, Any]) -> str:
@@ -137,8 +141,7 @@ def score_table(of_study: Sequence[Cell], every: Sequence[Comparison], adjusted:
         planned = len(cell.study.seeds)
         row = [cell.label, hyperparameters(cell), f"{len(scores)} of {planned}", *_cells(scores)]
         for against in AGAINST:
-            at = [i for i, c in enumerate(every) if c.cell is cell and c.against == against]
-            row += _compared(every[at[0]].found, adjusted[at[0]]) if at else [""] * 3
+            row += _less(cell, against, every, adjusted)
         rows.append(row)
     header = ["method", "hyperparameters", "seeds", "mean", "sd", "95% interval"]
     for against in AGAINST:
@@ -157,13 +160,19 @@ def _interval(of: Spread) -> str:
     return "" if of.n < 2 else f"{of.low:.4f} to {of.high:.4f}"
 
 
-def _compared(found: Difference, adjusted: float) -> list[str]:
-    of = found.spread
-    return [
-        f"{of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})",
-        f"{found.p:.3f} ({adjusted:.3f})",
-        f"{found.detectable:.4f}",
-    ]
+def _less(
+    cell: Cell | None, against: str, every: Sequence[Comparison], adjusted: Sequence[float]
+) -> list[str]:
+    """The difference with its interval, p, and what was detectable; empty where the two were not compared."""
+    for comparison, p in zip(every, adjusted, strict=True):
+        if comparison.cell is cell and comparison.against == against:
+            found, of = comparison.found, comparison.found.spread
+            return [
+                f"{of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})",
+                f"{found.p:.3f} ({p:.3f})",
+                f"{found.detectable:.4f}",
+            ]
+    return [""] * 3
 
 
 def baselines(study: Study, of_study: Sequence[Cell]) -> str:
@@ -186,10 +195,9 @@ def trial_table(study: Study, found: Mapping[str, Line]) -> str:
         for trial in trials if len(trials) > 1 else ():
             names = [identity(configuration(study.setting, trial, seed)) for seed in study.trial_seeds]
             scores = [found[name]["metrics"]["select"][metric] for name in names if name in found]
-            what = _named({name: value for name, value in trial.items() if name != "method"})
             mark = "chosen" if chosen.get(label) is trial else ""
             mean, sd, _ = _cells(scores)
-            rows.append([label, what, f"{len(scores)} of {len(names)}", mean, sd, mark])
+            rows.append([label, _described(trial), f"{len(scores)} of {len(names)}", mean, sd, mark])
     return table(["method", "trial", "seeds", "mean", "sd", ""], rows) if rows else ""
 
 
@@ -254,8 +262,7 @@ def summary_table(
             " ± ".join(_cells(list(base.scores().values()))[:2]),
         ]
         for label in SHORT:
-            at = [i for i, c in enumerate(every) if c.cell is cells.get(label) and c.against == AGAINST[0]]
-            row += _compared(every[at[0]].found, adjusted[at[0]])[:2] if at else ["", ""]
+            row += _less(cells.get(label), AGAINST[0], every, adjusted)[:2]
         rows.append(row)
     names = [name for label in SHORT for name in (f"{label} less adamw", "p (Holm)")]
     return table(["cell", "score", "adamw", *names], rows) if rows else ""
@@ -289,11 +296,11 @@ def concentration_table(of_studies: Sequence[Sequence[Cell]]) -> str:
             x, y, seeds = zip(*points, strict=True) if points else ((), (), ())
             if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
                 continue
-            statistic = float(stats.spearmanr(x, y).statistic)  # pyright: ignore
-            row = [of_study[0].study.name, way, str(len(x)), f"{statistic:+.3f}"]
+            found: Any = stats.spearmanr(x, y)
+            row = [of_study[0].study.name, way, str(len(x)), f"{found.statistic:+.3f}"]
             rows.append(row)
             if way == MEANS:
-                tests.append(float(stats.spearmanr(x, y).pvalue))  # pyright: ignore
+                tests.append(float(found.pvalue))
                 tested.append(row)
             elif way == WITHIN and len(set(seeds)) > 3:
                 tests.append(clustered(x, y, seeds))
@@ -437,10 +444,7 @@ def draw_concentration(of_studies: Sequence[Sequence[Cell]], path: Path) -> None
         setting = of_study[0].study.setting
         _dress(axes, setting.name, "Gini coefficient of |w g|, word embeddings left out")
         axes.set_ylabel(quoted(setting.task), fontsize=8, color=INK)
-    handles, labels = max(
-        (axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1])
-    )
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    _legend(figure, panels)
     figure.savefig(path, dpi=130)
 
 
@@ -472,10 +476,7 @@ def draw_noise(studies: Sequence[Study], found: Mapping[str, Line], path: Path) 
         axes.set_xscale("log")
         _dress(axes, study.setting.name, "noise_scale")
         axes.set_ylabel(f"{metric}, selection half", fontsize=8, color=INK)
-    handles, labels = max(
-        (axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1])
-    )
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    _legend(figure, panels)
     figure.savefig(path, dpi=130)
 
 
