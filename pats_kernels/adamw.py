@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,6 +17,7 @@ from pats_kernels.gather import gather
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Normalization,
+    Reader,
     Sensitivity,
     Uncertainty,
     defaults_of,
@@ -45,6 +45,7 @@ from pats_kernels.state import (
 from pats_kernels.step import Launcher
 
 UNSUPPORTED = ("amsgrad", "differentiable")
+CHECKED = (*UNSUPPORTED, "capturable")  # keys of a param group that are no hyperparameters of a kernel
 
 
 class PATSAdamW(Optimizer):
@@ -156,6 +157,7 @@ class PATSAdamW(Optimizer):
     def _forget(self) -> None:
         """Drops all that was derived from the old state."""
         self._launcher = Launcher(owned=True)
+        self._reader = Reader(_values, AdamWHyperparameters, CHECKED)
         self._advisor = Advisor(defaults_of(AdamWHyperparameters))
         self._numbering = Numbering(len(getattr(self, "param_groups", ())))
         self._nonfinite = Counters()
@@ -265,8 +267,8 @@ class PATSAdamW(Optimizer):
     def _batch(self) -> Batch:
         """The parameters that have a gradient, with their state, which is allocated here the first time."""
         counted = len(self._nonfinite)
-        values_of = partial(_values, defaults=self.defaults)
-        batch, fresh = gather(self.param_groups, values_of, self.state, self._nonfinite)
+        values = self._reader.read(self.param_groups, self.defaults)
+        batch, fresh = gather(self.param_groups, values, self.state, self._nonfinite)
         batch = self._numbering.numbered(batch, self.param_groups, fresh)
         if fresh:
             self._advisor.read(self.param_groups, self.defaults)

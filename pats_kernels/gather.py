@@ -28,7 +28,7 @@ COLUMNS = {
 
 def gather(
     param_groups: Sequence[Group],
-    values_of: Callable[[Group], Hyperparameters],
+    values_of_groups: Sequence[Hyperparameters],
     states: States,
     counters: Counters,
 ) -> tuple[Batch, list[Tensor]]:
@@ -39,12 +39,12 @@ def gather(
 
     Args:
         param_groups: the optimizer's.
-        values_of: returns a group's hyperparameters, or raises a ValueError that names what is wrong.
+        values_of_groups: the hyperparameters of each group.
         states: the state of each parameter.
         counters: count the elements that are not finite.
 
     Raises:
-        ValueError, TypeError: names a hyperparameter, or a parameter that no kernel can update.
+        ValueError, TypeError: names a `tensor_id`, or a parameter that no kernel can update.
     """
     name_of = name_finder(param_groups)
     params: list[Tensor] = []
@@ -52,9 +52,10 @@ def gather(
     values_of_each: list[Hyperparameters] = []
     batch = Batch(lambda i: name_of(params[i]), params, hyperparameters=values_of_each)
     noisy: list[bool] = []
+    columns: dict[str, list[Tensor | None]] = {key: getattr(batch, name) for key, name in COLUMNS.items()}
     position, moved = 0, False
-    for group in param_groups:
-        values, ids = values_of(group), ids_of(group, position)
+    for group, values in zip(param_groups, values_of_groups, strict=True):
+        ids = ids_of(group, position)
         position += len(ids)
         if not (needed := keys_of(values)):
             continue
@@ -69,17 +70,18 @@ def gather(
             own, grads, ids = _where(have, own, grads, ids)
             state = _state(own, states, needed)
         for key, column in state.items():
-            _append(batch, COLUMNS[key], column)
+            _fill(columns[key], len(params))
+            columns[key] += column
         params += own
         batch.grads += grads
         batch.tensor_ids += ids
         values_of_each += [values] * len(own)
         noisy += [values.noisy] * len(own)
         moved = moved or (values.noisy and have_moved(counters, own, states))
-    for name in COLUMNS.values():
-        if getattr(batch, name) or name == "sens_stats":
-            _append(batch, name, [])
-    if any(noisy):
+    for key, column in columns.items():
+        if column or key == "sens_stats":
+            _fill(column, len(params))
+    if True in noisy:
         batch.nonfinite = counters.column(params, noisy, batch.sens_stats, moved)
     batch.kept = len(states)
     return batch, fresh
@@ -99,11 +101,10 @@ def _state(params: Sequence[Tensor], states: States, needed: frozenset[str]) -> 
     return columns
 
 
-def _append(batch: Batch, name: str, column: list[Any]) -> None:
-    """Appends a column, after None for each earlier parameter that has no such state."""
-    whole: list[Any] = getattr(batch, name)
-    whole += [None] * (len(batch.params) - len(whole))
-    whole += column
+def _fill(column: list[Tensor | None], length: int) -> None:
+    """Appends None for each of the `length` first parameters that has no such state."""
+    if len(column) < length:
+        column += [None] * (length - len(column))
 
 
 def _has_state(

@@ -1,11 +1,12 @@
 """The hyperparameters of a param group: names, defaults, ranges, errors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from operator import is_
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -221,14 +222,62 @@ def hyperparameters(
         return kind(*chosen)
 
 
+class Reader(Generic[H]):
+    """Reads the hyperparameters of an optimizer's param groups at every step.
+
+    It checks those of a group only if one of the objects there is another than at the last step, or is of a
+    kind that may change its value, such as a list or a tensor.
+
+    Args:
+        checked: returns a group's hyperparameters, given the group and the defaults. Raises a ValueError that
+            names what is wrong with them.
+        kind: the class of what it returns.
+        others: further keys of a group that it looks at.
+    """
+
+    def __init__(
+        self,
+        checked: Callable[[Mapping[str, Any], Mapping[str, Any]], H],
+        kind: type[H],
+        others: Sequence[str] = (),
+    ) -> None:
+        self._checked = checked
+        self._own = tuple(defaults_of(kind).items())
+        self._others = others
+        self._known: dict[int, tuple[list[Any], H]] = {}  # by the group's position
+
+    def read(self, param_groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[H]:
+        """The hyperparameters of each group. A key that a group lacks is taken from `defaults`.
+
+        Raises:
+            ValueError: names the hyperparameter, its value and its range.
+        """
+        return [self._read(position, group, defaults) for position, group in enumerate(param_groups)]
+
+    def _read(self, position: int, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> H:
+        found = [group.get(name, defaults.get(name, default)) for name, default in self._own]
+        found += map(group.get, self._others)
+        known = self._known.get(position)
+        if known is None or not all(map(is_, found, known[0])):
+            known = found, self._checked(group, defaults)
+            if all(map(_is_plain, found)):
+                self._known[position] = known
+        return known[1]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is of a kind that `_plain` leaves as it is, and never changes its value."""
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value)))
+
+
 def _plain(name: str, value: Any) -> Any:
     """Turns any kind of number into Python's and any sequence of numbers into a tuple, so that equal values
     compare equal.
 
     A tensor is read at every call, unless it is on a GPU and the kernel can read it there.
     """
-    kind = type(value)
-    if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
+    if _is_plain(value):
         return value
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1 and name not in PAIRS:
         device = value.device.type if isinstance(value, Tensor) else "cpu"

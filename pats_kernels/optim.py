@@ -21,6 +21,7 @@ from pats_kernels.gather import gather
 from pats_kernels.hyperparameters import (
     Hyperparameters,
     Normalization,
+    Reader,
     Uncertainty,
     defaults_of,
     hyperparameters,
@@ -230,6 +231,7 @@ class _Attachment:
         self.handle: weakref.ref[PATS] | None = None
         self.nonfinite = Counters()
         self._launcher = Launcher(owned=True)
+        self._reader = Reader(hyperparameters, Hyperparameters)
         self._numbering = Numbering(groups)
         self._advisor = Advisor(defaults_of(Hyperparameters))
         self._looks_for_masters = 3  # steps: the optimizer has its state after the first that it takes
@@ -376,8 +378,8 @@ class _Attachment:
     def _step(self, optimizer: Optimizer) -> None:
         if self._looks_for_masters:
             self._looks_for_masters = 0 if have_no_masters(optimizer) else self._looks_for_masters - 1
-        values_of = partial(hyperparameters, defaults=self.defaults)
-        batch, fresh = gather(optimizer.param_groups, values_of, self.state, self.nonfinite)
+        values = self._reader.read(optimizer.param_groups, self.defaults)
+        batch, fresh = gather(optimizer.param_groups, values, self.state, self.nonfinite)
         batch = self._numbering.numbered(batch, optimizer.param_groups, fresh)
         if fresh:
             self._prune(optimizer)

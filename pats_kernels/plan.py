@@ -85,6 +85,7 @@ class Column(IntEnum):
     GRAD_SIGN = 36  # -1: maximize
 
 
+NO_ADDRESS = bytes(8)  # in `Plan.grads`; a match across two addresses would only cost a second look
 BLOCK = 128  # tensors that are looked at together, so that they stay in a cache meanwhile
 # The hyperparameters that may be tensors on the device.
 ON_DEVICE = {Column.LR_TENSOR: "lr", Column.NOISE_SCALE_TENSOR: "noise_scale"}
@@ -238,7 +239,8 @@ class Plan:
         columns: the columns of `_columns` that there are.
         blocks, hidden: addresses and kinds of these tensors, and of those that no other code can reach.
         tensor_ids, shards: the batch's.
-        grads, hyperparameters: those in the tables now. The plan does not depend on them.
+        grads, hyperparameters: the addresses and the values that are in the tables now. The plan does not
+            depend on them.
         without_memory: an error message if a tensor has no memory of its own, so that no kernel can find it
             by address; None: there is no such tensor.
     """
@@ -250,7 +252,7 @@ class Plan:
     shards: Sequence[Shard | None]
     variants: list[Variant]
     launches: list[Launch]
-    grads: np.ndarray
+    grads: bytes
     hyperparameters: Sequence[Hyperparameters] = field(default_factory=list)
     without_memory: str | None = None
 
@@ -269,21 +271,21 @@ class Plan:
             or not all(map(_Hidden.is_of, self.hidden, (batch.shares, batch.nonfinite)))
         ):
             return False
-        grads: list[np.ndarray] = []
+        parts: list[bytes] = []
         for block in self.blocks:
-            tensors, places, own = _look(columns, block.part)
-            if places != block.places or not all(map(Kinds.are_of, block.kinds, tensors)):
+            # The kinds first: what looks at them waits for many tensors at once to come into the caches.
+            tensors = [column[block.part] for column in columns.values()]
+            if not all(map(Kinds.are_of, block.kinds, tensors)):
                 return False
-            grads.append(own)
-        self.point_to(np.concatenate(grads))
-        return True
-
-    def point_to(self, grads: np.ndarray) -> None:
-        """Writes the gradients' addresses, if they have changed."""
-        if not np.array_equal(self.grads, grads):
+            places, own = _places_of(tensors)
+            if places != block.places:
+                return False
+            parts.append(own)
+        if (grads := b"".join(parts)) != self.grads:
             self.grads = grads
             for launch in self.launches:
-                launch.point_to(grads)
+                launch.point_to(np.frombuffer(grads, np.int64))
+        return True
 
     def has_written(self, hyperparameters: Sequence[Hyperparameters]) -> bool:
         """Whether the tables hold these very objects: equal ones may hold tensors at other addresses."""
@@ -319,6 +321,7 @@ class Planner:
         self._capacity = capacity
         self._spare = spare
         self._plans: dict[bytes, list[Plan]] = {}  # by the parameters' addresses; last used first
+        self._last: Plan | None = None
         self._rows = self._bytes = 0  # of all of them
         self._most = 0  # tensors that were kept, or planned at once
         self._random = random.Random(0)
@@ -330,8 +333,7 @@ class Planner:
             TypeError, ValueError: names the first tensor that no kernel can update, and says why.
         """
         try:
-            key = _addresses_of(batch.params).tobytes()
-            plan = self._kept(key, batch)
+            plan = self._kept(batch)
             if plan is None and any(map(Tensor.is_neg, batch.grads)):  # their memory holds -g
                 batch.grads = [grad.resolve_neg() for grad in batch.grads]
                 return self.plan(batch)
@@ -342,13 +344,16 @@ class Planner:
             check(batch, self._owned)
             plan = _planned(batch)
             self._most = max(self._most, batch.kept, len(batch.params))
-            self._keep(key, plan)
+            self._keep(_key_of(batch), plan)
+        self._last = plan
         _refresh(plan, batch)
         return plan
 
-    def _kept(self, key: bytes, batch: Batch) -> Plan | None:
+    def _kept(self, batch: Batch) -> Plan | None:
         """The plan that is valid for these tensors, if any. It becomes the most recently used."""
-        plans = self._plans.get(key, [])
+        if self._last is not None and self._last.is_of(batch):
+            return self._last
+        plans = self._plans.get(_key_of(batch), [])
         for i, plan in enumerate(plans):
             if plan.is_of(batch):
                 if i > 0:
@@ -397,16 +402,15 @@ def _columns(batch: Batch) -> dict[Column, Sequence[Tensor | None]]:
     return {column: tensors for column, tensors in columns.items() if tensors}
 
 
-def _look(
-    columns: Mapping[Column, Sequence[Tensor | None]], part: slice
-) -> tuple[list[Sequence[Tensor]], bytes, np.ndarray]:
-    """A part of each column, without None; the addresses of all but the gradients; the gradients'."""
-    tensors: list[Sequence[Any]] = [column[part] for column in columns.values()]
-    addresses = _addresses_of(list(chain(*tensors)))
-    staying = len(addresses) - len(tensors[-1])
-    if not addresses.all():
-        tensors = [[tensor for tensor in column if tensor is not None] for column in tensors]
-    return tensors, addresses[:staying].tobytes(), addresses[staying:]
+def _places_of(columns: Sequence[Sequence[Tensor | None]]) -> tuple[bytes, bytes]:
+    """The addresses of all but the last column, which are the gradients; the gradients'."""
+    addresses = _addresses_of(list(chain(*columns)))
+    staying = len(addresses) - len(columns[-1])
+    return addresses[:staying].tobytes(), addresses[staying:].tobytes()
+
+
+def _key_of(batch: Batch) -> bytes:
+    return _addresses_of(batch.params).tobytes()
 
 
 def _addresses_of(tensors: Sequence[Any]) -> np.ndarray:
@@ -632,7 +636,8 @@ def _planned(batch: Batch) -> Plan:
     blocks: list[_Block] = []
     for first in range(0, len(batch.params), BLOCK):
         part = slice(first, first + BLOCK)
-        tensors, places, _ = _look(columns, part)
+        tensors = [column[part] for column in columns.values()]
+        places, _ = _places_of(tensors)
         blocks.append(_Block(part, places, list(map(all_kinds.of, tensors))))
     owned = {Column.SHARE: batch.shares, Column.NONFINITE: batch.nonfinite}
     addresses = {c: _addresses_of(tensors) for c, tensors in (columns | owned).items() if tensors}
@@ -644,7 +649,7 @@ def _planned(batch: Batch) -> Plan:
         batch.shards,
         _variants(batch),
         _launches(batch, addresses),
-        addresses[Column.GRAD],
+        addresses[Column.GRAD].tobytes(),
         without_memory=_without_memory(batch),
     )
 
@@ -728,7 +733,7 @@ def collapse(
 
 def _refresh(plan: Plan, batch: Batch) -> None:
     """Writes what else may change while the tensors stay the same: t and hyperparameters."""
-    if plan.without_memory is not None or not plan.grads.all():
+    if plan.without_memory is not None or NO_ADDRESS in plan.grads:
         plan.without_memory = _without_memory(batch)
     steps = None if are_counters(batch.steps) else np.array(batch.steps, dtype=np.int64)
     changed = not plan.has_written(batch.hyperparameters)

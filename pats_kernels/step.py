@@ -1,5 +1,6 @@
 """The functional API, and `Launcher`, which turns every batch of tensors into launches."""
 
+import _signal  # pyright: ignore[reportMissingImports]
 import signal
 import threading
 from collections.abc import Sequence
@@ -59,14 +60,14 @@ class Launcher:
         elif self._statistics is not None:
             self.finish()
         plan = self._planner.plan(batch)
-        chosen = {backends.choose(backend, launch.key.device) for launch in plan.launches}
+        chosen = [backends.choose(backend, launch.key.device) for launch in plan.launches]
         if "eager" in chosen:
             if backend == backends.AUTO and backends.native.MISSING is not None:
                 backends.warn_of_eager(params)
             check(batch)  # a kernel may ignore a wrong shape, but torch's operations would stop halfway
-        if chosen != {"eager"} and plan.without_memory is not None:
+        if plan.without_memory is not None and {*chosen} != {"eager"}:
             raise TypeError(f"{plan.without_memory}, so no kernel can find it; backend='eager' can")
-        work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
+        work = list(zip(plan.launches, map(backends.step_of, chosen), strict=True))
         with _Uninterrupted():
             self._run(batch, work, grad_scale, found_inf, overlap)
             torch.autograd.graph.increment_version(params)
@@ -117,10 +118,11 @@ class _Uninterrupted:
 
     Python runs signal handlers only in the main thread, between two instructions, so other threads need no
     delay. If a handler raises while the handlers are being exchanged, some of the delaying handlers stay in
-    place; they pass every signal on.
+    place; they pass every signal on. (`signal` would turn numbers and handlers into enums and back, which
+    takes longer than all the rest.)
     """
 
-    _signals = (signal.SIGINT, signal.SIGTERM)
+    _signals = (int(signal.SIGINT), int(signal.SIGTERM))
 
     def __enter__(self) -> None:
         self._active = False
@@ -128,15 +130,15 @@ class _Uninterrupted:
         self._pending: list[tuple[int, Any]] = []
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
-                if callable(handler := signal.getsignal(number)):
+                if callable(handler := _signal.getsignal(number)):
                     self._handlers[number] = handler
-                    signal.signal(number, self._handle)
+                    _signal.signal(number, self._handle)
         self._active = True
 
     def __exit__(self, *_error: object) -> None:
         self._active = False
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
         self._deliver()
 
     def _handle(self, number: int, frame: Any) -> None:

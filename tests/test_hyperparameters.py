@@ -2,8 +2,10 @@
 
 import math
 from collections import UserList
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from bad_input import BAD_HYPERPARAMETERS, assert_names
 from pats_kernels.hyperparameters import (
     AdamWHyperparameters,
     Hyperparameters,
+    Reader,
     Variant,
     defaults_of,
     hyperparameters,
@@ -203,3 +206,90 @@ def test_a_tensor_on_a_device_is_not_read(name: str) -> None:
     for wrong in (torch.empty(2, device="meta"), torch.empty((), dtype=torch.float64, device="meta")):
         with pytest.raises(ValueError, match=f"Invalid {name}: .*one element, and be float32"):
             hyperparameters({name: wrong}, kind=AdamWHyperparameters)
+
+
+class Counted:
+    """A `Reader` of `AdamWHyperparameters`, and the groups that it has checked."""
+
+    def __init__(self) -> None:
+        self.checked: list[Mapping[str, Any]] = []
+        self._reader = Reader(self._check, AdamWHyperparameters, ["amsgrad"])
+
+    def _check(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> AdamWHyperparameters:
+        if group.get("amsgrad"):
+            raise ValueError("Invalid amsgrad")
+        self.checked.append(group)
+        return hyperparameters(group, defaults, AdamWHyperparameters)
+
+    def read(self, *groups: dict[str, Any], **defaults: Any) -> list[AdamWHyperparameters]:
+        self.checked.clear()
+        found = self._reader.read(groups, ADAMW_DEFAULTS | defaults)
+        assert found == [hyperparameters(g, ADAMW_DEFAULTS | defaults, AdamWHyperparameters) for g in groups]
+        return found
+
+
+ADAMW_DEFAULTS = dict(defaults_of(AdamWHyperparameters))
+OTHERS = {
+    "noise_scale": 2e-3,
+    "gamma": 2.0,
+    "sens_betas": (0.5, 0.25),
+    "uncertainty": "ucb",
+    "normalization": "exact",
+    "state_dtype": torch.bfloat16,
+    "stochastic_rounding": False,
+    "seed": 2**40,
+    "lr": 2e-3,
+    "betas": (0.5, 0.25),
+    "eps": 1e-3,
+    "weight_decay": 0.5,
+    "maximize": True,
+    "sensitivity": "moments",
+}
+
+
+def test_a_reader_checks_only_what_has_changed() -> None:
+    reader = Counted()
+    groups: list[dict[str, Any]] = [{"lr": 1e-3, "betas": (0.5, 0.5)}, {"lr": 2e-3}]
+    first = reader.read(*groups)
+    assert reader.checked == groups
+    assert all(map(is_, reader.read(*groups), first))
+    assert reader.checked == []
+    groups[1]["lr"] = 3e-3
+    assert reader.read(*groups)[0] is first[0]
+    assert reader.checked == groups[1:]
+    assert reader.read(*groups[1:]) == [hyperparameters(groups[1], ADAMW_DEFAULTS, AdamWHyperparameters)]
+    assert reader.checked == groups[1:]  # at another position
+
+
+@pytest.mark.parametrize("place", ["group", "defaults"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_reader_sees_every_change(name: str, place: str) -> None:
+    assert OTHERS.keys() == ADAMW_DEFAULTS.keys()
+    reader, group, defaults = Counted(), {}, {}
+    before = reader.read(group, **defaults)
+    (group if place == "group" else defaults)[name] = OTHERS[name]
+    assert reader.read(group, **defaults) != before
+    (group if place == "group" else defaults)[name] = [object()]
+    with pytest.raises(ValueError, match=f"Invalid {name}"):
+        reader.read(group, **defaults)
+
+
+def test_a_reader_sees_changes_inside_of_objects() -> None:
+    """A list, an array and a tensor stay the same object when their values change."""
+    betas, lr, noise_scale = [0.5, 0.25], torch.tensor(1e-3), np.array(1e-4)
+    reader, group = Counted(), {"betas": betas, "lr": lr, "noise_scale": noise_scale}
+    reader.read(group)
+    betas[0] = 0.75
+    assert reader.read(group)[0].betas == (0.75, 0.25)
+    lr.fill_(0.5)
+    assert reader.read(group)[0].lr == 0.5
+    noise_scale[...] = 0.25
+    assert reader.read(group)[0].noise_scale == 0.25
+
+
+def test_a_reader_sees_changes_of_what_is_no_hyperparameter() -> None:
+    reader, group = Counted(), {"lr": 1e-3}
+    reader.read(group)
+    group["amsgrad"] = True
+    with pytest.raises(ValueError, match="Invalid amsgrad"):
+        reader.read(group)

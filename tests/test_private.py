@@ -221,6 +221,17 @@ def test_other_kinds_are_told_apart(guards: bool, change: str) -> None:
     assert not kinds.are_of(others[:2])
 
 
+@pytest.mark.usefixtures("guards")
+def test_gaps() -> None:
+    """None stands for state that a tensor does not keep."""
+    one, other = torch.ones(2), torch.ones(3)
+    kinds = private.Kinds([one, None, other])
+    assert kinds.are_of([torch.ones(2), None, torch.ones(3)])
+    for wrong in ([None, one, other], [one, other, None], [one, None, one], [one, None, None], [one, other]):
+        assert not kinds.are_of(wrong)
+    assert not private.Kinds([one, one]).are_of([one, None])
+
+
 def test_a_tensor_may_be_there_twice(guards: bool) -> None:
     """For example as the gradient of two parameters, which torch's comparison would never accept."""
     shared = torch.ones(2)

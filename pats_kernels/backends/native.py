@@ -88,9 +88,13 @@ def step_(
 ) -> None:
     """One call for all of a launch's tensors. The operator gets addresses; the batch keeps them valid."""
     key, variant = launch.key, launch.key.variant
-    torch.ops.pats_kernels.step_(
-        torch.from_numpy(launch.table),
-        torch.from_numpy(launch.layout),
+    if "cpp" not in launch.cache:
+        operator = torch.ops.pats_kernels.step_.default
+        launch.cache["cpp"] = operator, torch.from_numpy(launch.table), torch.from_numpy(launch.layout)
+    operator, table, layout = launch.cache["cpp"]
+    operator(
+        table,
+        layout,
         key.param_dtype,
         key.state_dtype,
         variant.form,
