@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import NO_EXTENSION
+from cuda_operator import Arguments, operator
 from harness import assert_same_bits
-from ptx.cuda_driver import schema
 
 # The tests of every backend, here with this file's fixture.
 from test_adamw import (  # noqa: F401
@@ -83,9 +83,7 @@ from test_shards import (  # noqa: F401
     test_parts_are_what_the_whole_is,
     test_the_noise_is_that_of_the_numbers,
 )
-from torch import Tensor
 
-from pats_kernels import backends
 from pats_kernels.backends import cuda
 
 pytestmark = [
@@ -99,11 +97,6 @@ DTYPES = {
     torch.float16: "Float16",
     torch.float64: "double",
 }
-# In the order of csrc/table.h's enums.
-STORAGES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-FORMS = ["pats", "pats_adamw", "moments_adamw"]
-UNCERTAINTIES = ["product", "ucb", "none"]
-PHASES = ["one_pass", "averages", "noise"]
 
 
 def compiled(dtype: torch.dtype, folder: Path) -> Any:
@@ -125,41 +118,19 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with ThreadPoolExecutor(2) as pool:
         kernels = dict(zip(DTYPES, pool.map(lambda dtype: compiled(dtype, folder), DTYPES), strict=True))
 
-    def launch_(
-        table: Tensor,
-        layout: Tensor,
-        chunks: Tensor,
-        starts: Tensor,
-        partials: Tensor,
-        param_dtype: torch.dtype,
-        state_dtype: torch.dtype,
-        form: str,
-        uncertainty: str,
-        phase: str,
-        stochastic_rounding: bool,
-        plain: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        enums = (STORAGES.index(state_dtype), FORMS.index(form), UNCERTAINTIES.index(uncertainty))
-        flags = (PHASES.index(phase), stochastic_rounding, len(layout) > 0, plain)
-        tensors = [ctypes.c_void_p(t.data_ptr()) for t in (table, layout, chunks, starts, partials)]
-        sizes = (ctypes.c_int64(len(chunks)), ctypes.c_int64(len(table)))
-        scaler = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (grad_scale, found_inf)]
-        partials.fill_(torch.nan)  # no launch may rely on what an earlier one left there
-        assert kernels[param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
+    def launch_(given: Arguments) -> None:
+        flags = (given.stochastic_rounding, len(given.layout) > 0, given.plain)
+        tables = (given.table, given.layout, given.chunks, given.starts, given.partials)
+        tensors = [ctypes.c_void_p(t.data_ptr()) for t in tables]
+        sizes = (ctypes.c_int64(len(given.chunks)), ctypes.c_int64(len(given.table)))
+        scaler = [
+            ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (given.grad_scale, given.found_inf)
+        ]
+        enums = given.enums().values()
+        assert kernels[given.param_dtype](*enums, *flags, *tensors, *sizes, *scaler) == 0
 
-    library = torch.library.Library("pats_kernels", "FRAGMENT")
-    if cuda.MISSING is not None:
-        library.define(schema())
-    library.impl("launch_", launch_, "CPU")
-    own = backends._BACKENDS["cuda"]
-    backends._BACKENDS["cuda"] = backends.Backend(lambda device: None, cuda.step_)
-    backends._choose.cache_clear()
-    yield "cuda"
-    backends._BACKENDS["cuda"] = own
-    backends._choose.cache_clear()
-    library._destroy()
+    with operator(launch_):
+        yield "cuda"
 
 
 @pytest.mark.skipif(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pats_kernels import PATS, PATSAdamW
 
-# DeepSpeed compiles a shared-memory operator for CPUs when it starts. Without it, it uses gloo as it is.
+# DeepSpeed compiles a shared-memory operator for CPUs when it starts. Without that it uses plain gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 WIDTH, STEPS = 64, 6
@@ -68,7 +68,7 @@ def main() -> None:
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,  # any optimizer that DeepSpeed does not have in its list
+        "zero_allow_untested_optimizer": True,  # allows optimizers that are not in DeepSpeed's list
         "zero_force_ds_cpu_optimizer": False,  # the same for offloading
         **settings.get("config", {}),
     }
@@ -79,7 +79,7 @@ def main() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        noise.clear()  # with bfloat16 and stage 0 DeepSpeed has taken a step, with gradients of 0
+        noise.clear()  # with bfloat16 and stage 0, `initialize` takes a step with gradients of 0
         rank = dist.get_rank()
         if settings["resume"]:
             engine.load_checkpoint(str(folder), tag="half")
@@ -99,7 +99,7 @@ def main() -> None:
     name = "resumed" if settings["resume"] else "whole"
     torch.save(result, folder / f"{name}-{rank}.pt")
     dist.barrier()
-    os._exit(0)  # gloo's threads sometimes abort a process that ends
+    os._exit(0)  # at a normal exit gloo's threads sometimes abort the process
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ trainer.train(resume_from_checkpoint=resume)
 assert "pats/nonfinite" in [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 
 pats: Any = trainer.optimizer
-while hasattr(pats, "optimizer"):  # Accelerate's, and DeepSpeed's
+while hasattr(pats, "optimizer"):  # Accelerate's wrapper, and DeepSpeed's
     pats = pats.optimizer
 pats = getattr(pats, "pats", pats)
 state = [entry[key] for entry in pats.state.values() for key in sorted(entry)]
@@ -72,4 +72,4 @@ whole = [*trainer.accelerator.get_state_dict(trainer.deepspeed).values()] if sta
 result = {"state": state, "model": whole, "steps": [int(entry["step"]) for entry in pats.state.values()]}
 torch.save(result, f"{folder}/result-{dist.get_rank()}.pt")
 dist.barrier()
-os._exit(0)  # gloo's threads sometimes abort a process that ends
+os._exit(0)  # at a normal exit gloo's threads sometimes abort the process

@@ -18,7 +18,7 @@ from pats_kernels import PATS, PATSAdamW
 
 NOISE: dict[str, Any] = {"noise_scale": 1e-2, "gamma": 0.5, "seed": 5}
 STEPS = 6
-INPUTS, HIDDEN, OUTPUTS = 60, 80, 3  # the first matrix is big enough for those who quantize their state
+INPUTS, HIDDEN, OUTPUTS = 60, 80, 3  # the first matrix is big enough for optimizers that quantize their state
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 

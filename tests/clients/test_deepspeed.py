@@ -17,7 +17,7 @@ from harness import assert_same_bits
 from torch import Tensor
 
 STEPS, RANKS = 6, 2
-SIGMAS = 5  # that a statistic may be off; some hundred are tested
+SIGMAS = 5  # how far a statistic may be off; some hundred are tested
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def test_noise_and_resume(name: str, tmp_path: Path) -> None:
     whole = run(tmp_path, case, resume=False)
     for rank in whole:
         first, *others = rank["noise"]
-        assert all(not tensor.any() for tensor in first)  # the means are those of the step before
+        assert all(not tensor.any() for tensor in first)  # the means come from the step before
         assert all(tensor.any() for step in others for tensor in step)
         for step in others:
             for a, b in combinations(step, 2):
@@ -96,7 +96,7 @@ def test_noise_and_resume(name: str, tmp_path: Path) -> None:
     for step in range(1, STEPS):
         for a, b in zip(*(rank["noise"][step] for rank in whole), strict=True):
             if case.stage == 0:
-                assert torch.equal(a, b)  # replicas
+                assert torch.equal(a, b)  # replicas have the same noise
             elif a.numel() > 30:
                 assert_independent(a, b)
     told = [message for rank in whole for message in rank["warnings"]]

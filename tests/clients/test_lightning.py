@@ -27,7 +27,7 @@ class Module(L.LightningModule):
         self.pats: Any = None
 
     def training_step(self, _: Tensor) -> Tensor:
-        inputs, targets = batch(self.global_step)  # Lightning resumes within an epoch by starting it again
+        inputs, targets = batch(self.global_step)  # not the loader's: Lightning resumes an epoch at its start
         loss = (self.model(inputs).float() - targets).square().mean()
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers()

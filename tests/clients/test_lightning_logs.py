@@ -151,7 +151,7 @@ def test_logs(pl: Any, kind: str, manual: bool, tmp_path: Path) -> None:
     """The numbers as the step left them, to every logger, at log_every_n_steps and at no other step."""
     trainer, module, written = fit(pl, tmp_path, [kind], manual)
     assert [step for step, _ in written] == [2, 5]
-    for step, logs in written:  # which Lightning keeps in float32
+    for step, logs in written:  # Lightning keeps them in float32
         assert logs == pytest.approx(with_keys(module.expected[step][0]), rel=1e-6)
         assert 0.01 < logs["pats/mean_gate"] < logs["pats/noisy_share"] < 0.99
     assert Summary.calls == 2

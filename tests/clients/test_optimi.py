@@ -18,7 +18,7 @@ MAKERS: dict[str, Make] = {
     "SGD": lambda params: optimi.SGD(params, lr=1e-2, momentum=0.9),
     "StableAdamW": lambda params: optimi.StableAdamW(params, lr=1e-3, triton=False),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in which it sums as Kahan did
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # with Kahan summation
 
 
 @pytest.mark.parametrize("closure", [False, True])
@@ -47,7 +47,7 @@ def test_gradient_release() -> None:
     for step in range(STEPS):
         loss_of(model, step).backward()
         assert all(param.grad is None for param in model.parameters())
-        optimizer.step()  # as the loop has it, and nothing is left to do
+        optimizer.step()  # the loop calls it, but nothing is left to do
     assert_same_bits(list(model.parameters()), list(plain.model.parameters()))
     for one, other in zip(model.parameters(), plain.params, strict=True):
         assert_same_bits(list(tensors(pats.state[one])), list(tensors(plain.pats.state[other])))

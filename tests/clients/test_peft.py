@@ -120,7 +120,7 @@ def test_saved_and_merged(kind: str, how: str, tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(Base(1), tmp_path)
     torch.testing.assert_close(loaded(inputs), expected)
     merged = model.merge_and_unload()
-    # The product of the adapters is added to the weights, and so rounded once.
+    # Merging adds the product of the adapters to the weights, which is one more rounding.
     torch.testing.assert_close(merged(inputs), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -50,7 +50,7 @@ NAMES = [
 
 
 def training(name: str, closure: bool = False) -> Training:
-    torch.manual_seed(0)  # some draw projections, or start with noise of their own
+    torch.manual_seed(0)  # some draw projections, or begin with random numbers of their own
     return Training(getattr(pytorch_optimizer, name), closure=closure)
 
 

@@ -12,7 +12,7 @@ from pats_kernels import PATS
 
 
 def training_mode(optimizer: Any) -> Any:
-    optimizer.train()  # as its documentation wants it before the first step
+    optimizer.train()  # its documentation requires this before the first step
     return optimizer
 
 

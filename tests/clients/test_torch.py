@@ -30,7 +30,7 @@ MAKERS: dict[str, Make] = {
     "Rprop": lambda params: torch.optim.Rprop(params),
     "SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
 }
-OTHERS = {"Optimizer", "SparseAdam"}  # the base class; sparse gradients alone
+OTHERS = {"Optimizer", "SparseAdam"}  # the base class; an optimizer for sparse gradients only
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -76,7 +76,7 @@ def trained(
     own: dict[str, Any] = {"ref_model": model(seed=1)} if what == "DPO" else {}
     if how == "fused" and what == "SFT":
         own["optimizer_cls_and_kwargs"] = (PATSAdamW, {"lr": 1e-3} | NOISE)
-    elif how == "fused":  # DPOTrainer takes but an optimizer that is there
+    elif how == "fused":  # DPOTrainer takes only an optimizer that is already made
         own["optimizers"] = (PATSAdamW(policy.named_parameters(), lr=1e-3, **NOISE), None)
     trainer = trainer_class(
         model=policy, args=arguments, train_dataset=DATA[what], processing_class=tokenizer(), **own

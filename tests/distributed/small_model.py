@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 VOCABULARY, WIDTH = 7, 5
-ROWS = 12  # of a batch: as many for each of 1, 2, 3 or 4 ranks
+ROWS = 12  # of a batch: divisible by 1, 2, 3 and 4 ranks
 
 
 class SmallModel(nn.Module):

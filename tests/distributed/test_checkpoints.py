@@ -60,7 +60,7 @@ def save(kind: str, how: str | None, path: str, kwargs: dict[str, Any]) -> None:
 
 
 def load(kind: str, how: str | None, path: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    # Another seed and noise_scale than was saved: they have to come out of the checkpoint.
+    # Another seed and noise_scale than in the checkpoint, which has to override them.
     model, optimizer, keeper = built(kind, how, **{**kwargs, "seed": 1, "noise_scale": 3.0})
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
@@ -102,7 +102,7 @@ def load_plain(kind: str, how: str, state: dict[str, Any]) -> dict[str, Tensor]:
     model.load_state_dict(state["model"])
     model = shard(model, how)
     optimizer, keeper = optimizer_of(kind, model)
-    if kind == "attached":  # torch's own part cannot be split by torch's load_state_dict
+    if kind == "attached":  # torch's load_state_dict cannot shard the state of torch's AdamW
         keeper.load_state_dict(state["optimizer"]["pats"])
     else:
         optimizer.load_state_dict(state["optimizer"])

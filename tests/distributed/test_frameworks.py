@@ -51,11 +51,11 @@ class Case:
     accumulate: int = 1
     clip: float | None = None
     offload: bool = False
-    scales: tuple[float, ...] = ()  # of the noise, step by step; 0 where there is none yet
-    frozen: bool = False  # a parameter; another is unused
-    added: int | None = None  # the step before which the last parameters join, in a group of their own
+    scales: tuple[float, ...] = ()  # noise_scale of each step; 0: no noise
+    frozen: bool = False  # freezes a parameter and adds a layer that is never used
+    added: int | None = None  # before this step the last two parameters join, in a group of their own
     scaler: bool = False
-    poison: int | None = None  # the step in which one element of a gradient is infinite, on one shard
+    poison: int | None = None  # in this step one element of a gradient is infinite, on one shard
 
 
 def spread(model: SmallModel, how: str | None, case: Case) -> Any:
@@ -102,7 +102,7 @@ def run(case: Case, how: str | None) -> dict[str, Tensor]:
             nn.init.ones_(param)
     wrapped = spread(model, how, case)
     optimizer: Any
-    if case.kind == "attached, fused":  # torch's own optimizer that a GradScaler leaves unscaling to
+    if case.kind == "attached, fused":  # GradScaler leaves unscaling to it
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
         keeper: Any = PATS(optimizer, **NOISE, **case.kwargs)
     else:
@@ -110,7 +110,7 @@ def run(case: Case, how: str | None) -> dict[str, Tensor]:
     group: dict[str, Any] = optimizer.param_groups[0]
     held_back = [group["params"].pop() for _ in range(2)] if case.added is not None else []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=case.scaler)
-    # Equal batches on all processes where bfloat16 rounds: sums of other parts would differ by its roundings.
+    # With bfloat16 autocast every process takes the whole batch: sums of parts would differ by its roundings.
     part = (dist.get_rank(), dist.get_world_size()) if how and not case.scaler else (0, 1)
     for step in range(STEPS):
         if step == case.added:
@@ -151,7 +151,7 @@ def unchanged(model: SmallModel, optimizer: Any, keeper: Any) -> Iterator[None]:
     yield
     keeper.state_dict()
     after = gather(model, *states)
-    for name, tensor in after.items():  # state is allocated, and all zero, also in a step that is skipped
+    for name, tensor in after.items():  # a skipped step may allocate the state, but only as zeros
         assert torch.equal(before.get(name, torch.zeros_like(tensor)), tensor), name
 
 
@@ -227,12 +227,12 @@ def test_mixed_precision_policy(pool: Pool, kind: str) -> None:
 
 
 SHAPES = [(7, 5), (33,), (3, 4, 5), (13, 22)]
-PLACEMENTS: dict[str, tuple[tuple[int, ...], list[Placement]]] = {  # of 4 processes
+PLACEMENTS: dict[str, tuple[tuple[int, ...], list[Placement]]] = {  # mesh and placements, on 4 processes
     "rows": ((4,), [Shard(0)]),
     "hybrid": ((2, 2), [Replicate(), Shard(0)]),
     "both": ((2, 2), [Shard(0), Shard(0)]),
     "last": ((4,), [Shard(-1)]),
-    "two meshes": ((2, 1, 2), [Replicate(), Shard(0)]),  # of two processes each, both of the same tensors
+    "two meshes": ((2, 1, 2), [Replicate(), Shard(0)]),  # of two processes each, with the same tensors
 }
 
 
@@ -453,12 +453,13 @@ def drifted(how: str, where: str, watch: bool) -> str:
         param: Any = model.embedding.weight
         tensor: Any = param if where == "embedding.weight" else optimizer.state[param]["exp_avg_unc"]
         held: Tensor = getattr(tensor, "_local_tensor", tensor).detach()
-        held.view(torch.int32)[-1, -1] ^= 1 << (20 if watch else 0)  # another step would round the last away
+        # With `watch` a step follows, which would round a change of the last bit away.
+        held.view(torch.int32)[-1, -1] ^= 1 << (20 if watch else 0)
     try:
         if watch:
             handle = watch_replicas(optimizer, every=2)
             optimizer.step()
-            optimizer.zero_grad()  # nothing is stepped, and the check takes place
+            optimizer.zero_grad()  # no gradients: nothing moves, but the check takes place
             optimizer.step()
             handle.remove()
         else:

@@ -77,7 +77,7 @@ def independent(count: int) -> Any:
 
 def ddp(kind: str) -> tuple[list[Tensor], list[str]]:
     model = network()
-    nn.init.zeros_(model[4].weight)  # as LoRA's B: equal elements tell nothing about replicas
+    nn.init.zeros_(model[4].weight)  # as LoRA's B: equal values do not show that these are replicas
     optimizer = optimizer_of(kind, model.parameters(), lr=1e-3)
     wrapped = DistributedDataParallel(model)
 
@@ -115,7 +115,7 @@ def tensor_parallel(kind: str, names: bool) -> tuple[list[Tensor], list[str]]:
     before = [p.detach().clone() for p in params.values()]
     with torch.no_grad():
         params["zero"][0] = 0.0
-    # An element of weight 0 has no sensitivity, and so no mean to be normalized by: a second step moves it.
+    # A tensor of zeros has no sensitivity and no mean. It gets noise in a second step, after AdamW moved it.
     optimizer = optimizer_of(kind, params.items() if names else params.values(), lr=1e-4)
 
     def steps() -> None:
@@ -152,7 +152,7 @@ def test_parts_draw_their_own_noise_and_replicas_the_same(pool: Pool, kind: str,
             one, two = results[i][0], results[j][0]
             assert agreement(one[0], two[0]) == independent(2000)
             assert torch.equal(one[2], two[2])
-    # Rank 0 and the first that is no replica of it say so.
+    # Rank 0 warns, and the first rank that is no replica of it.
     assert [len(messages) for _, messages in results] == [1, 1] + [0] * (world_size - 2)
     assert "hold different tensors at the same place" in results[0][1][0]
 
@@ -296,16 +296,14 @@ def test_fsdp1_with_original_parameters_draws_one_process_s_noise(pool: Pool, ki
     expected = [
         philox_normal(SEED, 1, i, p.numel()).sign().float() for i, p in enumerate(network().parameters())
     ]
-    zero_weights = [
-        p.detach().flatten() == 0 for p in network().parameters()
-    ]  # no sensitivity, no mean: no noise
+    # A tensor of zeros has no sensitivity, so no mean to normalize by, and gets no noise.
+    zero_weights = [p.detach().flatten() == 0 for p in network().parameters()]
     for whole, _, messages in pool(2, fsdp, kind, True, how):
         assert len(messages) == 1
         assert "FullyShardedDataParallel" in messages[0]
         for moved, sign, silent in zip(whole, expected, zero_weights, strict=True):
-            assert (
-                silent.all() or agreement(moved[~silent], sign[~silent]) > 0.98
-            )  # all but those whose z rounds to nothing
+            # All but those whose noise is lost in rounding.
+            assert silent.all() or agreement(moved[~silent], sign[~silent]) > 0.98
 
 
 @pytest.mark.parametrize("kind", ["fused", "attached"])
@@ -315,7 +313,7 @@ def test_fsdp1_s_flat_parts_draw_noise_by_their_place(pool: Pool, kind: str) -> 
     size = len(first)
     drawn = philox_normal(SEED, 1, 0, 2 * size).sign().float()
     for moved, sign in ((first, drawn[:size]), (second, drawn[size:])):
-        stepped = moved != 0  # but for biases that are 0, LayerNorm's, and padding
+        stepped = moved != 0  # all but those whose noise is lost in rounding
         assert stepped.double().mean() > 0.9
         assert agreement(moved[stepped], sign[stepped]) > 0.99
     assert agreement(first, second) == independent(size)
@@ -335,7 +333,7 @@ def fsdp_checkpoint(kind: str, use_orig_params: bool) -> float:
             optimizer.zero_grad()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FSDP1's own, and ours
+        warnings.simplefilter("ignore")  # FSDP1's own and ours
         wrapped, optimizer = made()
         steps(wrapped, optimizer, 1, 2, 3)
         saved = copy.deepcopy(FSDP.optim_state_dict(wrapped, optimizer))

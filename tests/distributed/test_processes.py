@@ -70,7 +70,7 @@ def test_says_which_rank_is_in_trouble_and_goes_on(pool: Pool, kind: str) -> Non
     start = time.monotonic()
     with pytest.raises(RankError, match=MESSAGES[kind]):
         pool(3, trouble, kind, 1, timeout=1 if kind == "hangs" else 60)
-    assert time.monotonic() - start < 30  # never the whole timeout
+    assert time.monotonic() - start < 30  # does not wait for the timeout of 60 s
     after = pool(3, trouble, "none", 1)
     assert not set(before) & set(after)
 

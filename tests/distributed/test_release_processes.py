@@ -21,14 +21,14 @@ from pats_kernels.distributed import Statistics
 
 def train(how: str, kind: str, released: bool, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     rank, size = dist.get_rank(), dist.get_world_size()
-    ranks = (rank, size) if how == "fsdp" else (0, 1)  # of tensor parallelism all see the same batch
+    ranks = (rank, size) if how == "fsdp" else (0, 1)  # otherwise all ranks see the same batch
     model = shard(small_model(12 if "tp" in how else 3, kwargs.pop("dtype", torch.float32)), how)
     optimizer, keeper = optimizer_of(kind, model, **kwargs)
     scheduler = LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch))
-    # Tensor parallelism leaves some parameters plain, with gradients that need nobody else's.
+    # Tensor parallelism leaves some parameters plain. Their gradients need no reduction.
     handle = release_gradients(optimizer, synchronized=how == "tp") if released else None
     for step in range(STEPS + 2):
-        if step == STEPS and handle is not None:  # two last steps as everybody takes them
+        if step == STEPS and handle is not None:  # the last two steps are plain ones
             handle.remove()
         loss_of(model, step, *ranks).backward()
         if handle is not None:
@@ -43,7 +43,7 @@ def train(how: str, kind: str, released: bool, kwargs: dict[str, Any]) -> dict[s
 def both(how: str, kind: str, kwargs: dict[str, Any]) -> None:
     plain, released = (train(how, kind, release, dict(kwargs)) for release in (False, True))
     assert_close(released, plain)
-    if dist.get_world_size() > 2:  # a longer message is summed in another order
+    if dist.get_world_size() > 2:  # the order of a sum depends on the message's length
         return
     different = [name for name in plain if not torch.equal(released[name], plain[name])]
     assert not different, different
@@ -116,7 +116,7 @@ def on_their_way() -> None:
     for step in range(3):
         loss_of(model, step).backward()
         pending = optimizer._launcher._statistics._pending
-        # The first time each set is new, and waits for what there was.
+        # In the first step each set is new, and making one waits for all messages before it.
         assert len(pending) == (1 if step == 0 else len(optimizer.state))
     optimizer.state_dict()
     assert not pending
@@ -140,11 +140,11 @@ def forgotten(released: bool) -> None:
     entries = [entry for entry in optimizer.state.values() if isinstance(entry, dict)]
     alive = [weakref.ref(tensor) for entry in entries for tensor in entry.values()]
     del entries
-    gc.disable()  # without its help, and on all processes at one time
+    gc.disable()  # all has to be freed without it, at the same time on all processes
     optimizer.state.clear()
     assert not any(reference() is not None for reference in alive)
     gc.enable()
-    loss_of(model, 2).backward()  # and it goes on, with new state
+    loss_of(model, 2).backward()  # training goes on, with new state
     optimizer.step()
     optimizer.state_dict()
     assert all(float(entry["step"]) == 1 for entry in optimizer.state.values())

@@ -133,7 +133,7 @@ def summary(model: SmallModel, kind: str) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         if step == 1:
-            for key in ("exp_avg", "exp_avg_sq"):  # AdamW's moments, and then its weights, are lost
+            for key in ("exp_avg", "exp_avg_sq"):  # reset what the NaN has reached: moments and weights
                 keeper.state[param][key].zero_()
             param.detach().zero_()
     return keeper.pats_summary()

@@ -71,7 +71,7 @@ def bert(seed: int) -> BertForSequenceClassification:
         BertConfig(**sizes, **rates, num_hidden_layers=2, num_attention_heads=2)
     )
     for name, param in model.named_parameters():
-        if name.endswith("key.bias"):  # its gradient is 0 but for rounding, which decides all about it
+        if name.endswith("key.bias"):  # its gradient is 0 but for rounding, which would decide its steps
             param.requires_grad_(False)
     return model
 
@@ -105,7 +105,7 @@ def trained(
             per_device_train_batch_size=BATCH // processes,
             gradient_accumulation_steps=ACCUMULATE,
             learning_rate=1e-3,
-            max_grad_norm=0.05,  # the norm is above it
+            max_grad_norm=0.05,  # the gradients' norm is above it
             warmup_steps=2,
             weight_decay=0.1,
             save_steps=STEPS // 2,

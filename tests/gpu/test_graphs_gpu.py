@@ -13,7 +13,7 @@ from pats_kernels import PATS, PATSAdamW
 NOISE_SCALE = 1e-2
 SIZES = [at_most(300, 100_000), 7, at_most(1030, 4096), 1]
 REPLAYS = 3
-Run = tuple[list[Tensor], torch.optim.Optimizer, Any]  # and who keeps the state
+Run = tuple[list[Tensor], torch.optim.Optimizer, Any]  # parameters, optimizer, and what keeps PATS's state
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -80,7 +80,7 @@ def test_replays_are_steps(make: Make, normalization: str, dtype: torch.dtype, b
     assert_same(snapshot(captured), snapshot(plain))
     before = snapshot(captured)
     graph = Graph(captured[1].step)
-    assert_same(snapshot(captured), before)  # a capture does nothing
+    assert_same(snapshot(captured), before)  # a capture runs nothing
     for t in range(1, 1 + REPLAYS):
         for run in (plain, captured):
             fill([p.grad for p in run[0] if p.grad is not None], t)
@@ -90,7 +90,7 @@ def test_replays_are_steps(make: Make, normalization: str, dtype: torch.dtype, b
         assert_same(snapshot(captured), snapshot(plain))
     assert all(captured[2].state[p]["step"].item() == 1 + REPLAYS for p in captured[0])
     plain[1].step()
-    captured[1].step()  # and uncaptured again
+    captured[1].step()  # a step outside the graph continues from there
     assert_same(snapshot(captured), snapshot(plain))
 
 
@@ -115,7 +115,7 @@ def test_noise_is_fresh_in_every_replay(backend: str) -> None:
             assert (change - other).abs().max() > 0.1 * NOISE_SCALE
 
 
-@needs_gpu  # on a CPU such tensors are read by the host
+@needs_gpu  # on a CPU the host reads such tensors
 @backends
 def test_what_a_schedule_changes_between_replays(backend: str) -> None:
     """lr and noise_scale, where they are tensors on the device."""

@@ -18,8 +18,8 @@ from pats_kernels.hyperparameters import AdamWHyperparameters, Normalization, Se
 from pats_kernels.philox import normals, random_words
 
 NOISE_SCALE = 1e-2
-# Of one step from the same state. S and U: five roundings, in another order than torch's (6e-8 each).
-# w: the contract's 2e-3 on z, and tanh.approx's 2^-11 on a gate of at most 1 times the largest |z|, 6.7.
+# Tolerances of one step from the same state. S and U: five roundings (6e-8 each), not in torch's order.
+# w: the contract's 2e-3 on z, and tanh.approx's 2^-11 on a gate of at most 1, times the largest |z|, 6.7.
 RELATIVE = 5e-7
 NOISE = NOISE_SCALE * (2e-3 + 6.7 * 2**-11)
 ULP = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -73,14 +73,14 @@ def check(got: State, expected: State) -> None:
         state_ulp = ULP[S.dtype] if S.dtype == torch.bfloat16 else RELATIVE
         torch.testing.assert_close(S, S_0, rtol=state_ulp, atol=1e-30, equal_nan=True)
         if U_0 is not None:
-            # U is made of abs(s - S), which is off by roundings of s and S: 4 of 6e-8, of at most S_0 / 0.15,
-            # of which 1 - b_u = 0.05 enters.
+            # U averages abs(s - S). The roundings of s and S move that by up to 4 * 6e-8 of S_0 / 0.15, which
+            # neither exceeds, and 1 - b_u = 0.05 of it enters U.
             U = got[3][i]
             assert U is not None
             off = (U.cpu().double() - U_0.double()).abs()
             assert (off <= state_ulp * U_0.double() + 1e-7 * S_0.double()).all()
         torch.testing.assert_close(stats, stats_0, rtol=1e-5, atol=0)
-        # A bfloat16 average that rounds to the other neighbour, once in some 2^16, moves the gate by 5e-3.
+        # About once in 2^16 a bfloat16 average rounds to the other neighbour, which moves the gate by 5e-3.
         noise = NOISE + (6.7 * 5e-3 * NOISE_SCALE if S.dtype == torch.bfloat16 else 0)
         torch.testing.assert_close(w, w_0, rtol=ULP[w.dtype], atol=noise, equal_nan=True)
 
@@ -133,7 +133,7 @@ def test_strides(backend: str) -> None:
         [torch.full((2,), 0.2) for _ in params],
     )
     got = on_gpu((params, grads, sens, list(unc), expected[4]))
-    for i, param in enumerate(params):  # `cuda()` keeps dense strides; the view with holes is made again
+    for i, param in enumerate(params):  # `to` keeps only dense strides: make the view with holes anew
         got[0][i] = torch.empty_strided(param.shape, param.stride(), device=DEVICE).copy_(param)
     step(got, backend=backend)
     step(expected)
@@ -154,7 +154,7 @@ def test_the_approximate_form_is_the_portable_one(monkeypatch: pytest.MonkeyPatc
     for column in (2, 3, 4):
         torch.testing.assert_close(approximate[column], portable[column], rtol=0, atol=0)
     w, w_0 = approximate[0][0], portable[0][0]
-    assert (w - w_0).abs().max() <= NOISE + 2**-21  # |w| < 8: an ulp of it on top
+    assert (w - w_0).abs().max() <= NOISE + 2**-21  # 2^-21: an ulp of |w| < 8
 
 
 def open_gate(numel: int, dtype: torch.dtype = torch.float32) -> State:
@@ -217,7 +217,8 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
     assert tensors[4][0][0].item() == pytest.approx(0.85 / numel, rel=2e-2)  # bfloat16 holds 0.85 to 2^-8
 
 
-Run = tuple[list[Tensor], torch.optim.Optimizer, PATS | PATSAdamW]  # and who keeps the state
+# Parameters, optimizer, and what keeps PATS's state.
+Run = tuple[list[Tensor], torch.optim.Optimizer, PATS | PATSAdamW]
 Make = Callable[[int, int, str], Run]
 
 
@@ -228,7 +229,7 @@ def parameters(count: int, size: int) -> list[Tensor]:
 
 def attached(count: int, size: int, backend: str) -> Run:
     params = parameters(count, size)
-    optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)  # leaves them alone
+    optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)  # moves nothing
     return params, optimizer, PATS(optimizer, noise_scale=NOISE_SCALE, backend=backend)
 
 
@@ -385,7 +386,7 @@ def test_adamw_against_the_reference(
         if U is not None and S is not None:
             assert_within(got["exp_avg_unc"], U, stored, 1e-7 * S.double())
         assert_within(got["sens_stats"], means, 1e-5, 0)
-        # As `check` above; AdamW's own change by approximate roots and reciprocals, 2^-22 each.
+        # As in `check`. AdamW's change is also off by approximate roots and reciprocals, 2^-22 each.
         noise = NOISE + (6.7 * 5e-3 * NOISE_SCALE if state_dtype == torch.bfloat16 else 0)
         change = (params[i].double() - before.double()).abs()
         assert_within(param, params[i], ULP[dtype], noise + 1e-5 * change)
@@ -468,7 +469,7 @@ def test_long_runs(normalization: Normalization, backend: str) -> None:
     for t in range(1, LONG + 1):
         for average in (*tensors[2], *tensors[3]):
             assert average is not None
-            average[-1] = 1  # else the means would be 0 in the end, and the gate closed
+            average[-1] = 1  # else the means would decay to 0, which closes the gate
         step(tensors, step=t, noise_scale=NOISE_SCALE, normalization=normalization, backend=backend)
         total += NOISE_SCALE * reference.philox_normal(2**40 + 3, t, 0, numel)
     off = (tensors[0][0].cpu().double() - total)[:-1].abs().max().item()

@@ -96,7 +96,8 @@ def test_noise_is_where_the_cpu_has_it(backend: str) -> None:
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-    # A step's noise is off by 2e-3 of z and 2^-11 of a gate, of 6.7 at most; weights differ before gates do.
+    # Each step's noise is off by 2e-3 of z, and by 2^-11 of the gate times |z|, 6.7 at most. The weights
+    # drift apart before the gates do.
     for param, copy in zip(model.parameters(), copies, strict=True):
         torch.testing.assert_close(param.cpu(), copy, rtol=1e-5, atol=STEPS * NOISE["noise_scale"] * 6e-3)
     ours, expected = optimizer.pats_summary(), reference.pats_summary()
@@ -128,7 +129,7 @@ def test_clipping_waits_for_nothing(max_norm: float, backend: str) -> None:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         runs.append([p.detach() for p in model.parameters()])
-    # A last bit of each gradient, through Adam's quotient and the gate.
+    # The gradients differ in a last bit, which goes through Adam's quotient and the gate.
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=LR * 1e-2)
 
@@ -161,7 +162,7 @@ def test_a_whole_step_as_one_graph(sensitivity: Any, backend: str) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for t in range(3):  # torch asks for warm-up steps on another stream
+        for t in range(3):  # torch requires warm-up steps on another stream
             given.copy_(batch(t))
             optimizer.zero_grad()
             model(given).square().mean().backward()
@@ -203,7 +204,7 @@ def test_a_compiled_loop(backend: str) -> None:
                 optimizer.step()
             optimizer.zero_grad()
         runs.append([p.detach() for p in model.parameters()])
-    # Forward and backward are compiled apart and together: other roundings of the gradients.
+    # One run compiles the model alone, the other the whole step: gradients are rounded differently.
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=LR * 2e-2)
 
@@ -311,7 +312,7 @@ def test_ddp_with_a_grad_scaler(own: bool, backend: str, process_group: None) ->
 
 
 def trainer(folder: Path, optimizer: Any, settings: dict[str, Any], steps: int, **own: Any) -> Any:
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a Trainer before this one leaves its own there
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # an earlier Trainer leaves its setting there
     transformers = pytest.importorskip("transformers")
     transformers.set_seed(0)
     config = transformers.BertConfig(
@@ -357,7 +358,7 @@ def test_the_trainer_without_noise_is_adamws(precision: str, tmp_path: Path) -> 
         run = trainer(tmp_path, kind, settings, 5, save_strategy="no", **own)
         run.train()
         models.append(run.model)
-    # Where a gradient is near zero AdamW's quotient makes much of its last bits: a few per cent of a step.
+    # Where a gradient is near zero, AdamW's quotient amplifies its last bits, to a few per cent of a step.
     off = [
         (a - b).abs().flatten() for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
     ]

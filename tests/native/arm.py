@@ -14,7 +14,7 @@ from program import BUILD, INSTRUCTION_SETS, built
 
 ARM = "aarch64-linux-gnu-"
 FOLDER = BUILD / "arm"
-LINK = ["-O1", "-static"]  # qemu has no libraries
+LINK = ["-O1", "-static"]  # static: qemu has no Arm libraries
 
 
 def said(command: list[str], **environment: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE, BUILD = ROOT / "tests" / "native", ROOT / "build"
 SIMD_FLAGS = "-std=c++17 -Wall -Wextra -ffp-contract=off -fopenmp-simd -fno-math-errno -fno-trapping-math "
-SIMD_FLAGS += "-ffinite-math-only -fno-signed-zeros"  # setup.py's
+SIMD_FLAGS += "-ffinite-math-only -fno-signed-zeros"  # as in setup.py
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {

@@ -53,7 +53,8 @@ def address() -> None:
     flags = {"CFLAGS": ADDRESS_FLAGS, "CXXFLAGS": ADDRESS_FLAGS, "LDFLAGS": f"-fsanitize={CHECKS}"}
     folders = [f"--build-lib={place / 'lib'}", f"--build-temp={place / 'temp'}"]
     run([sys.executable, "setup.py", "-q", "build", *folders], flags)
-    # What is preloaded first sees all memory that torch allocates. Python keeps much until it ends: no leaks.
+    # Preloaded, the sanitizers see all memory that torch allocates. Python keeps much until it ends, so leaks
+    # are not looked for.
     preloaded = [library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     environment = {
         "LD_PRELOAD": " ".join(preloaded),
@@ -68,8 +69,10 @@ def address() -> None:
             command, cwd=place, env=os.environ | environment, capture_output=True, text=True, check=False
         )
         if expected not in done.stdout + done.stderr:
-            sys.exit(f"{numel} of 100 elements, and no {expected}:\n{done.stdout}{done.stderr}")
-    # From another folder: Python would find the package in this one first.
+            sys.exit(
+                f"a step over {numel} of 100 elements did not give {expected}:\n{done.stdout}{done.stderr}"
+            )
+    # The tests run in another folder: in this one Python would find the source of the package first.
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
     rootdir = [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
     run([sys.executable, *PYTEST, *rootdir, "-k", "not eager", *tests], environment, place)
@@ -85,7 +88,7 @@ def threads() -> None:
     run([program])
     raced = subprocess.run([program, "race"], capture_output=True, text=True, check=False)
     if "data race" not in raced.stderr:
-        sys.exit(f"a race that there is was not seen:\n{raced.stderr}")
+        sys.exit(f"the race on purpose was not seen:\n{raced.stderr}")
     print("a race on purpose is seen")
 
 

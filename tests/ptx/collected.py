@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent.parent
 MODULES = ("test_backends", "test_adamw", "test_rounding", "test_shards", "test_edges")
-EXAMPLES = 4  # of hypothesis, as many as an interpreter can bear
+EXAMPLES = 4  # for each hypothesis test: the interpreter is too slow for more
 
 
 def of_backends(name: str, where: str) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -33,7 +33,7 @@ def _imported(name: str, where: str) -> ModuleType:
     settings.register_profile(
         "ptx", settings.get_profile(before), max_examples=EXAMPLES, suppress_health_check=list(HealthCheck)
     )
-    settings.load_profile("ptx")  # taken up where a test is decorated
+    settings.load_profile("ptx")  # hypothesis reads it when a test is decorated
     try:
         spec = importlib.util.spec_from_file_location(f"{name}_on_{where}", TESTS / f"{name}.py")
         assert spec is not None

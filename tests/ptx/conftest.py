@@ -13,7 +13,7 @@ ARCHITECTURES = [int(arch) for arch in os.environ.get("PATS_PTX", "90").split(",
 SHARES = (
     {} if "PATS_PTX" in os.environ else {"test_triton.py": 12, "test_cuda.py": 40, "test_tolerances.py": 3}
 )
-LONG = {  # half a minute and more
+LONG = {  # each takes half a minute or more
     "test_averages_do_not_stand_still_of_rounding",
     "test_small_noise_adds_up_of_rounding",
     "test_bfloat16_moments_do_not_stand_still_of_adamw",

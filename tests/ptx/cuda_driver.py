@@ -13,24 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
 
-import torch
+from cuda_operator import STORAGES, Arguments, name_of, operator
 from torch import Tensor
 
 from benchmarks.codegen import nvcc
-from pats_kernels import backends
 from pats_kernels.backends import cuda
 from pats_kernels.plan import Batch, Launch, Phase
 from ptx.machine import Kernel
 from ptx.memory import GlobalMemory, Interval
 from ptx.program import kernels, parse
 from ptx.triton_driver import interval, intervals_of
-
-# In the order of csrc/table.h's enums.
-STORAGES = ("float32", "bfloat16", "float16", "float64")
-UNCERTAINTIES = ("product", "ucb", "none")
-PHASES = ("one_pass", "averages", "noise")
 
 
 class CudaLaunch(ctypes.Structure):
@@ -113,55 +106,27 @@ def started(launch: CudaLaunch, param: str) -> Iterator[tuple[str, int]]:
         yield f"statistics_kernel<{'double' if p == 'double' else 'float'}>", launch.num_tensors
 
 
-def launch_(
-    settings: Settings,
-    table: Tensor,
-    layout: Tensor,
-    chunks: Tensor,
-    starts: Tensor,
-    partials: Tensor,
-    param_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    form: str,
-    uncertainty: str,
-    phase: str,
-    stochastic_rounding: bool,
-    plain: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def launch_(settings: Settings, arguments: Arguments) -> None:
     """The operator of csrc/cuda.cpp."""
-    partials.fill_(torch.nan)  # nothing may rely on what an earlier launch left there
-    param, state = (str(dtype).removeprefix("torch.") for dtype in (param_dtype, state_dtype))
-    tables = {"table": table, "layout": layout, "chunks": chunks, "starts": starts, "partials": partials}
-    scaler = {"grad_scale": grad_scale, "found_inf": found_inf}
-    given = tables | {name: tensor for name, tensor in scaler.items() if tensor is not None}
+    names = ("table", "layout", "chunks", "starts", "partials", "grad_scale", "found_inf")
+    tensors = {name: getattr(arguments, name) for name in names}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     launch = CudaLaunch(
-        state=STORAGES.index(state),
-        form=nvcc.FORMS.index(form),
-        uncertainty=UNCERTAINTIES.index(uncertainty),
-        phase=PHASES.index(phase),
-        stochastic_rounding=stochastic_rounding,
-        strided=len(layout) > 0,
-        plain=plain,
-        num_chunks=len(chunks),
-        num_tensors=len(table),
+        **arguments.enums(),
+        stochastic_rounding=arguments.stochastic_rounding,
+        strided=len(arguments.layout) > 0,
+        plain=arguments.plain,
+        num_chunks=len(arguments.chunks),
+        num_tensors=len(arguments.table),
         **{name: tensor.data_ptr() for name, tensor in given.items()},
     )
     own = [interval(name, tensor, name == "partials") for name, tensor in given.items()]
+    param = name_of(arguments.param_dtype)
     for name, blocks in started(launch, param):
         kernel = settings.kernel(param, name)
         memory = GlobalMemory([*settings.intervals, *own, *kernel.constant_intervals()])
         if blocks:
             kernel.launch(blocks, bytes(launch), memory, seed=settings.seed)
-
-
-def schema() -> str:
-    """The operator's, out of csrc/cuda.cpp."""
-    source = (nvcc.SOURCE.parent / "cuda.cpp").read_text()
-    definition = re.search(r"library\.def\((.*?)\);", source, re.DOTALL)
-    assert definition is not None
-    return "".join(re.findall(r'"(.*?)"', definition.group(1)))
 
 
 @contextmanager
@@ -175,14 +140,5 @@ def emulated(arch: int, seed: int | None = None) -> Iterator[Settings]:
         settings.intervals = list(intervals_of(batch))
         cuda.step_(launch, batch, phase, grad_scale, found_inf)
 
-    library = torch.library.Library("pats_kernels", "FRAGMENT")
-    if cuda.MISSING is not None:
-        library.define(schema())
-    library.impl("launch_", lambda *arguments: launch_(settings, *arguments), "CPU")
-    backends._choose.cache_clear()
-    try:
-        with patch.dict(backends._BACKENDS, cuda=backends.Backend(lambda device: None, step_)):
-            yield settings
-    finally:
-        backends._choose.cache_clear()
-        library._destroy()
+    with operator(lambda arguments: launch_(settings, arguments), step_):
+        yield settings

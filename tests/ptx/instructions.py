@@ -135,7 +135,7 @@ def _integer(op: Op, decoder: "Decoder") -> "Execute":
     a, b = ((operand, op.kind) for operand in op.operands[1:3])
 
     if op.base in ("mul", "mad") and "lo" not in op:
-        if double is None:  # 64 bits by 64
+        if double is None:  # the product of two 64-bit numbers needs 128 bits
             raise Unknown(f"{op.base}.hi of type .{op.kind}")
 
         def product(x: Array, y: Array, z: Array | None = None) -> Array:
@@ -231,12 +231,12 @@ def _unary(op: Op, decoder: "Decoder") -> "Execute":
             return np.array([bits - int(v).bit_length() for v in raw.tolist()], np.uint32)
 
         return elementwise(decoder, count, (op.operands[0], "u32"), *sources)
-    if op.base == "copysign":  # of the first operand
+    if op.base == "copysign":  # PTX takes the sign from the first operand
         return elementwise(decoder, lambda sign, x: np.copysign(x, sign), to, *sources)
     if op.base == "not":
         return elementwise(decoder, np.invert, to, *sources)
     if kind in SIGNS:
-        # A sign is a bit: NaN keeps the others.
+        # Only the sign bit changes, so a NaN keeps its other bits.
         sign = UNSIGNED[size_of(kind)](SIGNS[kind])
         change = np.bitwise_xor if op.base == "neg" else lambda x, s: x & ~s
         ftz = "ftz" in op and kind == "f32"
@@ -353,7 +353,7 @@ def _bit_field(op: Op, decoder: "Decoder") -> "Execute":
 
     def extract(x: Array, position: Array, length: Array) -> Array:
         position, length = (position & 0xFF).astype(np.int64), (length & 0xFF).astype(np.int64)
-        field = x.astype(np.int64) >> np.minimum(position, 32)  # of an s32 with its sign
+        field = x.astype(np.int64) >> np.minimum(position, 32)  # an s32 is sign-extended
         if op.kind == "u32":
             return (field & (np.int64(1) << np.minimum(length, 32)) - 1).astype(np.uint32)
         unused = 64 - np.minimum(length, 32)
@@ -407,7 +407,7 @@ def _unpack(op: Op, decoder: "Decoder") -> "Execute":
     writes = [decoder.write(name, f"b{bits}") for name in names]
 
     def execute(frame: "Frame", mask: "Mask") -> None:
-        value = np.array(read(frame))  # a part may be written over it
+        value = np.array(read(frame))  # a copy: a write may overwrite the register it was read from
         for i, write in enumerate(writes):
             write(frame, (value >> value.dtype.type(bits * i)).astype(DTYPES[f"b{bits}"]), mask)
 
@@ -520,10 +520,10 @@ def _convert(op: Op, decoder: "Decoder") -> "Execute":
             if origin != source
             else read(frame)
         )
-        if origin != source:  # a register wider than the type: its low bits
+        if origin != source:  # the register is wider than the type: take its low bits
             x = x.astype(UNSIGNED[size_of(source)]).view(DTYPES[source])
         y = function(np.atleast_1d(x))
-        if target != to:  # and the other way round: with its sign, or zeros
+        if target != to:  # the target register is wider: extend with the sign or zeros
             y = y.astype(DTYPES[f"{to[0]}{8 * size_of(target)}"]).view(DTYPES[target])
         write(frame, y, mask)
 
@@ -595,7 +595,7 @@ def _conversion(to: str, source: str, modifiers: list[str]) -> Callable[[Array],
         if "rn" not in modifiers:
             raise Unknown(f"cvt.{to}.{source} without .rn")
         return lambda x: x.astype(dtype)
-    return lambda x: x.astype(dtype)  # of integers: with the source's sign, or cut off
+    return lambda x: x.astype(dtype)  # integers: extended with the source's sign, or cut off
 
 
 def _to_integer(to: str, rounded: Callable[[Array], Array]) -> Callable[[Array], Array]:

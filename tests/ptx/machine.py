@@ -22,9 +22,9 @@ Array = NDArray[Any]
 Mask = Array | None  # which lanes; None: all
 Execute = Callable[["Frame", Mask], None]
 
-BATCH = 16  # blocks at a time: more lanes cost less for each, but no longer fit the caches
+BATCH = 16  # blocks at a time: more would cost less per lane, but no longer fit the caches
 GARBAGE = 0xA5  # what registers hold before they are written
-SHARED_WINDOW, LOCAL_WINDOW = 1 << 56, 1 << 57  # generic addresses: those of shared and of local memory
+SHARED_WINDOW, LOCAL_WINDOW = 1 << 56, 1 << 57  # where they begin among generic addresses
 
 
 @dataclass(slots=True)
@@ -33,9 +33,9 @@ class Step:
 
     instruction: Instruction
     execute: Execute | None
-    guard: int | None  # its slot
+    guard: int | None  # the slot of the guard's register
     negated: bool
-    target: int | None = None  # of a branch
+    target: int | None = None  # the step that a branch goes to
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Code:
 
     function: Function
     steps: list[Step]
-    ends: dict[int, int]  # of each basic block by its first step
+    ends: dict[int, int]  # first step of a basic block -> its end
     slots: list[tuple[str, str]]
     local_base: int = 0
 

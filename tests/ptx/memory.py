@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-NOBODY, SEVERAL = 0, -1  # in the place of a thread
+NOBODY, SEVERAL = 0, -1  # in place of a thread's or a block's number
 ALIGNMENT = 16  # no access is wider
 
 
@@ -85,7 +85,7 @@ class Shadow:
         past = (before == NOBODY) | (before_block == block) & (before_epoch < epoch)
         others = ~past & (before != thread)
         self._reader[cells] = thread
-        others |= self._reader[cells] != thread  # more than one in this very access
+        others |= self._reader[cells] != thread  # several threads read it in this access
         strange = ~past & (before_block != block)
         self._reader_block[cells] = block
         strange |= self._reader_block[cells] != block
@@ -136,7 +136,7 @@ class _Region:
     end: int
     writable: bool
     views: dict[int, Array]
-    base: int  # of the views: aligned
+    base: int  # the aligned address where the views begin
     shadow: Shadow | None = None
 
 

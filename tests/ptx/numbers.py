@@ -20,8 +20,8 @@ CANONICAL_NAN = {
     np.dtype(np.float64): np.uint64(0xFFF8000000000000).view(np.float64),
 }
 
-# What the ISA (9.7.3 and 9.7.4) allows: "of" the result, "ulp" of it, or "absolute".
-# lg2 may err by 2^-22 absolutely where its argument is in (0.5, 2), else by that part of its result.
+# The errors that the ISA (9.7.3 and 9.7.4) allows: a part "of" the result, in "ulp" of it, or "absolute".
+# lg2: 2^-22 absolute where its argument is in (0.5, 2), elsewhere 2^-22 of the result.
 ERRORS: dict[str, tuple[str, float]] = {
     "rcp": ("ulp", 1),
     "sqrt": ("of", 2.0**-23),
@@ -60,7 +60,7 @@ def _fma32(a: Array, b: Array, c: Array) -> Array:
     total = product + c
     result = total.astype(np.float32)
     doubtful = (total.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
-    doubtful |= np.abs(total) < 2.0**-126  # float32 keeps fewer bits there
+    doubtful |= np.abs(total) < 2.0**-126  # subnormal in float32, which has fewer bits there
     if doubtful.any():
         p, q, s = (np.broadcast_to(x, total.shape)[doubtful] for x in (product, c, total))
         result[doubtful] = _to_odd(s, _sum_error(p, q, s)).astype(np.float32)

@@ -190,7 +190,7 @@ def _params(text: str) -> list[Variable]:
             raise Unknown(declaration)
         kind, name, length = match.groups()
         size = size_of(kind) * int(length or 1)
-        align = re.search(r"\.align\s+(\d+)\s+\.b8", declaration)  # a structure's
+        align = re.search(r"\.align\s+(\d+)\s+\.b8", declaration)  # of a structure
         alignment = int(align.group(1)) if align else size_of(kind)
         offset = -(-offset // alignment) * alignment
         found.append(Variable(name, offset, size))
@@ -214,7 +214,7 @@ class _Body:
     def __init__(self, function: Function, files: dict[str, str]) -> None:
         self._function = function
         self._files = files
-        self._scopes: list[dict[str, str]] = [{}]  # registers of inner scopes: their names there and here
+        self._scopes: list[dict[str, str]] = [{}]  # of each open scope: a register's name there -> here
         self._source = ""
         self._shared_bytes = self._local_bytes = 0
 
@@ -237,12 +237,12 @@ class _Body:
             self._registers(statement)
         elif name == ".loc":
             file, line = statement.split()[1:3]
-            if line != "0":  # no line in particular
+            if line != "0":  # 0: no line in particular
                 self._source = f"{self._files.get(file, file)}:{line}"
         elif name in (".shared", ".local"):
             self._variable(statement, name)
         elif name == ".param":
-            pass  # a call's: made where it is written
+            pass  # of a call: `Frame.param` makes it when it is first used
         elif name != ".pragma":
             raise Unknown(statement)
 

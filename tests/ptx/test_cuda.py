@@ -10,7 +10,7 @@ from ptx.cuda_driver import emulated
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
-    pytest.mark.xdist_group("cuda ptx"),  # compiled in one of xdist's processes
+    pytest.mark.xdist_group("cuda ptx"),  # only one of xdist's processes compiles
 ]
 
 

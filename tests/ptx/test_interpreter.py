@@ -44,7 +44,7 @@ HEADER = """
     ret;
 }}
 """
-# %rd3 and %rd4: where the thread's 32 bytes of the input and of the output begin.
+# %rd3 and %rd4 point to the thread's 32 bytes of the input and of the output.
 
 
 def run(
@@ -94,7 +94,7 @@ def calculated(instruction: str, dtype: Any, *operands: list[int] | list[float],
     return found[: len(operands[0])].copy().view(dtype)[:, 0]
 
 
-# ---- integers, against Python's, which have no end
+# ---- integers, against Python's, which are unbounded
 
 words = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
 some_words = st.lists(st.tuples(words, words, words), min_size=1, max_size=WARP)
@@ -243,7 +243,7 @@ def test_fused_multiply_add_where_two_roundings_are_wrong() -> None:
     found = calculated("fma.rn.f32 %d, %a, %b, %c;", np.float32, bits32(a * 3), bits32(a * 3), bits32(c))
     exact = [Fraction(a[0]) ** 2 + Fraction(x) for x in c]
     assert found.tolist() == [rounded(x, 32) for x in exact]
-    assert found[0] > found[1] == found[2]  # the tie itself goes to the even one, below
+    assert found[0] > found[1] == found[2]  # the tie itself rounds to even, which is below
 
 
 @given(st.lists(st.tuples(doubles, doubles, doubles), min_size=1, max_size=WARP))
@@ -273,11 +273,11 @@ NAN, INF, TINY = float("nan"), float("inf"), 2.0**-130
 @pytest.mark.parametrize(
     ("instruction", "a", "b", "expected"),
     [
-        ("add.f32 %d, %a, %b;", INF, -INF, 0x7FFFFFFF),  # the one pattern of NaN
+        ("add.f32 %d, %a, %b;", INF, -INF, 0x7FFFFFFF),  # the GPU's one NaN pattern
         ("mul.f32 %d, %a, %b;", 0.0, INF, 0x7FFFFFFF),
         ("add.f32 %d, %a, %b;", NAN, 1.0, 0x7FFFFFFF),
         ("max.f32 %d, %a, %b;", NAN, 1.0, 0x3F800000),
-        ("neg.f32 %d, %a;", NAN, 0.0, 0xFFC00000),  # a bit, no arithmetic
+        ("neg.f32 %d, %a;", NAN, 0.0, 0xFFC00000),  # only the sign bit changes
         ("abs.f32 %d, %a;", -0.0, 0.0, 0),
         ("add.f32 %d, %a, %b;", TINY, 0.0, 0x00080000),
         ("add.ftz.f32 %d, %a, %b;", TINY, 0.0, 0),
@@ -292,7 +292,7 @@ NAN, INF, TINY = float("nan"), float("inf"), 2.0**-130
         ("cvt.rzi.s32.f32 %d, %a;", NAN, 0.0, 0),
         ("cvt.rzi.s32.f32 %d, %a;", -2.75, 0.0, 0xFFFFFFFE),
         ("cvt.rni.f32.f32 %d, %a;", 2.5, 0.0, 0x40000000),
-        ("cvt.rn.bf16x2.f32 %d, %a, %b;", 1.0, -2.0, 0x3F80C000),  # the first is the upper half
+        ("cvt.rn.bf16x2.f32 %d, %a, %b;", 1.0, -2.0, 0x3F80C000),  # the first operand is the upper half
         ("cvt.rn.f16x2.f32 %d, %a, %b;", 1.0, 1e9, 0x3C007C00),
     ],
 )
@@ -301,7 +301,7 @@ def test_where_numbers_end(instruction: str, a: float, b: float, expected: int) 
 
 
 @pytest.mark.parametrize(
-    ("comparison", "true_for"),  # of a < b, a == b, a > b, and where one is NaN
+    ("comparison", "true_for"),  # a digit each for a < b, a == b, a > b, and a NaN
     [
         ("lt", "1000"), ("le", "1100"), ("eq", "0100"), ("ne", "1010"), ("ge", "0110"), ("gt", "0010"),
         ("ltu", "1001"), ("leu", "1101"), ("equ", "0101"), ("neu", "1011"), ("geu", "0111"), ("gtu", "0011"),
@@ -401,7 +401,8 @@ def test_shuffles() -> None:
         "down.b32 %r6, %r5, 3, 31": [10 * (i + 3 if i + 3 < 32 else i) for i in range(WARP)],
         "up.b32 %r6, %r5, 3, 0": [10 * (i - 3 if i >= 3 else i) for i in range(WARP)],
         "idx.b32 %r6, %r5, 9, 31": [90] * WARP,
-        "down.b32 %r6, %r5, 4, 0x1807": [10 * (i + 4 if i % 8 < 4 else i) for i in range(WARP)],  # in eights
+        # 0x1807: within groups of 8 lanes.
+        "down.b32 %r6, %r5, 4, 0x1807": [10 * (i + 4 if i % 8 < 4 else i) for i in range(WARP)],
     }
     for shuffle, expected in shuffled.items():
         assert lanes(run(f"{load} shfl.sync.{shuffle}, -1; {store}", values)) == expected
@@ -538,7 +539,7 @@ def test_blocks_race_too() -> None:
     with pytest.raises(Fault, match="a race: write of output"):
         run(one_cell + BARRIER, blocks=2)
     with pytest.raises(Fault, match="a race: write of output"):
-        run(one_cell + BARRIER, blocks=40)  # some of them one after another
+        run(one_cell + BARRIER, blocks=40)  # more than run at a time
 
 
 def test_the_same_cell_in_turn() -> None:

@@ -14,7 +14,7 @@ from ptx.triton_driver import Settings, emulated
 
 Plant = Callable[[str, str], str]
 
-TAIL = Case(shapes=[(1003,)])  # contiguous, its end inside a block: the masked path
+TAIL = Case(shapes=[(1003,)])  # contiguous, ends inside a block: the masked path
 FULL = Case(shapes=[(8192,)])
 STRIDED = Case(shapes=[(37, 29)], param="transposed")
 BFLOAT16 = Case(shapes=[(8192,)], dtype=torch.bfloat16)
@@ -75,7 +75,7 @@ def test_swapped_halves_of_a_pair() -> None:
         ("lg2.approx.ftz.f32", "sqrt.approx.ftz.f32"),
         ("tanh.approx.f32", "ex2.approx.f32"),
         ("rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32"),
-        ("mul.wide.u32", "mul.wide.s32"),  # of a Philox round
+        ("mul.wide.u32", "mul.wide.s32"),  # in a Philox round
     ],
 )
 def test_a_wrong_instruction(right: str, wrong: str) -> None:

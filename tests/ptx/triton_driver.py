@@ -28,8 +28,8 @@ from ptx.machine import Kernel
 from ptx.memory import GlobalMemory, Interval
 from ptx.program import parse
 
-SHARED_BYTES = 232448  # that a block may have on sm_90
-WRITABLE = ("partials",)  # of a kernel's own arguments
+SHARED_BYTES = 232448  # the most that a block may have on sm_90
+WRITABLE = ("partials",)  # the only one of a kernel's own arguments that it may write
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _Utils:
         return {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "warpSize": 32}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        return None, None, 0, 0, 1024  # module, function, registers, spills, most threads
+        return None, None, 0, 0, 1024  # module, function, registers, spills, max threads
 
 
 class _Launcher:
@@ -89,7 +89,7 @@ class _Launcher:
 
     def __call__(self, x: int, y: int, z: int, *arguments: Any) -> None:
         assert y == z == 1
-        # stream, function, metadata, launch metadata, two hooks; then the kernel's own arguments
+        # Stream, function, metadata, launch metadata and two hooks come before the kernel's own arguments.
         given = zip(self._names, arguments[6:], self._types, strict=True)
         passed = [(name, value, kind) for name, value, kind in given if kind != "constexpr"]
         kernel, settings = self._kernel(), self._settings
@@ -104,7 +104,7 @@ class _Launcher:
             params += b"\0" * (param.offset - len(params))
             params += int(value).to_bytes(param.size, "little", signed=value < 0)
         last = kernel.program.kernel.params[-1]
-        params += b"\0" * (last.offset + last.size - len(params))  # scratch memory that there is none of
+        params += b"\0" * (last.offset + last.size - len(params))  # null pointers to scratch memory
         kernel.launch(x, params, GlobalMemory(intervals), self._shared, seed=settings.seed)
 
 

@@ -1,4 +1,4 @@
-// Stands in for Python.h: as much as an empty module takes.
+// Replaces Python.h: only what an empty module needs.
 #pragma once
 
 struct PyModuleDef {

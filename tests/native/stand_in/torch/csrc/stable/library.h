@@ -1,4 +1,4 @@
-// Stands in for what registers the operator: functions that nobody calls.
+// Replaces the registration of operators with functions that are never called.
 #pragma once
 
 struct Library {

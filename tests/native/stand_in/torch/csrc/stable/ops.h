@@ -1,4 +1,4 @@
-// Stands in for torch's threads: std::thread, of which ThreadSanitizer sees everything.
+// Replaces torch's threads with std::thread, which ThreadSanitizer can see into.
 #pragma once
 #include <algorithm>
 #include <cstdint>

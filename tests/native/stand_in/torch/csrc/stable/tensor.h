@@ -1,4 +1,4 @@
-// Stands in for as much of a tensor as csrc/cpu.cpp asks for: an address, two sizes and a dtype.
+// Replaces torch's tensor by what csrc/cpu.cpp asks for: an address, two sizes and a dtype.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// Stands in for torch's dtypes.
+// Replaces torch's dtypes.
 #pragma once
 
 namespace torch::headeronly {

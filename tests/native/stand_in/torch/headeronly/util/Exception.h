@@ -1,4 +1,4 @@
-// Stands in for torch's checks: one that fails ends the program.
+// Replaces torch's checks. A failed check ends the program.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
