@@ -60,14 +60,14 @@ class Launcher:
         elif self._statistics is not None:
             self.finish()
         plan = self._planner.plan(batch)
-        chosen = [backends.choose(backend, launch.key.device) for launch in plan.launches]
+        chosen = {backends.choose(backend, launch.key.device) for launch in plan.launches}
         if "eager" in chosen:
             if backend == backends.AUTO and backends.native.MISSING is not None:
                 backends.warn_of_eager(params)
             check(batch)  # a kernel may ignore a wrong shape, but torch's operations would stop halfway
-        if plan.without_memory is not None and {*chosen} != {"eager"}:
+        if chosen != {"eager"} and plan.without_memory is not None:
             raise TypeError(f"{plan.without_memory}, so no kernel can find it; backend='eager' can")
-        work = list(zip(plan.launches, map(backends.step_of, chosen), strict=True))
+        work = [(launch, backends.resolve(backend, launch.key.device)) for launch in plan.launches]
         with _Uninterrupted():
             self._run(batch, work, grad_scale, found_inf, overlap)
             torch.autograd.graph.increment_version(params)

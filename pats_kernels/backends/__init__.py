@@ -51,12 +51,7 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
 
 def resolve(backend: str, device: torch.device) -> Step:
     """The step function of the backend that `choose` returns; raises the same errors."""
-    return step_of(choose(backend, device))
-
-
-def step_of(name: str) -> Step:
-    """The step function of the backend of this name, which must not be "auto"."""
-    return _BACKENDS[name].step_
+    return _BACKENDS[choose(backend, device)].step_
 
 
 def choose(backend: str, device: torch.device) -> str:
