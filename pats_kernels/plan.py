@@ -224,7 +224,7 @@ class _Hidden:
         self._column = weakref.ref(column) if isinstance(column, Own) else lambda: None
 
     def is_of(self, column: Sequence[Tensor | None]) -> bool:
-        if self._column() is not column:
+        if self._column() is not column and (column or self._places):
             if _addresses_of(column).tobytes() != self._places:
                 return False
             self._remember(column)

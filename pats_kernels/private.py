@@ -140,7 +140,7 @@ class Kinds:
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self._count = len(tensors)
         self._gaps = [tensor is None for tensor in tensors] if type(None) in map(type, tensors) else None
-        present = self._present(tensors)
+        present = _without_none(tensors)
         guard = _guard(present) if _guards_tell_apart() else None
         # A guard rejects a list that contains a tensor twice, as a list of gradients may.
         self._guard = guard if guard is not None and guard(*present) else None
@@ -152,11 +152,8 @@ class Kinds:
             return False
         if self._gaps is not None and self._gaps != [tensor is None for tensor in tensors]:
             return False
-        present = self._present(tensors)
+        present = tensors if self._gaps is None else _without_none(tensors)
         return self._guard(*present) if self._guard is not None else list(map(_facts, present)) == self._facts
-
-    def _present(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        return tensors if self._gaps is None else [tensor for tensor in tensors if tensor is not None]
 
 
 class AllKinds:
@@ -173,6 +170,10 @@ class AllKinds:
         if found is None:
             self._last.append(found := Kinds(tensors))
         return found
+
+
+def _without_none(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
