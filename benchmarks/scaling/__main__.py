@@ -126,13 +126,16 @@ def stepped(host: Host, about: machine.Machine) -> Table:
     table = _table(
         f"measured here: real steps on the CPU, one thread{machine.isa_title(about)}",
         f"microseconds a tensor of 64 elements, the least of {host['tries']} steps or more, taken in turn; "
-        "new: with other gradient tensors than in the step before",
+        "new: with other gradient tensors than in the step before; cold: from cold caches, the median",
     )
     table.add_column("optimizer", no_wrap=True)
-    for name in ("tensors", "plain", "new", "DTensor", "new"):
+    for name in ("tensors", "plain", "new", "cold", "DTensor", "new", "cold"):
         table.add_column(name, justify="right")
     for row in host["stepped"]:
-        times = (row["plain_us"], row["plain_new_us"], row["sharded_us"], row["sharded_new_us"])
+        figures = cast(dict[str, Any], row)
+        times = [
+            figures[f"{kind}{state}_us"] for kind in ("plain", "sharded") for state in ("", "_new", "_cold")
+        ]
         table.add_row(row["optimizer"], str(row["tensors"]), *(f"{time:.2f}" for time in times))
     return table
 

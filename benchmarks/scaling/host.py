@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from statistics import median
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.common.timing import SCRATCH_BYTES
 from benchmarks.scaling.counts import MODELS, STATISTICS_BYTES, sizes, table_bytes
 from benchmarks.step.variants import NoOptimizer
 from pats_kernels import PATS, PATSAdamW
@@ -55,15 +57,17 @@ class Planned(TypedDict):
 
 
 class Stepped(TypedDict):
-    """Real steps on the CPU, in microseconds per tensor: with the gradient tensors of the step before, and
-    with new ones, as after `zero_grad`."""
+    """Real steps on the CPU, in microseconds per tensor: with the gradient tensors of the step before, with
+    new ones, as after `zero_grad`, and with those of the step before from cold caches."""
 
     optimizer: str
     tensors: int
     plain_us: float
     plain_new_us: float
+    plain_cold_us: float
     sharded_us: float
     sharded_new_us: float
+    sharded_cold_us: float
 
 
 class Strided(TypedDict):
@@ -189,19 +193,28 @@ def stepped(mesh: DeviceMesh, count: int, tries: int = TRIES) -> Iterator[Steppe
     """
     plain, shards = (times_of(mesh, count, split, tries) for split in (False, True))
     for name in MAKERS:
-        (plain_us, plain_new_us), (sharded_us, sharded_new_us) = plain[name], shards[name]
         yield {
             "optimizer": name,
             "tensors": count,
-            "plain_us": plain_us,
-            "plain_new_us": plain_new_us,
-            "sharded_us": sharded_us,
-            "sharded_new_us": sharded_new_us,
+            "plain_us": plain[name].kept,
+            "plain_new_us": plain[name].new,
+            "plain_cold_us": plain[name].cold,
+            "sharded_us": shards[name].kept,
+            "sharded_new_us": shards[name].new,
+            "sharded_cold_us": shards[name].cold,
         }
 
 
-def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str, tuple[float, float]]:
-    """Each optimizer's least time of a step, in microseconds per tensor: with kept and with new gradients."""
+class Times(NamedTuple):
+    """Times of a step: with kept gradients and with new ones, the least; from cold caches, the median."""
+
+    kept: float
+    new: float
+    cold: float
+
+
+def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str, Times]:
+    """Each optimizer's times of a step, in microseconds per tensor."""
     # The same number of local elements either way, so that the kernels' part is the same.
     shape = SMALL if not split else (SMALL[0] * WORLD, *SMALL[1:])
     tensors = [
@@ -209,17 +222,28 @@ def times_of(mesh: DeviceMesh, count: int, split: bool, tries: int) -> dict[str,
     ]
     params, gradients = list(map(nn.Parameter, tensors[0])), tensors[1:]
     optimizers = {name: make(params) for name, make in MAKERS.items()}
-    least_of: dict[str, list[float]] = {name: [math.inf, math.inf] for name in MAKERS}
-    gc.collect()
-    for turn in range(2 + 2 * tries):
-        moves = turn % 2  # odd turns use the gradients of the turn before
-        for param, grad in zip(params, gradients[turn // 2 % 2], strict=True):
-            param.grad = grad
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
+
+    def taken(cold: bool = False) -> dict[str, float]:
+        times: dict[str, float] = {}
         for name, optimizer in optimizers.items():
-            taken = 1e6 * once(optimizer.step)[0] / count
-            if turn >= 2:
-                least_of[name][1 - moves] = min(taken, least_of[name][1 - moves])
-    return {name: (kept, new) for name, (kept, new) in least_of.items()}
+            if cold:
+                scratch.fill_(0)
+            times[name] = 1e6 * once(optimizer.step)[0] / count
+        return times
+
+    turns: list[tuple[dict[str, float], ...]] = []
+    gc.collect()
+    for turn in range(1 + tries):
+        for param, grad in zip(params, gradients[turn % 2], strict=True):
+            param.grad = grad
+        new, kept = taken(), taken()
+        turns.append((kept, new, taken(cold=True) if turn <= TRIES else {}))
+    of = {
+        name: [[times[name] for times in column if times] for column in zip(*turns[1:], strict=True)]
+        for name in optimizers
+    }
+    return {name: Times(min(kept), min(new), median(cold)) for name, (kept, new, cold) in of.items()}
 
 
 def strided(mesh: DeviceMesh, rows: int = 2048, columns: int = 2048) -> Strided:
