@@ -74,7 +74,8 @@ class Numbering:
         self._places: Any = WeakIdKeyDictionary()
         self._claims: Any = WeakIdKeyDictionary()
         self._special = False  # whether any number differs from that of `ids_of`, or any place is known
-        self._first = 0  # id of the last batch's first parameter
+        # Of the last step that looked at its tensors: the first one's id, and the number of param groups.
+        self._settled = 0, 0
         self.in_backward = False  # whether the last step was taken within a backward pass
         self._seen_nothing = False
         self._warned: set[str] = set()
@@ -98,9 +99,10 @@ class Numbering:
                 parts.streams([])  # because the other processes ask what this one holds
             return batch
         self.in_backward = in_backward()
-        if fresh or id(batch.params[0]) != self._first:
+        settled = id(batch.params[0]), len(param_groups)
+        if fresh or settled != self._settled:  # a new group's state may have been loaded
             self._settle(batch, param_groups, {id(param) for param in fresh})
-            self._first = id(batch.params[0])
+            self._settled = settled
         if not self._special:
             return batch
         ids = [i ^ self._added[p] for i, p in zip(batch.tensor_ids, batch.params, strict=True)]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from pats_kernels import PATS, PATSAdamW
+from pats_kernels import PATS, PATSAdamW, parts
+from pats_kernels.numbering import BITS
 from pats_kernels.reference import philox_normal
 
 SEED = 2**40 + 7  # no other test's
@@ -330,3 +331,21 @@ def test_replaced_parameters_keep_the_number_of_their_place() -> None:
         before = [new.detach().clone()]
         optimizer.step()
     assert agreement(signs([new], before)[0], drawn(1, 0)) > 0.99
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_new_group_whose_state_is_loaded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are compared with those of other processes too, although t is not 1 for any of them."""
+    monkeypatch.setattr(parts, "streams", lambda params: ([1] * len(params), False))  # only rank 1 has them
+    number = 1 ^ 2 ** (BITS - 1)  # position 1, of a part that rank 1 holds
+    trained, params = parameters(SIZE, SIZE, seed=2), parameters(SIZE, SIZE, seed=2)
+    optimizers = [MAKERS[kind]([{"params": each[:1]}]) for each in (trained, params)]
+    optimizers[0].add_param_group({"params": trained[1:]})
+    for optimizer, each in zip(optimizers, (trained, params), strict=True):
+        give_gradients(each)
+        optimizer.step()
+    optimizers[1].add_param_group({"params": params[1:]})
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    before = [p.detach().clone() for p in params]
+    optimizers[1].step()
+    assert agreement(signs(params, before)[1], drawn(2, number)) > 0.99
