@@ -12,6 +12,8 @@ kernels are compiled with `enable_fp_fusion=False`, so that every path of every 
 bits. The interpreter's `tl.fma` rounds twice, in all paths alike.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -421,6 +423,26 @@ def _adamw(w, m, v, decay, slope, intercept, APPROX: tl.constexpr):
     return tl.fma(_negative(m), _reciprocal(tl.fma(slope, _sqrt(v, APPROX), intercept), APPROX), decay * w)
 
 
+class _Kind(NamedTuple):
+    """The kernel's compile-time arguments, except for those that a tensor without noise changes."""
+
+    PARAM: tl.dtype
+    STATE: tl.dtype
+    PHASE: int
+    STOCHASTIC: bool
+    APPROX: bool
+    SMALL_EPS: bool
+    HINTS: tuple[str, str, str]
+    CHUNK: int
+    BLOCK: int
+    ONLY_FULL: bool
+
+
+@triton.constexpr_function
+def _kind(*arguments):
+    return _Kind(*arguments)
+
+
 @triton.jit
 def _opaque(x, BLOCK: tl.constexpr, APPROX: tl.constexpr):
     """A loop's counter, which the compiler does not recognize as one: it would advance six pointers of 64
@@ -446,19 +468,20 @@ def _chunk(
     start,
     length,
     PATH: tl.constexpr,
-    PARAM: tl.constexpr,
-    STATE: tl.constexpr,
     FORM: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
-    PHASE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    APPROX: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    HINTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Updates elements [start, start + length). Returns their sums of S and U, and how many sensitivities
     were not finite."""
+    PARAM: tl.constexpr = KIND.PARAM
+    STATE: tl.constexpr = KIND.STATE
+    PHASE: tl.constexpr = KIND.PHASE
+    STOCHASTIC: tl.constexpr = KIND.STOCHASTIC
+    APPROX: tl.constexpr = KIND.APPROX
+    SMALL_EPS: tl.constexpr = KIND.SMALL_EPS
+    HINTS: tl.constexpr = KIND.HINTS
     LOADS: tl.constexpr = HINTS[0]  # by name: Triton 3.6 takes an entry for a string of Python's
     GRAD_LOADS: tl.constexpr = HINTS[1]
     STORES: tl.constexpr = HINTS[2]
@@ -654,35 +677,25 @@ def _path(
     grad_scale,
     start,
     left,
-    PARAM: tl.constexpr,
-    STATE: tl.constexpr,
     FORM: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
-    PHASE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    APPROX: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    HINTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ONLY_FULL: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """`_chunk` for the `left` elements from `start`, by the shortest path that their tensor allows."""
-    if ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
+    CHUNK: tl.constexpr = KIND.CHUNK
+    BLOCK: tl.constexpr = KIND.BLOCK
+    if KIND.ONLY_FULL or ((left == CHUNK) & (tl.load(entry + C_VECTOR) != 0)):
         sum_s, sum_u, nonfinite = _chunk(
-            entry, layout, grad_scale, start, CHUNK, FULL,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, BLOCK,
-        )  # fmt: skip
+            entry, layout, grad_scale, start, CHUNK, FULL, FORM, UNCERTAINTY, BLOCK, KIND
+        )
     elif tl.load(entry + C_NDIM) == 0:
         sum_s, sum_u, nonfinite = _chunk(
-            entry, layout, grad_scale, start, left, MASKED,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, BLOCK // 4,
-        )  # fmt: skip
+            entry, layout, grad_scale, start, left, MASKED, FORM, UNCERTAINTY, BLOCK // 4, KIND
+        )
     else:
         sum_s, sum_u, nonfinite = _chunk(
-            entry, layout, grad_scale, start, left, STRIDED,
-            PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, BLOCK // 8,
-        )  # fmt: skip
+            entry, layout, grad_scale, start, left, STRIDED, FORM, UNCERTAINTY, BLOCK // 8, KIND
+        )
     return sum_s, sum_u, nonfinite
 
 
@@ -695,37 +708,24 @@ def _program(
     grad_scale,
     chunk,
     num_chunks,
-    PARAM: tl.constexpr,
-    STATE: tl.constexpr,
     FORM: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
-    PHASE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    APPROX: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    HINTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ONLY_FULL: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """One chunk's work. A tensor without statistics gets AdamW's step alone."""
+    PHASE: tl.constexpr = KIND.PHASE
+    CHUNK: tl.constexpr = KIND.CHUNK
     entry = table + tl.load(chunks + 2 * chunk).to(tl.int64) * COLUMNS
     start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
     left = tl.minimum(tl.load(entry + C_NUMEL) - start, CHUNK).to(tl.int32)
-    if ONLY_FULL or FORM == PATS or tl.load(entry + C_STATS) != 0:
-        sum_s, sum_u, nonfinite = _path(
-            entry, layout, grad_scale, start, left, PARAM, STATE, FORM, UNCERTAINTY,
-            PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, CHUNK, BLOCK, ONLY_FULL,
-        )  # fmt: skip
+    if KIND.ONLY_FULL or FORM == PATS or tl.load(entry + C_STATS) != 0:
+        sum_s, sum_u, nonfinite = _path(entry, layout, grad_scale, start, left, FORM, UNCERTAINTY, KIND)
         if PHASE != NOISE:
             tl.store(partials + chunk, sum_s.to(tl.float64))
             tl.store(partials + num_chunks + chunk, sum_u.to(tl.float64))
             tl.store(partials + 2 * num_chunks + chunk, nonfinite.to(tl.float64))
     elif PHASE != AVERAGES:
-        _path(
-            entry, layout, grad_scale, start, left, PARAM, STATE, ADAMW, NONE,
-            PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, CHUNK, BLOCK, ONLY_FULL,
-        )  # fmt: skip
+        _path(entry, layout, grad_scale, start, left, ADAMW, NONE, KIND)
 
 
 @triton.jit
@@ -770,24 +770,20 @@ def pats_kernel(
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
+    KIND: tl.constexpr = _kind(
+        PARAM, STATE, PHASE, STOCHASTIC, APPROX, SMALL_EPS, HINTS, CHUNK, BLOCK, ONLY_FULL
+    )
     pid = tl.program_id(0)
     if PERSISTENT:
         for i in range(first + pid, last, tl.num_programs(0)):
-            _program(
-                table, layout, chunks, partials, grad_scale, first + last - 1 - i if REVERSED else i,
-                num_chunks, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS,
-                HINTS, CHUNK, BLOCK, ONLY_FULL,
-            )  # fmt: skip
+            chunk = first + last - 1 - i if REVERSED else i
+            _program(table, layout, chunks, partials, grad_scale, chunk, num_chunks, FORM, UNCERTAINTY, KIND)
     else:
         if num_chunks is None:
             chunk, total = pid, tl.num_programs(0)
         else:
             chunk, total = last - 1 - pid if REVERSED else first + pid, num_chunks
-        _program(
-            table, layout, chunks, partials, grad_scale, chunk,
-            total, PARAM, STATE, FORM, UNCERTAINTY, PHASE, STOCHASTIC, APPROX, SMALL_EPS,
-            HINTS, CHUNK, BLOCK, ONLY_FULL,
-        )  # fmt: skip
+        _program(table, layout, chunks, partials, grad_scale, chunk, total, FORM, UNCERTAINTY, KIND)
 
 
 @triton.jit
