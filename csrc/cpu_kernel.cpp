@@ -45,12 +45,17 @@ static inline void draw(const Groups& words, uint32_t low, BlockWords& x) {
   for (int k = 0; k < kGroups / kLanes; k += kVectors) words(low + k * kLanes, x + k);
 }
 
-template <class T>
-static inline void normals(const Groups& words, uint32_t low, const Circle<T>& of_chunk, T* z) {
+// Calls `meanwhile(k)` before each k-th of kParts parts.
+constexpr int kParts = kGroups / kLanes;
+
+template <class T, class Meanwhile>
+static inline void normals(const Groups& words, uint32_t low, const Circle<T>& of_chunk, T* z,
+                           const Meanwhile& meanwhile) {
   const Circle<T> circle = of_chunk;
   alignas(64) BlockWords x;
   draw(words, low, x);
-  for (int k = 0; k < kGroups / kLanes; ++k) {
+  for (int k = 0; k < kParts; ++k) {
+    meanwhile(k);
     alignas(64) T of[4][kLanes];
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
@@ -162,6 +167,20 @@ constexpr bool kTwoLoops = true;
 constexpr bool kTwoLoops = false;
 #endif
 
+// While a block's normals are made, memory would be idle, so the next block's operands are fetched then. For 16 bits, or
+// for six operands, this costs more than it gains.
+template <class P, class S, Form kForm>
+constexpr bool fetches = kForm != Form::kPatsAdamW && same<P, float> && same<S, float>;
+
+// A part of the block after `block`; past a tensor's end the processor ignores it.
+template <class Operand>
+PATS_INLINE void fetch_next(const Operand* block, int part) {
+  constexpr int kLine = 64, kBytes = kBlock * sizeof(Operand) / kParts;
+  const char* from = reinterpret_cast<const char*>(block + kBlock) + part * kBytes;
+  PATS_UNROLL
+  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch(from + i);
+}
+
 enum class Part { kWhole, kAverages, kNoise };
 
 PATS_INLINE constexpr Does does(Form form, Phase phase, Part part) {
@@ -231,7 +250,17 @@ __attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T
   Drawn<T> drawn;
   const uint32_t low = static_cast<uint32_t>(block.group);
   if (kDoes.noise && block.numbers) normals(d, block.numbers, circle, drawn.z);
-  if (kDoes.noise && !block.numbers) normals(d.noise, low, circle, drawn.z);
+  if (kDoes.noise && !block.numbers) {
+    normals(d.noise, low, circle, drawn.z, [&](int part) __attribute__((always_inline)) {
+      if constexpr (fetches<P, S, kForm>) {
+        fetch_next(block.w, part);
+        if (kDoes.averages || kDoes.moments) fetch_next(block.g, part);
+        if (kDoes.reads_averages) fetch_next(block.sens, part);
+        if (kDoes.reads_averages && kHasUnc) fetch_next(block.unc, part);
+        if (kDoes.moments) fetch_next(block.m, part), fetch_next(block.v, part);
+      }
+    });
+  }
   if (kStochastic && block.numbers) rounding_bits(d, block.numbers, drawn.bits);
   if (kStochastic && !block.numbers) rounding_bits(d.rounding, low, drawn.bits);
 
