@@ -45,7 +45,7 @@ static inline void draw(const Groups& words, uint32_t low, BlockWords& x) {
   for (int k = 0; k < kGroups / kLanes; k += kVectors) words(low + k * kLanes, x + k);
 }
 
-// Calls `meanwhile(k)` before each k-th of kParts parts.
+// Calls `meanwhile(k)` before the k-th of kParts parts.
 constexpr int kParts = kGroups / kLanes;
 
 template <class T, class Meanwhile>
