@@ -24,6 +24,7 @@ constexpr bool same<A, A> = true;
 
 constexpr int kBlock = 256;
 constexpr int kGroups = kBlock / 4;
+constexpr int kVector = 4 * kLanes;  // elements of a vector of groups
 
 struct Draw {  // what an element's random words depend on, besides its number
   uint64_t seed;
@@ -45,32 +46,23 @@ static inline void draw(const Groups& words, uint32_t low, BlockWords& x) {
   for (int k = 0; k < kGroups / kLanes; k += kVectors) words(low + k * kLanes, x + k);
 }
 
-// Calls `meanwhile(k)` before the k-th of kParts parts.
-constexpr int kParts = kGroups / kLanes;
-
-template <class T, class Meanwhile>
-static inline void normals(const Groups& words, uint32_t low, const Circle<T>& of_chunk, T* z,
-                           const Meanwhile& meanwhile) {
-  const Circle<T> circle = of_chunk;
-  alignas(64) BlockWords x;
-  draw(words, low, x);
-  for (int k = 0; k < kParts; ++k) {
-    meanwhile(k);
-    alignas(64) T of[4][kLanes];
+// The normals of a vector of groups.
+template <class T>
+static inline void normals(const uint32_t (&x)[4][kLanes], const Circle<T>& circle, T* z) {
+  alignas(64) T of[4][kLanes];
 #pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      const T r0 = square_root(minus_two_log(unit<T>(x[k][0][i])));
-      const T r1 = square_root(minus_two_log(unit<T>(x[k][2][i])));
-      T cos0, sin0, cos1, sin1;
-      circle(turn<T>(x[k][1][i], Circle<T>::kTurn), cos0, sin0);
-      circle(turn<T>(x[k][3][i], Circle<T>::kTurn), cos1, sin1);
-      of[0][i] = r0 * cos0;
-      of[1][i] = r0 * sin0;
-      of[2][i] = r1 * cos1;
-      of[3][i] = r1 * sin1;
-    }
-    in_order(of, z + 4 * kLanes * k);
+  for (int i = 0; i < kLanes; ++i) {
+    const T r0 = square_root(minus_two_log(unit<T>(x[0][i])));
+    const T r1 = square_root(minus_two_log(unit<T>(x[2][i])));
+    T cos0, sin0, cos1, sin1;
+    circle(turn<T>(x[1][i], Circle<T>::kTurn), cos0, sin0);
+    circle(turn<T>(x[3][i], Circle<T>::kTurn), cos1, sin1);
+    of[0][i] = r0 * cos0;
+    of[1][i] = r0 * sin0;
+    of[2][i] = r1 * cos1;
+    of[3][i] = r1 * sin1;
   }
+  in_order(of, z);
 }
 
 static inline void rounding_bits(const Groups& words, uint32_t low, uint32_t* bits) {
@@ -167,18 +159,26 @@ constexpr bool kTwoLoops = true;
 constexpr bool kTwoLoops = false;
 #endif
 
-// While a block's normals are made, memory would be idle, so the next block's operands are fetched then. For 16 bits, or
-// for six operands, this costs more than it gains.
+// A block is updated in pieces, each right after its normals: the processor then reads one piece's operands while it
+// computes another's normals. Short pieces pay off for six float32 operands, and without noise; else one is faster.
 template <class P, class S, Form kForm>
-constexpr bool fetches = kForm != Form::kPatsAdamW && same<P, float> && same<S, float>;
+constexpr bool short_pieces =
+    same<P, float> && same<S, float> && (kForm == Form::kPatsAdamW || kForm == Form::kAdamW);
+template <class P, class S, Form kForm>
+constexpr int piece = short_pieces<P, S, kForm> ? kBlock / 4 : kBlock;
 
-// A part of the block after `block`; past a tensor's end the processor ignores it.
+// While normals are made, memory would be idle, so the next block's operands are fetched then. For 16 bits, this
+// costs more than it gains.
+template <class P, class S>
+constexpr bool fetches = same<P, float> && same<S, float>;
+
+// As many elements of the block after `block` as a vector has, from `i` on; past a tensor's end the processor ignores
+// it.
 template <class Operand>
-PATS_INLINE void fetch_next(const Operand* block, int part) {
-  constexpr int kLine = 64, kBytes = kBlock * sizeof(Operand) / kParts;
-  const char* from = reinterpret_cast<const char*>(block + kBlock) + part * kBytes;
+PATS_INLINE void fetch_next(const Operand* block, int i) {
+  constexpr int kLine = 64 / sizeof(Operand);
   PATS_UNROLL
-  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch(from + i);
+  for (int k = 0; k < kVector; k += kLine) __builtin_prefetch(block + kBlock + i + k);
 }
 
 enum class Part { kWhole, kAverages, kNoise };
@@ -195,10 +195,10 @@ constexpr bool sums_stored(const Does& does) {
   return does.averages && same<S, T>;
 }
 
-// Returns how many sensitivities are not finite.
+// Updates the piece that begins at `from`. Returns how many sensitivities are not finite.
 template <class T, class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kStochastic, Part kPart>
 static PATS_INLINE int32_t update(const Constants<T>& constants, const AdamW<T>& adamw_constants,
-                                  const Block<P, S>& block, Drawn<T>& drawn) {
+                                  const Block<P, S>& block, int from, Drawn<T>& drawn) {
   constexpr Does kDoes = does(kForm, kPhase, kPart);
   constexpr bool kHasUnc = kDoes.reads_averages && kUncertainty != Uncertainty::kNone;
   // If all operands are bfloat16, the lower half of each NaN is zero; so it is in the NaNs that the processor makes.
@@ -214,7 +214,7 @@ static PATS_INLINE int32_t update(const Constants<T>& constants, const AdamW<T>&
   S* __restrict V = block.v;
   int32_t nonfinite = 0;
 #pragma omp simd reduction(+ : nonfinite)
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = from; i < from + piece<P, S, kForm>; ++i) {
     T w = widen(W[i]), g = 0, m = 0, v = 0, s = 0, u = 0;
     if (kDoes.averages || kDoes.moments) g = widen(G[i]);
     if (kDoes.moments) m = widen(M[i]), v = widen(V[i]);
@@ -243,34 +243,39 @@ static PATS_INLINE int32_t update(const Constants<T>& constants, const AdamW<T>&
 }
 
 template <class T, class P, class S, Form kForm, Uncertainty kUncertainty, Phase kPhase, bool kStochastic>
-__attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T>& adam, const Circle<T>& circle,
+__attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T>& adam, const Circle<T>& of_chunk,
                                             const Draw& d, const Block<P, S>& block, Partial& partial) {
   constexpr Does kDoes = does(kForm, kPhase);
   constexpr bool kHasUnc = kUncertainty != Uncertainty::kNone;
-  Drawn<T> drawn;
+  const Circle<T> circle = of_chunk;
   const uint32_t low = static_cast<uint32_t>(block.group);
+  alignas(64) BlockWords words;
+  Drawn<T> drawn;
   if (kDoes.noise && block.numbers) normals(d, block.numbers, circle, drawn.z);
-  if (kDoes.noise && !block.numbers) {
-    normals(d.noise, low, circle, drawn.z, [&](int part) __attribute__((always_inline)) {
-      if constexpr (fetches<P, S, kForm>) {
-        fetch_next(block.w, part);
-        if (kDoes.averages || kDoes.moments) fetch_next(block.g, part);
-        if (kDoes.reads_averages) fetch_next(block.sens, part);
-        if (kDoes.reads_averages && kHasUnc) fetch_next(block.unc, part);
-        if (kDoes.moments) fetch_next(block.m, part), fetch_next(block.v, part);
-      }
-    });
-  }
+  if (kDoes.noise && !block.numbers) draw(d.noise, low, words);
   if (kStochastic && block.numbers) rounding_bits(d, block.numbers, drawn.bits);
   if (kStochastic && !block.numbers) rounding_bits(d.rounding, low, drawn.bits);
 
-  int32_t nonfinite;
-  // One loop reads AdamW's six float32 operands from memory faster.
-  if constexpr (kTwoLoops && kDoes.averages && kDoes.noise && (!kDoes.adamw || sizeof(P) < 4)) {
-    nonfinite = update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kAverages>(c, adam, block, drawn);
-    update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kNoise>(c, adam, block, drawn);
-  } else {
-    nonfinite = update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kWhole>(c, adam, block, drawn);
+  int32_t nonfinite = 0;
+  for (int from = 0; from < kBlock; from += piece<P, S, kForm>) {
+    if (kDoes.noise && !block.numbers) {
+      for (int i = from; i < from + piece<P, S, kForm>; i += kVector) {
+        if constexpr (fetches<P, S>) {
+          fetch_next(block.w, i);
+          if (kDoes.averages || kDoes.moments) fetch_next(block.g, i);
+          if (kDoes.reads_averages) fetch_next(block.sens, i);
+          if (kDoes.reads_averages && kHasUnc) fetch_next(block.unc, i);
+          if (kDoes.moments) fetch_next(block.m, i), fetch_next(block.v, i);
+        }
+        normals(words[i / kVector], circle, drawn.z + i);
+      }
+    }
+    if constexpr (kTwoLoops && kDoes.averages && kDoes.noise) {
+      nonfinite += update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kAverages>(c, adam, block, from, drawn);
+      update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kNoise>(c, adam, block, from, drawn);
+    } else {
+      nonfinite += update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kWhole>(c, adam, block, from, drawn);
+    }
   }
   if constexpr (kDoes.reads_averages && kPhase == Phase::kNoise) {
     if (nonfinite > 0) {
