@@ -1,7 +1,7 @@
 """The hyperparameters of a param group: names, defaults, ranges, errors."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from numbers import Integral, Real
@@ -179,6 +179,13 @@ def defaults_of(kind: type[Hyperparameters]) -> Mapping[str, Any]:
     return {field.name: field.default for field in fields(kind) if field.init}
 
 
+def _found(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], own: Iterable[tuple[str, Any]]
+) -> list[Any]:
+    """A group's values, in the order of `own`, the items of `defaults_of`."""
+    return [group.get(name, defaults.get(name, default)) for name, default in own]
+
+
 # A schedule may change a group's values at any time, so they are read and checked at every step.
 # While they stay the same, this cache makes that a lookup.
 @lru_cache(maxsize=1024, typed=True)
@@ -212,8 +219,7 @@ def hyperparameters(
         ValueError: names the hyperparameter, its value and its range.
     """
     own = defaults_of(kind)
-    defaults = own if defaults is None else defaults
-    chosen = [_plain(name, values.get(name, defaults.get(name, default))) for name, default in own.items()]
+    chosen = list(map(_plain, own, _found(values, defaults or {}, own.items())))
     try:
         if any(isinstance(value, Tensor) for value in chosen):
             return _of_tensors(kind, chosen)
@@ -255,7 +261,7 @@ class Reader(Generic[H]):
         return [self._read(position, group, defaults) for position, group in enumerate(param_groups)]
 
     def _read(self, position: int, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> H:
-        found = [group.get(name, defaults.get(name, default)) for name, default in self._own]
+        found = _found(group, defaults, self._own)
         found += map(group.get, self._others)
         known = self._known.get(position)
         if known is None or not all(map(is_, found, known[0])):

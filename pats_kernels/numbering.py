@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import xor
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -74,7 +75,7 @@ class Numbering:
         self._places: Any = WeakIdKeyDictionary()
         self._claims: Any = WeakIdKeyDictionary()
         self._special = False  # whether any number differs from that of `ids_of`, or any place is known
-        # Of the last step that looked at its tensors: the first one's id, and the number of param groups.
+        # Of the last step that looked at its tensors: the first one's id, and how many tensors had a state.
         self._settled = 0, 0
         self.in_backward = False  # whether the last step was taken within a backward pass
         self._seen_nothing = False
@@ -99,13 +100,16 @@ class Numbering:
                 parts.streams([])  # because the other processes ask what this one holds
             return batch
         self.in_backward = in_backward()
-        settled = id(batch.params[0]), len(param_groups)
-        if fresh or settled != self._settled:  # a new group's state may have been loaded
+        settled = id(batch.params[0]), batch.kept
+        added = list(map(self._added.get, batch.params)) if self._special else []
+        # A new tensor's state may have been loaded, or may have been another's whose place it takes.
+        if fresh or settled != self._settled or None in added:
             self._settle(batch, param_groups, {id(param) for param in fresh})
             self._settled = settled
+            added = list(map(self._added.get, batch.params))
         if not self._special:
             return batch
-        ids = [i ^ self._added[p] for i, p in zip(batch.tensor_ids, batch.params, strict=True)]
+        ids = list(map(xor, batch.tensor_ids, added))
         return replace(batch, tensor_ids=ids, shards=[self._places.get(p) for p in batch.params])
 
     def sees_a_part(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from pats_kernels import PATS, PATSAdamW, parts
+from pats_kernels.logs import pats_of
 from pats_kernels.numbering import BITS
 from pats_kernels.reference import philox_normal
 
@@ -333,19 +334,49 @@ def test_replaced_parameters_keep_the_number_of_their_place() -> None:
     assert agreement(signs([new], before)[0], drawn(1, 0)) > 0.99
 
 
+@pytest.mark.parametrize("added", ["group", "parameter"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_new_group_whose_state_is_loaded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tensors are compared with those of other processes too, although t is not 1 for any of them."""
+def test_a_new_tensor_whose_state_is_loaded(kind: str, added: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared with the tensors of other processes too, although its t is not 1."""
     monkeypatch.setattr(parts, "streams", lambda params: ([1] * len(params), False))  # only rank 1 has them
     number = 1 ^ 2 ** (BITS - 1)  # position 1, of a part that rank 1 holds
     trained, params = parameters(SIZE, SIZE, seed=2), parameters(SIZE, SIZE, seed=2)
     optimizers = [MAKERS[kind]([{"params": each[:1]}]) for each in (trained, params)]
-    optimizers[0].add_param_group({"params": trained[1:]})
+
+    def add(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
+        if added == "group":
+            optimizer.add_param_group({"params": [param]})
+        else:
+            optimizer.param_groups[0]["params"].append(param)
+
+    add(optimizers[0], trained[1])
     for optimizer, each in zip(optimizers, (trained, params), strict=True):
         give_gradients(each)
         optimizer.step()
-    optimizers[1].add_param_group({"params": params[1:]})
+    add(optimizers[1], params[1])
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     before = [p.detach().clone() for p in params]
     optimizers[1].step()
     assert agreement(signs(params, before)[1], drawn(2, number)) > 0.99
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_tensor_that_takes_the_place_and_the_state_of_another(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "streams", lambda params: ([1] * len(params), False))
+    params = parameters(SIZE, SIZE, seed=2)
+    optimizer = MAKERS[kind](params)
+    give_gradients(params)
+    optimizer.step()
+    new = nn.Parameter(params[1].detach().clone())
+    pats = pats_of(optimizer)
+    assert pats is not None
+    for states in (optimizer.state, pats.state):
+        if params[1] in states:
+            states[new] = states.pop(params[1])
+    optimizer.param_groups[0]["params"][1] = new
+    give_gradients([params[0], new])
+    before = [new.detach().clone()]
+    optimizer.step()
+    assert agreement(signs([new], before)[0], drawn(2, 1 ^ 2 ** (BITS - 1))) > 0.99
