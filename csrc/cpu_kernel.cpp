@@ -2,9 +2,9 @@
 // without either. PATS_CHUNK names the function that each object exports; cpu.cpp picks one of them at run time.
 //
 // The path of the data: a chunk is cut into blocks of kBlock elements. A block's random words are drawn into the L1
-// cache, its normals are computed from them, and the block is updated in place. Each of these is a separate loop that
-// the compiler vectorizes: a processor looks one or two hundred instructions ahead, so it overlaps more iterations
-// of short loops. Tails and strided tensors are copied into separate blocks and back.
+// cache. Then its normals are computed from them and it is updated in place, at once or in pieces. Each of these is a
+// separate loop that the compiler vectorizes: a processor looks one or two hundred instructions ahead, so it overlaps
+// more iterations of short loops. Tails and strided tensors are copied into separate blocks and back.
 //
 // No header may provide an ordinary inline function to this file: the linker keeps only one copy of such functions,
 // and that might be one with instructions that the machine does not have.
@@ -160,12 +160,14 @@ constexpr bool kTwoLoops = false;
 #endif
 
 // A block is updated in pieces, each right after its normals: the processor then reads one piece's operands while it
-// computes another's normals. Short pieces pay off for six float32 operands, and without noise; else one is faster.
+// computes another's normals. Short pieces pay off for six float32 operands, and without noise; otherwise a whole block
+// at once is faster.
 template <class P, class S, Form kForm>
 constexpr bool short_pieces =
     same<P, float> && same<S, float> && (kForm == Form::kPatsAdamW || kForm == Form::kAdamW);
 template <class P, class S, Form kForm>
 constexpr int piece = short_pieces<P, S, kForm> ? kBlock / 4 : kBlock;
+static_assert(kBlock / 4 % kVector == 0);
 
 // While normals are made, memory would be idle, so the next block's operands are fetched then. For 16 bits, this
 // costs more than it gains.
