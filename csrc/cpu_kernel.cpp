@@ -273,7 +273,8 @@ __attribute__((noinline)) void update_block(const Constants<T>& c, const AdamW<T
       }
     }
     if constexpr (kTwoLoops && kDoes.averages && kDoes.noise) {
-      nonfinite += update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kAverages>(c, adam, block, from, drawn);
+      nonfinite +=
+          update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kAverages>(c, adam, block, from, drawn);
       update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kNoise>(c, adam, block, from, drawn);
     } else {
       nonfinite += update<T, P, S, kForm, kUncertainty, kPhase, kStochastic, Part::kWhole>(c, adam, block, from, drawn);

@@ -75,8 +75,9 @@ class Numbering:
         self._places: Any = WeakIdKeyDictionary()
         self._claims: Any = WeakIdKeyDictionary()
         self._special = False  # whether any number differs from that of `ids_of`, or any place is known
-        # Of the last step that looked at its tensors: the first one's id, and how many tensors had a state.
-        self._settled = 0, 0
+        # By a step's first tensor: how many tensors had a state when a step looked at its tensors. Gradient
+        # release has a step for each tensor.
+        self._settled: Any = WeakIdKeyDictionary()
         self.in_backward = False  # whether the last step was taken within a backward pass
         self._seen_nothing = False
         self._warned: set[str] = set()
@@ -100,12 +101,12 @@ class Numbering:
                 parts.streams([])  # because the other processes ask what this one holds
             return batch
         self.in_backward = in_backward()
-        settled = id(batch.params[0]), batch.kept
+        first = batch.params[0]
         added = list(map(self._added.get, batch.params)) if self._special else []
         # A new tensor's state may have been loaded, or may have been another's whose place it takes.
-        if fresh or settled != self._settled or None in added:
+        if fresh or self._settled.get(first) != batch.kept or None in added:
             self._settle(batch, param_groups, {id(param) for param in fresh})
-            self._settled = settled
+            self._settled[first] = batch.kept
             added = list(map(self._added.get, batch.params))
         if not self._special:
             return batch
@@ -133,7 +134,6 @@ class Numbering:
                 takes_turns = in_turn or hasattr(param, "ds_id")  # which DeepSpeed's stage 3 gives its parts
                 message = IN_TURN if takes_turns else IN_BACKWARD if self.in_backward else SHARED
             self._claim(batch, i, param, message, begins=id(param) in fresh)
-        self._special = bool(self._places) or any(self._added.values())
 
     def _compare(self, batch: Batch, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """Finds out which of the optimizer's plain tensors are parts of larger ones."""
@@ -159,6 +159,7 @@ class Numbering:
             self._warn("apart", parts.APART)
         for param, rank in zip(params, ranks, strict=True):
             self._added.setdefault(param, int(f"{rank:0{BITS}b}"[::-1], 2))
+        self._special = self._special or bool(self._places) or any(map(self._added.get, params))
 
     def _claim(self, batch: Batch, i: int, param: Tensor, message: str, begins: bool) -> None:
         """Registers a tensor's number. Gives it another one if a tensor of the same model has that number.
@@ -204,6 +205,7 @@ class Numbering:
             owner, _ = self._holder(own)
             if owner is None or (owner is not self and not (owner.in_backward and self.in_backward)):
                 self._added[param] ^= count << POSITION_BITS
+                self._special = True
                 self._take(own, param)
                 return own
         raise ValueError(

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from pats_kernels import PATS, PATSAdamW, plan, release_gradients
+from pats_kernels.numbering import Numbering
 
 pytestmark = pytest.mark.usefixtures("quick_gc")
 
@@ -346,6 +347,23 @@ def test_a_plan_for_each_parameter_is_made_once(kind: str) -> None:
             if handle is not None:
                 handle.remove()
     assert made == [1] * 20 + [20]
+
+
+@pytest.mark.parametrize("kind", ["ema", "PATS, fused AdamW"])
+def test_a_tensor_s_step_does_not_look_at_the_others(kind: str) -> None:
+    """Each is numbered in its first step, and once more when all have a state. Before, every step walked
+    over the whole model: 137 us instead of 68 with 200 tensors, 270 instead of 72 with 800."""
+    params = [nn.Parameter(torch.randn(3)) for _ in range(30)]
+    optimizer = OPTIMIZERS[kind](params)
+    release_gradients(optimizer)
+    settled = []
+    for _ in range(4):
+        with patch.object(Numbering, "_settle", autospec=True, side_effect=Numbering._settle) as settle:
+            torch.stack(params).sum().backward()
+            optimizer.step()
+        settled.append(settle.call_count)
+    assert settled[0] == len(params)
+    assert settled[2:] == [0, 0]
 
 
 def test_nothing_is_kept_alive() -> None:
