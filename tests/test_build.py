@@ -330,3 +330,10 @@ def test_another_trees_library_is_not_taken(package: Path) -> None:
     reason = native.load("_C", native.EXTENSION)
     assert reason is not None
     assert "never built" in reason
+
+
+def test_the_sanitizers_find_their_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in another folder, with another build of the package; here it is the source's."""
+    monkeypatch.syspath_prepend(str(Path(__file__).with_name("native")))
+    sanitize = importlib.import_module("sanitize")
+    sanitize.run_tests(tmp_path, sanitize.TESTS, {}, "--collect-only")

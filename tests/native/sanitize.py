@@ -12,6 +12,8 @@ installed. What is wrong ends with a report and a status that is not 0. Linux, G
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from program import BUILD, INSTRUCTION_SETS, ROOT, built, run
 
@@ -48,6 +50,14 @@ def library(name: str) -> str:
     return found.stdout.strip()
 
 
+def run_tests(place: Path, names: Sequence[str], environment: Mapping[str, str], *options: str) -> None:
+    """Runs tests with the package in `place`, and from there: in ROOT Python would find the source first."""
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+    rootdir = [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
+    path = os.pathsep.join(map(str, (place / "lib", ROOT)))  # ROOT for benchmarks, which tests import
+    run([sys.executable, *PYTEST, *rootdir, *options, *tests], {**environment, "PYTHONPATH": path}, place)
+
+
 def address() -> None:
     place = BUILD / "sanitize"
     flags = {"CFLAGS": ADDRESS_FLAGS, "CXXFLAGS": ADDRESS_FLAGS, "LDFLAGS": f"-fsanitize={CHECKS}"}
@@ -72,14 +82,10 @@ def address() -> None:
             sys.exit(
                 f"a step over {numel} of 100 elements did not give {expected}:\n{done.stdout}{done.stderr}"
             )
-    # The tests run in another folder: in this one Python would find the source of the package first.
-    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
-    rootdir = [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
-    run([sys.executable, *PYTEST, *rootdir, "-k", "not eager", *tests], environment, place)
+    run_tests(place, TESTS, environment, "-k", "not eager")
     for name in list(INSTRUCTION_SETS)[:-1]:
-        chosen = [str(ROOT / "tests" / f"test_{part}.py") for part in ("backends", "rounding")]
         lesser = environment | {"PATS_KERNELS_ISA": name}
-        run([sys.executable, *PYTEST, *rootdir, "-k", OF_EACH_SET, *chosen], lesser, place)
+        run_tests(place, ("backends", "rounding"), lesser, "-k", OF_EACH_SET)
 
 
 def threads() -> None:
