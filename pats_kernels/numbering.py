@@ -60,8 +60,8 @@ def ids_of(group: Mapping[str, Any], position: int) -> Sequence[int]:
 class Numbering:
     """The numbers of an optimizer's tensors.
 
-    A tensor is examined once, before its first step. After that, a step whose numbers are those of `ids_of`
-    costs two comparisons.
+    A tensor is examined before its first step. After that, a step whose numbers are those of `ids_of` costs a
+    lookup and two comparisons.
 
     Args:
         groups: how many param groups the optimizer has, to detect a step that sees fewer.
