@@ -26,10 +26,13 @@ from pats_kernels.hyperparameters import Form, Uncertainty
 # tensors hardly ever runs, and in that of full, aligned chunks. L1 holds them; they count as instructions.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 SPILLS = {("sm_100", "moments_adamw", "one pass"): (8, 0)}
+NARROW_SPILLS = {("sm_100", "pats_adamw"): 2}  # of bfloat16 throughout, all of them outside the full path
 MORE_INSTRUCTIONS: dict[str, int] = {}
 if TRITON < (3, 7):
-    SPILLS |= {("sm_80", "pats_adamw", "one pass"): (132, 0), ("sm_80", "pats_adamw", "noise"): (2, 0)}
-    MORE_INSTRUCTIONS = {"averages": 1, "noise": 4}  # an element
+    SPILLS |= {("sm_80", "pats_adamw", "one pass"): (136, 0), ("sm_80", "pats_adamw", "noise"): (2, 0)}
+    NARROW_SPILLS |= {("sm_80", "pats"): 8, ("sm_80", "pats_adamw"): 26, ("sm_80", "moments_adamw"): 26}
+    NARROW_SPILLS |= {("sm_90", "pats_adamw"): 18}
+    MORE_INSTRUCTIONS = {"one pass": 1, "averages": 1, "noise": 4}  # an element
 if TRITON >= (3, 8):
     SPILLS |= {("sm_100", "pats_adamw", "one pass"): (13, 5)}
 
@@ -84,7 +87,10 @@ def test_low_precision(arch: str, param: torch.dtype, state: torch.dtype, most_i
     """The thread's 8 elements are one vector of each 16-bit operand, two of each 32-bit one."""
     found = report(arch, param=param, state=state)
     state_vectors = 1 if state == torch.bfloat16 else 2
-    assert keeps_all_in_registers(found.stack_bytes, found.spills)
+    most_spills = NARROW_SPILLS.get((arch, "pats"), 0) if state == torch.bfloat16 else 0
+    assert found.full_path_spills == 0
+    assert found.spills <= most_spills
+    assert most_spills or keeps_all_in_registers(found.stack_bytes, found.spills)
     assert found.load_bits[128] == 2 + 2 * state_vectors
     assert found.store_bits[128] == 1 + 2 * state_vectors
     assert found.instructions_per_element is not None
@@ -101,11 +107,10 @@ def test_bfloat16_with_adamw(
 ) -> None:
     """The thread's 8 elements are one vector of each operand, and none is accessed otherwise."""
     found = report(arch, form=form, param=torch.bfloat16, state=torch.bfloat16)
+    most_spills = NARROW_SPILLS.get((arch, form), 0)
     assert found.full_path_spills == 0
-    if (arch, form) == ("sm_100", "pats_adamw"):
-        assert found.spills <= 2  # in the paths of tails and strided tensors
-    else:
-        assert keeps_all_in_registers(found.stack_bytes, found.spills)
+    assert found.spills <= most_spills
+    assert most_spills or keeps_all_in_registers(found.stack_bytes, found.spills)
     assert found.load_bits[128] == loads
     assert found.store_bits[128] == stores
     assert 16 not in found.load_bits | found.store_bits
