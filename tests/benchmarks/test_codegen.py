@@ -42,6 +42,12 @@ def keeps_all_in_registers(stack_bytes: int, spills: int) -> bool:
     return spills == 0 and stack_bytes <= (8 if TRITON >= (3, 8) else 0)
 
 
+def assert_spills(found: codegen.Report, most: int, most_in_full_path: int = 0) -> None:
+    assert found.full_path_spills <= most_in_full_path
+    assert found.spills <= most
+    assert most or keeps_all_in_registers(found.stack_bytes, found.spills)
+
+
 def report(arch: str, phase: str = "one pass", **key: Any) -> codegen.Report:
     return codegen.report(codegen.launch_key(**key), phase, arch)
 
@@ -64,10 +70,7 @@ def test_float32(
     arch: str, form: Form, phase: str, most_instructions: float, loads: int, stores: int
 ) -> None:
     found = report(arch, phase, form=form)
-    most_spills, most_in_full_path = SPILLS.get((arch, form, phase), (0, 0))
-    assert found.full_path_spills <= most_in_full_path
-    assert found.spills <= most_spills
-    assert most_spills or keeps_all_in_registers(found.stack_bytes, found.spills)
+    assert_spills(found, *SPILLS.get((arch, form, phase), (0, 0)))
     assert found.load_bits[128] == loads
     assert found.store_bits.get(128, 0) == stores
     assert found.instructions_per_element is not None
@@ -87,10 +90,7 @@ def test_low_precision(arch: str, param: torch.dtype, state: torch.dtype, most_i
     """The thread's 8 elements are one vector of each 16-bit operand, two of each 32-bit one."""
     found = report(arch, param=param, state=state)
     state_vectors = 1 if state == torch.bfloat16 else 2
-    most_spills = NARROW_SPILLS.get((arch, "pats"), 0) if state == torch.bfloat16 else 0
-    assert found.full_path_spills == 0
-    assert found.spills <= most_spills
-    assert most_spills or keeps_all_in_registers(found.stack_bytes, found.spills)
+    assert_spills(found, NARROW_SPILLS.get((arch, "pats"), 0) if state == torch.bfloat16 else 0)
     assert found.load_bits[128] == 2 + 2 * state_vectors
     assert found.store_bits[128] == 1 + 2 * state_vectors
     assert found.instructions_per_element is not None
@@ -107,10 +107,7 @@ def test_bfloat16_with_adamw(
 ) -> None:
     """The thread's 8 elements are one vector of each operand, and none is accessed otherwise."""
     found = report(arch, form=form, param=torch.bfloat16, state=torch.bfloat16)
-    most_spills = NARROW_SPILLS.get((arch, form), 0)
-    assert found.full_path_spills == 0
-    assert found.spills <= most_spills
-    assert most_spills or keeps_all_in_registers(found.stack_bytes, found.spills)
+    assert_spills(found, NARROW_SPILLS.get((arch, form), 0))
     assert found.load_bits[128] == loads
     assert found.store_bits[128] == stores
     assert 16 not in found.load_bits | found.store_bits
